@@ -1,0 +1,216 @@
+"""The static description of a model: what the config.json files of a diffusers folder say."""
+
+import dataclasses
+import json
+import pathlib
+
+VERSIONS = pathlib.Path(__file__).parent / 'versions'
+TEXT_ENCODERS = ('text_encoder', 'text_encoder_2')
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """A CLIP text transformer. `skip` and `final_norm` say which hidden state the version uses."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = 'quick_gelu'  # or 'gelu', the exact one
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 2  # 2 is what old config.json files say when they mean "the highest id"
+    projection_dim: int = 0  # 0: no text_projection
+    skip: int = 0  # layers left out at the end: 1 is the "penultimate" of SDXL
+    final_norm: bool = True  # whether the hidden state passes the final layer norm
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """A U-Net. Tuples have one entry per resolution level, from the finest to the coarsest."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    transformer_layers: tuple = (1, 1, 1, 0)  # transformer blocks per attention; 0: no attention
+    mid_transformer_layers: int = 1
+    heads: tuple = (8, 8, 8, 8)
+    only_cross_attention: tuple = (False, False, False, False)
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    num_class_embeds: int = 0  # rows of the class embedding table; 0: none
+    added_dim: int = 0  # width of SDXL's `added` vector; 0: none
+    added_time_dim: int = 256  # sinusoids per time id inside `added`
+    sample_size: int = 64  # the native latent height and width
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """An AutoencoderKL. Latents seen by the U-Net are `(z - shift_factor) * scaling_factor`."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    force_upcast: bool = False  # float16 overflows: decode in float32 or bfloat16
+
+    @property
+    def factor(self):
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """The forward diffusion that the model was trained on."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = 'scaled_linear'  # linear, scaled_linear or squaredcos_cap_v2
+    prediction_type: str = 'epsilon'  # epsilon, v_prediction or sample
+    rescale_betas_zero_snr: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything static about a model; hashable, so it can be a static argument of `jit`."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    text_encoder: TextConfig | None = None
+    text_encoder_2: TextConfig | None = None
+    aesthetic: bool = False  # the SDXL refiner's time ids end in an aesthetic score
+    zero_negative: bool = False  # an empty negative prompt is zeros, not an encoded '' (SDXL base)
+    version: str = 'custom'  # the released version it equals, see versions()
+
+    def replace(self, **parts):
+        """A copy with some parts replaced, e.g. `replace(schedule=...)`."""
+        return dataclasses.replace(self, **parts)
+
+    def with_prediction(self, prediction_type):
+        """A copy with another prediction type: epsilon, v_prediction or sample."""
+        known = ('epsilon', 'v_prediction', 'sample')
+        if prediction_type not in known:
+            raise ValueError(f'prediction type {prediction_type!r}: expected one of {known}')
+        schedule = dataclasses.replace(self.schedule, prediction_type=prediction_type)
+        return self.replace(schedule=schedule)
+
+
+def versions():
+    """Names of the released versions whose configs ship inside the package."""
+    return sorted(p.name for p in VERSIONS.iterdir() if (p / 'model_index.json').exists())
+
+
+def read_config(folder):
+    """The ModelConfig that a diffusers folder's config.json files describe, of any sizes.
+
+    folder: a path, or the name of a released version (`versions()`).
+    Raises FileNotFoundError that names the missing component, ValueError for a setting that
+    jaxsd does not implement.
+    """
+    folder = VERSIONS / folder if str(folder) in versions() else pathlib.Path(folder)
+    index = _read(folder / 'model_index.json')
+    unet = _unet(_read(folder / 'unet' / 'config.json'))
+    parts = dict(
+        unet=unet,
+        vae=_vae(_read(folder / 'vae' / 'config.json')),
+        schedule=_pick(ScheduleConfig, _read(folder / 'scheduler' / 'scheduler_config.json')),
+        aesthetic=bool(index.get('requires_aesthetics_score')),
+        zero_negative=bool(index.get('force_zeros_for_empty_prompt', unet.added_dim > 0)),
+    )
+    for name in TEXT_ENCODERS:
+        if index.get(name, (None,))[0]:
+            parts[name] = _text(_read(folder / name / 'config.json'), xl=unet.added_dim > 0)
+    config = ModelConfig(**parts)
+    if folder.parent == VERSIONS:
+        return config.replace(version=folder.name)
+    return config.replace(version=next((v for v in versions() if _same(config, v)), 'custom'))
+
+
+def _same(config, version):
+    """Whether a config has a version's architecture and prediction type."""
+    other = read_config(version)
+    return dataclasses.replace(
+        other, version='custom', vae=config.vae, aesthetic=config.aesthetic,
+        zero_negative=config.zero_negative) == config and other.vae.factor == config.vae.factor
+
+
+def _read(path):
+    if not path.exists():
+        part = path.parent.name if path.name != 'model_index.json' else 'model_index.json'
+        raise FileNotFoundError(
+            f'{path}: no such file. A diffusers folder needs its {part!r} component; '
+            'download the whole folder, or give a single .safetensors file instead.')
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{path}: not valid JSON ({error})') from None
+
+
+def _pick(cls, config, **renamed):
+    """Build `cls` from the keys of a config.json that carry its fields' names."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    picked = {k: tuple(v) if isinstance(v, list) else v
+              for k, v in config.items() if k in names and v is not None}
+    return cls(**{**picked, **renamed})
+
+
+def _text(config, xl):
+    projected = 'CLIPTextModelWithProjection' in config.get('architectures', ())
+    return _pick(TextConfig, config, skip=int(xl), final_norm=not xl,
+                 projection_dim=config.get('projection_dim', 512) if projected else 0)
+
+
+def _unet(config):
+    known = {
+        'act_fn': ('silu',), 'flip_sin_to_cos': (True,), 'freq_shift': (0,),
+        'center_input_sample': (False,), 'downsample_padding': (1,), 'mid_block_scale_factor': (1,),
+        'dual_cross_attention': (False,), 'resnet_time_scale_shift': ('default',),
+        'mid_block_type': ('UNetMidBlock2DCrossAttn',), 'time_embedding_type': ('positional',),
+        'class_embed_type': (None,), 'addition_embed_type': (None, 'text_time'),
+        'encoder_hid_dim_type': (None,), 'class_embeddings_concat': (False,),
+        'cross_attention_norm': (None,), 'time_cond_proj_dim': (None,),
+        'conv_in_kernel': (3,), 'conv_out_kernel': (3,), 'timestep_post_act': (None,),
+        'time_embedding_act_fn': (None,), 'resnet_skip_time_act': (False,),
+        'mid_block_only_cross_attention': (None, False), 'resnet_out_scale_factor': (1.0,),
+    }
+    for key, values in known.items():
+        if config.get(key, values[0]) not in values:
+            raise ValueError(f'unet/config.json: {key}={config[key]!r} is not implemented; '
+                             f'expected one of {values}')
+    channels = tuple(config['block_out_channels'])
+    levels = len(channels)
+    layers = _per_level(config.get('transformer_layers_per_block', 1), levels)
+    attention = [kind.startswith('CrossAttn') for kind in config['down_block_types']]
+    for kind, up in zip(config['down_block_types'], reversed(config['up_block_types'])):
+        if (kind.replace('Down', 'Up') != up
+                or kind not in ('DownBlock2D', 'CrossAttnDownBlock2D')):
+            raise ValueError(f'unet/config.json: blocks {kind!r} and {up!r} at one level are not '
+                             'implemented; expected (CrossAttn)DownBlock2D and its Up twin')
+    heads = config.get('num_attention_heads') or config.get('attention_head_dim', 8)
+    return _pick(
+        UNetConfig, config, transformer_layers=tuple(n * a for n, a in zip(layers, attention)),
+        mid_transformer_layers=layers[-1], heads=_per_level(heads, levels),
+        only_cross_attention=_per_level(config.get('only_cross_attention') or False, levels),
+        added_dim=config.get('projection_class_embeddings_input_dim') or 0,
+        added_time_dim=config.get('addition_time_embed_dim') or 256)
+
+
+def _vae(config):
+    if config.get('act_fn', 'silu') != 'silu':
+        raise ValueError(f'vae/config.json: act_fn={config["act_fn"]!r}; expected silu')
+    return _pick(VAEConfig, config)
+
+
+def _per_level(value, levels):
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels

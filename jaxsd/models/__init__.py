@@ -1,0 +1,1 @@
+"""The networks, as plain functions over dicts of arrays named as in the checkpoints."""

@@ -1,0 +1,64 @@
+"""The text transformers of CLIP (Radford et al. 2021) and OpenCLIP: ViT-L, ViT-H and bigG."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsd.models.layers import attention, children, layer_norm, linear
+
+ACTIVATIONS = {
+    'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
+    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+class Features(NamedTuple):
+    """hidden [B,T,D]: the layer the version uses; pooled [B,P]: the end-of-text token."""
+
+    hidden: jax.Array
+    pooled: jax.Array
+
+
+def encode(params, cfg, tokens):
+    """Tokens int [B,T], T at most cfg.max_position_embeddings -> Features.
+
+    `cfg.skip` layers are left out of `hidden`, which passes the final norm if `cfg.final_norm`.
+    `pooled` always comes from the last layer, normalised, and projected where the model has a
+    text_projection.
+    """
+    p = params['text_model']
+    table, positions = (p['embeddings'][n]['weight']
+                        for n in ('token_embedding', 'position_embedding'))
+    T = tokens.shape[1]
+    if T > positions.shape[0]:
+        raise ValueError(f'{T} tokens: this text encoder takes at most {positions.shape[0]}')
+    x = table[tokens] + positions[:T]  # [B,T,D]
+    layers = children(p['encoder']['layers'])
+    hidden = x
+    for i, layer in enumerate(layers):
+        x = _block(layer, cfg, x)
+        if i == len(layers) - 1 - cfg.skip:
+            hidden = x
+    last = layer_norm(p['final_layer_norm'], x, cfg.layer_norm_eps)
+    if cfg.final_norm:
+        hidden = (last if cfg.skip == 0
+                  else layer_norm(p['final_layer_norm'], hidden, cfg.layer_norm_eps))
+    # Old config.json files say eos_token_id=2 for vocabularies whose end of text is the highest id.
+    end = jnp.argmax(tokens if cfg.eos_token_id == 2 else tokens == cfg.eos_token_id, -1)
+    pooled = jnp.take_along_axis(last, end[:, None, None], 1)[:, 0]  # [B,D]
+    if 'text_projection' in params:
+        pooled = linear(params['text_projection'], pooled)
+    return Features(hidden, pooled)
+
+
+def _block(p, cfg, x):
+    """A pre-norm transformer block with causal self-attention: [B,T,D] -> [B,T,D]."""
+    h = layer_norm(p['layer_norm1'], x, cfg.layer_norm_eps)
+    a = p['self_attn']
+    h = attention(linear(a['q_proj'], h), linear(a['k_proj'], h), linear(a['v_proj'], h),
+                  cfg.num_attention_heads, causal=True)
+    x = x + linear(a['out_proj'], h)
+    h = layer_norm(p['layer_norm2'], x, cfg.layer_norm_eps)
+    h = linear(p['mlp']['fc1'], h)
+    return x + linear(p['mlp']['fc2'], ACTIVATIONS[cfg.hidden_act](h))

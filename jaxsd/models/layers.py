@@ -1,0 +1,119 @@
+"""Layers shared by all networks: `layer(params, x, ...)`, NHWC, norms and softmax in float32."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def linear(p, x):
+    """x [..., I] -> [..., O]; p: weight [I,O] and maybe bias [O]."""
+    y = x @ p['weight']
+    return y + p['bias'] if 'bias' in p else y
+
+
+def conv(p, x, stride=1, padding=1):
+    """x [B,H,W,I] -> [B,H/stride,W/stride,O]; p: weight [K,K,I,O], bias [O].
+
+    padding: pixels on each side, or a pair (before, after) for both axes.
+    """
+    pad = (padding, padding) if isinstance(padding, int) else padding
+    y = lax.conv_general_dilated(x, p['weight'], (stride, stride), [pad, pad],
+                                 dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    return y + p['bias']
+
+
+def pointwise(p, x):
+    """A 1x1 convolution or the linear layer that stands for it: [..., I] -> [..., O]."""
+    w = p['weight']
+    return x @ w.reshape(w.shape[-2:]) + p['bias']
+
+
+def layer_norm(p, x, eps=1e-5):
+    """Normalise the last axis of x [..., C] (Ba et al. 2016)."""
+    f = x.astype(jnp.float32)
+    f = f - f.mean(-1, keepdims=True)
+    f = f * lax.rsqrt(jnp.square(f).mean(-1, keepdims=True) + eps)
+    return (f * p['weight'] + p['bias']).astype(x.dtype)
+
+
+def group_norm(p, x, groups, eps):
+    """Normalise groups of channels over H, W of x [B,H,W,C] (Wu and He 2018).
+
+    The sums go over the pixels of each channel first, then over the few channels of a group: that
+    keeps the big reduction contiguous in NHWC. Mean and scale become one multiply-add.
+    """
+    f = x.astype(jnp.float32)
+
+    def mean(y):  # [B,H,W,C] -> [B,1,1,C], equal within a group
+        m = y.mean((1, 2)).reshape(x.shape[0], groups, -1).mean(-1, keepdims=True)
+        return jnp.broadcast_to(m, (*m.shape[:2], x.shape[-1] // groups)).reshape(
+            x.shape[0], 1, 1, -1)
+
+    centre = mean(f)
+    scale = lax.rsqrt(mean(jnp.square(f - centre)) + eps) * p['weight']
+    return (f * scale + (p['bias'] - centre * scale)).astype(x.dtype)
+
+
+def attention(q, k, v, heads, causal=False):
+    """Multi-head attention; q [B,T,C], k and v [B,S,C] -> [B,T,C] (Vaswani et al. 2017).
+
+    GPU in 16 bits: cuDNN's fused kernel. Else, many scores are computed a head and a block of
+    queries at a time (lax.map): a score matrix that stays in the cache is several times faster on
+    CPU and bounds the memory everywhere.
+    """
+    B, T, C = q.shape
+    S, D = k.shape[1], C // heads
+    q, k, v = (a.reshape(B, -1, heads, D) for a in (q, k, v))  # [B,T,N,D]
+    fused = (jax.default_backend() == 'gpu' and q.dtype in (jnp.float16, jnp.bfloat16)
+             and D % 8 == 0 and D <= 256)
+    if fused or T * S <= 128 * 128:
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=causal, implementation='cudnn' if fused else 'xla').reshape(B, T, C)
+    if causal:
+        raise ValueError(f'causal attention over {T} tokens: expected at most 128 x 128 scores')
+    block = next(b for b in range(min(T, 512), 0, -1) if T % b == 0)
+    q, k, v = (a.swapaxes(1, 2).reshape(B * heads, -1, D) for a in (q, k, v))  # [B*N,T,D]
+
+    def head(qkv):
+        q, k, v = qkv
+
+        def rows(q):  # [block,D]
+            scores = (q @ k.T).astype(jnp.float32) / math.sqrt(D)
+            return jax.nn.softmax(scores, -1).astype(v.dtype) @ v
+
+        return lax.map(rows, q.reshape(-1, block, D)).reshape(T, D)
+
+    out = lax.map(head, (q, k, v))
+    return out.reshape(B, heads, T, D).swapaxes(1, 2).reshape(B, T, C)
+
+
+def timestep_embedding(t, dim, period=10000.0):
+    """Sinusoids of t [...] -> [..., dim] float32, cosines first (Ho et al. 2020; diffusers'
+    flip_sin_to_cos=True, freq_shift=0)."""
+    frequency = jnp.exp(-math.log(period) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
+    angle = jnp.asarray(t, jnp.float32)[..., None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+
+
+def resnet(p, x, groups, eps, time=None):
+    """The residual block of the U-Net and the VAE: x [B,H,W,I] -> [B,H,W,O]; time [B,D]."""
+    h = conv(p['conv1'], jax.nn.silu(group_norm(p['norm1'], x, groups, eps)))
+    if time is not None:
+        h = h + linear(p['time_emb_proj'], jax.nn.silu(time))[:, None, None]
+    h = conv(p['conv2'], jax.nn.silu(group_norm(p['norm2'], h, groups, eps)))
+    return h + (pointwise(p['conv_shortcut'], x) if 'conv_shortcut' in p else x)
+
+
+def upsample(p, x, shape=None):
+    """Nearest neighbour x2, cropped to shape (H, W) if given, then a 3x3 convolution."""
+    x = x.repeat(2, 1).repeat(2, 2)
+    if shape is not None:
+        x = x[:, :shape[0], :shape[1]]
+    return conv(p['conv'], x)
+
+
+def children(p):
+    """The values of a dict keyed '0', '1', ..., in that order."""
+    return [p[str(i)] for i in range(len(p))]

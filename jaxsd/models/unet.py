@@ -1,0 +1,101 @@
+"""The noise predictor: UNet2DConditionModel of 1.x, 2.x, SDXL base and refiner.
+
+Rombach et al. 2022 (latent diffusion), Podell et al. 2023 (SDXL). The structure is read off the
+parameters; the config adds what arrays cannot say (heads, groups, eps).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxsd.models.layers import (
+    attention,
+    children,
+    conv,
+    group_norm,
+    layer_norm,
+    linear,
+    pointwise,
+    resnet,
+    timestep_embedding,
+    upsample,
+)
+
+
+def apply(params, cfg, x, t, context, added=None, class_labels=None):
+    """x [B,H,W,C], t [B], context [B,T,D] -> the network's output [B,H,W,cfg.out_channels].
+
+    t: training timesteps, 0 to 999, whole or not. added [B,A]: SDXL's pooled text ++ sinusoids of
+    the time ids. class_labels int [B]: rows of the class embedding, for models that have one.
+    Computes in the parameters' dtype and returns x's.
+    """
+    p, dtype = params, params['conv_in']['weight'].dtype
+    result = x.dtype
+    x, context = x.astype(dtype), context.astype(dtype)
+    time = _embed(p['time_embedding'],
+                  timestep_embedding(t, p['conv_in']['weight'].shape[-1]).astype(dtype))
+    for name, value in (('add_embedding', added), ('class_embedding', class_labels)):
+        if (name in p) != (value is not None):
+            kind = {'add_embedding': 'added', 'class_embedding': 'class_labels'}[name]
+            raise ValueError(f'{kind}: this U-Net has {"a" if name in p else "no"} {name}, '
+                             f'so {kind} must {"" if name in p else "not "}be given')
+    if added is not None:
+        time = time + _embed(p['add_embedding'], added.astype(dtype))
+    if class_labels is not None:
+        time = time + p['class_embedding']['weight'][class_labels]
+
+    x = conv(p['conv_in'], x)
+    skips = [x]
+    for level, block in enumerate(children(p['down_blocks'])):
+        for i, layer in enumerate(children(block['resnets'])):
+            x = resnet(layer, x, cfg.norm_num_groups, cfg.norm_eps, time)
+            if 'attentions' in block:
+                x = _transformer(block['attentions'][str(i)], cfg, level, x, context)
+            skips.append(x)
+        if 'downsamplers' in block:
+            x = conv(block['downsamplers']['0']['conv'], x, stride=2)  # [B,H,W,C] -> [B,H/2,W/2,C]
+            skips.append(x)
+
+    mid = p['mid_block']
+    x = resnet(mid['resnets']['0'], x, cfg.norm_num_groups, cfg.norm_eps, time)
+    x = _transformer(mid['attentions']['0'], cfg, -1, x, context)
+    x = resnet(mid['resnets']['1'], x, cfg.norm_num_groups, cfg.norm_eps, time)
+
+    for level, block in enumerate(children(p['up_blocks'])):
+        for i, layer in enumerate(children(block['resnets'])):
+            x = jnp.concatenate([x, skips.pop()], -1)
+            x = resnet(layer, x, cfg.norm_num_groups, cfg.norm_eps, time)
+            if 'attentions' in block:
+                x = _transformer(block['attentions'][str(i)], cfg, -1 - level, x, context)
+        if 'upsamplers' in block:
+            x = upsample(block['upsamplers']['0'], x, skips[-1].shape[1:3])
+
+    x = jax.nn.silu(group_norm(p['conv_norm_out'], x, cfg.norm_num_groups, cfg.norm_eps))
+    return conv(p['conv_out'], x).astype(result)
+
+
+def _embed(p, x):
+    """Two linear layers with a silu between them: [B,I] -> [B,D]."""
+    return linear(p['linear_2'], jax.nn.silu(linear(p['linear_1'], x)))
+
+
+def _transformer(p, cfg, level, x, context):
+    """Self-attention, cross-attention and a gated MLP over the pixels of x [B,H,W,C]."""
+    B, H, W, C = x.shape
+    h = group_norm(p['norm'], x, cfg.norm_num_groups, 1e-6)
+    h = pointwise(p['proj_in'], h).reshape(B, H * W, C)
+    for block in children(p['transformer_blocks']):
+        n = layer_norm(block['norm1'], h)
+        h = h + _attend(block['attn1'], cfg.heads[level], n,
+                        context if cfg.only_cross_attention[level] else n)
+        h = h + _attend(block['attn2'], cfg.heads[level], layer_norm(block['norm2'], h), context)
+        n = linear(block['ff']['net']['0']['proj'], layer_norm(block['norm3'], h))
+        value, gate = jnp.split(n, 2, -1)  # GEGLU (Shazeer 2020), exact gelu
+        h = h + linear(block['ff']['net']['2'], value * jax.nn.gelu(gate, approximate=False))
+    return x + pointwise(p['proj_out'], h.reshape(B, H, W, C))
+
+
+def _attend(p, heads, x, context):
+    """Queries from x [B,T,C], keys and values from context [B,S,D] -> [B,T,C]."""
+    out = attention(linear(p['to_q'], x), linear(p['to_k'], context), linear(p['to_v'], context),
+                    heads)
+    return linear(p['to_out']['0'], out)
