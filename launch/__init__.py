@@ -1,0 +1,1 @@
+"""Command lines: `python -m launch.<name>` from the root of the repository."""

@@ -1,0 +1,13 @@
+"""The emoji model of this repository: shipped, no download."""
+
+import pathlib
+
+from launch.recipe import recipe
+
+CHECKPOINT = pathlib.Path(__file__).resolve().parent.parent / 'checkpoints' / 'emoji'
+
+
+def get_config():
+    """The recipe."""
+    return recipe(CHECKPOINT, size=64, dtype='float32', sampler='dpmpp_2m', schedule='karras',
+                  steps=20, guidance=3.0)

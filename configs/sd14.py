@@ -1,0 +1,8 @@
+"""Stable Diffusion 1.4 (CompVis), 512 pixels."""
+
+from launch.recipe import recipe
+
+
+def get_config():
+    """The recipe."""
+    return recipe('CompVis/stable-diffusion-v1-4', size=512)

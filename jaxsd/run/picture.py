@@ -1,0 +1,110 @@
+"""PNG files that say how they were made, and grids of pictures."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+
+import jaxsd
+
+# The names that stable-diffusion-webui (A1111) knows, so that its "PNG Info" reads our pictures.
+SAMPLERS = {
+    'euler': 'Euler', 'euler_ancestral': 'Euler a', 'heun': 'Heun', 'dpm_2': 'DPM2',
+    'dpm_2_ancestral': 'DPM2 a', 'lms': 'LMS', 'ddim': 'DDIM', 'ddpm': 'DDPM',
+    'dpmpp_2m': 'DPM++ 2M', 'dpmpp_2m_sde': 'DPM++ 2M SDE', 'dpmpp_sde': 'DPM++ SDE',
+    'dpmpp_2s_ancestral': 'DPM++ 2S a', 'dpmpp_3m_sde': 'DPM++ 3M SDE', 'unipc': 'UniPC',
+}
+SCHEDULES = {
+    'normal': 'Normal', 'karras': 'Karras', 'exponential': 'Exponential',
+    'sgm_uniform': 'SGM Uniform', 'simple': 'Simple', 'ddim_uniform': 'DDIM',
+}
+
+
+def parameters(request, model=''):
+    """The `parameters` text that A1111 writes into its PNG files.
+
+    Prompt, then `Negative prompt:` if there is one, then one line of `Key: value` pairs.
+    """
+    pairs = {
+        'Steps': request.steps,
+        'Sampler': SAMPLERS.get(request.sampler, request.sampler),
+        'Schedule type': SCHEDULES.get(request.schedule, request.schedule),
+        'CFG scale': f'{request.guidance:g}',
+        'Seed': request.seed,
+        'Size': f'{request.width}x{request.height}',
+        'Model': model,
+        'Eta': '' if request.eta is None else f'{request.eta:g}',
+        'Version': f'jaxsd {jaxsd.__version__}',
+    }
+    lines = [request.prompt]
+    if request.negative_prompt:
+        lines.append(f'Negative prompt: {request.negative_prompt}')
+    lines.append(', '.join(f'{k}: {_quote(v)}' for k, v in pairs.items() if v != ''))
+    return '\n'.join(lines)
+
+
+def _quote(value):
+    """A1111 quotes values that its own reader would take apart."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n') else text
+
+
+def record(request, **more):
+    """The complete request and the versions that ran it, as JSON text."""
+    names = ('jax', 'jaxlib', 'flax', 'transformers', 'numpy')
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return json.dumps({'request': dataclasses.asdict(request), **more,
+                       'versions': {'jaxsd': jaxsd.__version__, **versions}}, ensure_ascii=False)
+
+
+def write_png(path, image, texts=None):
+    """Write an image, uint8 [H,W,3], with text chunks; a file of that name is there whole or not
+    at all (a temporary file next to it, then a rename)."""
+    from PIL import Image, PngImagePlugin
+    info = PngImagePlugin.PngInfo()
+    for key, text in (texts or {}).items():
+        info.add_itxt(key, text) if not text.isascii() else info.add_text(key, text)
+    path = pathlib.Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='.', suffix='.tmp')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            Image.fromarray(np.asarray(image)).save(file, 'PNG', pnginfo=info)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for the owner only
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def grid(images, columns=None):
+    """Images uint8 [B,H,W,3] -> one picture [rows*H, columns*W, 3], white where none is left."""
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = -(-count // columns)
+    cells = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    cells[:count] = images
+    cells = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return cells.reshape(rows * height, columns * width, channels)
+
+
+def check_folder(path):
+    """Make the folder, and make sure that files can be written there.
+
+    Raises OSError, before hours of sampling rather than after.
+    """
+    path = pathlib.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        pass
+    return path

@@ -1,0 +1,159 @@
+"""Pictures from prompts.
+
+python -m launch.generate --config=configs/emoji.py --prompt="red apple" --seed=7 --config.steps=20
+
+Several --prompt and --num_images make one batch, written as PNG files and a grid picture.
+"""
+
+import os
+import pathlib
+import re
+import sys
+import time
+import warnings
+
+from absl import app, flags
+from ml_collections import config_flags
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', str(ROOT / 'configs' / 'emoji.py'),
+    'Recipe; its fields are flags too: --config.steps, .guidance, .sampler, .schedule, .width ...')
+_PROMPT = flags.DEFINE_multi_string('prompt', None, 'What to draw; repeat for several pictures.')
+_NEGATIVE = flags.DEFINE_string('negative_prompt', '', 'What to keep out of the pictures.')
+_NUM_IMAGES = flags.DEFINE_integer('num_images', 1, 'Pictures per prompt; their seeds count up.',
+                                   lower_bound=1)
+_SEED = flags.DEFINE_integer('seed', -1, '0 to 2^64 - 1; -1 picks one at random.')
+_CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', None, "A folder, a .safetensors file or a Hub id, instead of the recipe's.")
+_OUT = flags.DEFINE_string('out', 'outputs', 'Folder for the pictures.')
+
+
+def main(argv):
+    """Entry point: one clear line and exit code 1 or 2 for whatever the user can get wrong."""
+    warnings.showwarning = _warn
+    try:
+        if len(argv) > 1:
+            _fail(f'unexpected argument {argv[1]!r}: give prompts as --prompt="{argv[1]}"', 2)
+        run()
+    except (ValueError, OSError, ImportError) as error:
+        _fail(error)
+    except RuntimeError as error:  # XLA's: most often memory
+        _fail(str(error).strip().splitlines()[0])
+    except KeyboardInterrupt:
+        _fail('interrupted', 130)
+
+
+def run():
+    """Load, sample, write."""
+    recipe = _CONFIG.value
+    start = time.perf_counter()
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's chatter
+    from jaxsd.run import picture  # heavy imports: only once the flags are known to be right
+    out = picture.check_folder(_OUT.value)
+    requests = _requests(recipe)
+
+    import jax
+
+    import jaxsd
+    from jaxsd.run.request import resolve
+    dtype = recipe.dtype
+    if dtype == 'auto':
+        dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    source = _CHECKPOINT.value or recipe.checkpoint
+    model = jaxsd.load(source, dtype=dtype)
+    if recipe.prediction:
+        config = model.config.with_prediction(recipe.prediction)
+        model = jaxsd.Model(config, model.params, model.tokenizers, model.extras)
+    requests = resolve(requests, model.config)
+    name = pathlib.Path(source).stem if os.path.exists(source) else source
+    print(f'{name}: {model.config.version}, {dtype}, on {jax.local_device_count()} '
+          f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
+
+    start = time.perf_counter()
+    with Bar() as bar:
+        images = jaxsd.generate(model, requests, on_step=bar, tile=recipe.tile or None)
+    took = time.perf_counter() - start
+    print(f'{len(images)} picture(s) of {images.shape[2]}x{images.shape[1]} in {took:.1f} s '
+          f'(compilation {bar.compilation:.1f} s, sampling {bar.sampling:.1f} s: '
+          f'{bar.rate:.2f} steps/s, decoding {bar.decoding:.1f} s)')
+
+    for path in _write(picture, out, images, requests, name, dtype):
+        print(path)
+
+
+def _requests(recipe):
+    from jaxsd.run.request import MAX_SEED, Request, random_seed
+    prompts = _PROMPT.value
+    if prompts is None:
+        raise ValueError('--prompt is missing: say what to draw, for example --prompt="red apple" '
+                         '(--prompt="" draws without a prompt)')
+    seed = random_seed() if _SEED.value == -1 else _SEED.value
+    fields = {name: recipe[name] for name in (
+        'sampler', 'schedule', 'steps', 'guidance', 'eta', 'width', 'height')}
+    first = Request(negative_prompt=_NEGATIVE.value, seed=seed, **fields)
+    return [first.replace(prompt=prompt, seed=(seed + i) % (MAX_SEED + 1))
+            for prompt in prompts for i in range(_NUM_IMAGES.value)]
+
+
+def _write(picture, out, images, requests, name, dtype):
+    """Write the pictures, and a grid if there are several; yields the paths."""
+    used = [int(m[1]) for m in (re.match(r'(\d+)-.*\.png$', p.name) for p in out.iterdir()) if m]
+    number = max(used, default=-1) + 1
+    texts = [{'parameters': picture.parameters(r, name),
+              'jaxsd': picture.record(r, model=name, dtype=dtype)} for r in requests]
+    for i, (image, request, text) in enumerate(zip(images, requests, texts)):
+        slug = re.sub(r'[^a-z0-9]+', '-', request.prompt.lower())[:40].strip('-') or 'no-prompt'
+        path = out / f'{number + i:05d}-{request.seed}-{slug}.png'
+        picture.write_png(path, image, text)
+        yield path
+    if len(images) > 1:
+        columns = _NUM_IMAGES.value if len(_PROMPT.value) > 1 < _NUM_IMAGES.value else None
+        path = out / f'{number + len(images):05d}-grid.png'
+        picture.write_png(path, picture.grid(images, columns), texts[0])
+        yield path
+
+
+class Bar:
+    """A progress bar over model calls, and what the parts of the run took, in seconds.
+
+    The bar starts when the first call is done, so that compilation does not spoil its rate.
+    """
+
+    def __init__(self):
+        self.bar, self.start, self.first, self.last, self.calls = None, time.perf_counter(), 0, 0, 0
+
+    def __call__(self, done, total):
+        from tqdm import tqdm
+        self.last, self.calls = time.perf_counter(), done
+        if self.bar is None:
+            self.first = self.last
+            self.bar = tqdm(total=total, initial=done, unit='it', desc='sampling', smoothing=0.1)
+        self.bar.update(done - self.bar.n)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.end = time.perf_counter()
+        if self.bar is not None:
+            self.bar.close()
+
+    rate = property(lambda self: (self.calls - 1) / max(self.last - self.first, 1e-9))
+    sampling = property(lambda self: self.last - self.first)
+    compilation = property(lambda self: self.first - self.start)
+    decoding = property(lambda self: self.end - self.last)
+
+
+def _warn(message, category, filename, lineno, file=None, line=None):
+    print(f'warning: {message}', file=sys.stderr)
+
+
+def _fail(message, code=1):
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == '__main__':
+    app.run(main)

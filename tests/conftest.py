@@ -1,0 +1,124 @@
+"""Settings for CPU, and tiny random models shared by the tests."""
+
+import importlib.util
+import json
+import os
+
+# Before jax starts: tests compare numbers in float32 and need no accelerator.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+import jaxsd  # noqa: E402
+from jaxsd.config import (  # noqa: E402
+    ModelConfig,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
+
+collect_ignore = [] if importlib.util.find_spec('torch') else ['parity']
+
+WORDS = ['red', 'green', 'apple', 'cat', 'dog', 'a']
+END = '<|endoftext|>'
+
+
+def _text(**fields):
+    tiny = dict(vocab_size=528, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4, max_position_embeddings=16)
+    return TextConfig(**{**tiny, **fields})
+
+
+def _unet(**fields):
+    tiny = dict(block_out_channels=(32, 64), layers_per_block=1, transformer_layers=(1, 0),
+                heads=(4, 4), only_cross_attention=(False, False), cross_attention_dim=32,
+                norm_num_groups=8, sample_size=8)
+    return UNetConfig(**{**tiny, **fields})
+
+
+TINY_VAE = VAEConfig(block_out_channels=(16, 16, 16, 16), layers_per_block=1, norm_num_groups=8)
+
+# The released families in miniature: 64 x 64 pixels, 8 x 8 latents.
+TINY = {
+    'sd1': ModelConfig(unet=_unet(), vae=TINY_VAE, text_encoder=_text()),
+    'sd2': ModelConfig(
+        unet=_unet(use_linear_projection=True, heads=(2, 4)), vae=TINY_VAE,
+        schedule=ScheduleConfig(prediction_type='v_prediction'),
+        text_encoder=_text(hidden_act='gelu')),
+    'sdxl': ModelConfig(
+        unet=_unet(use_linear_projection=True, cross_attention_dim=80, added_time_dim=8,
+                   added_dim=24 + 6 * 8),
+        vae=TINY_VAE, text_encoder=_text(skip=1, final_norm=False),
+        text_encoder_2=_text(hidden_size=48, hidden_act='gelu', skip=1, final_norm=False,
+                             projection_dim=24),
+        zero_negative=True),
+    'refiner': ModelConfig(
+        unet=_unet(use_linear_projection=True, cross_attention_dim=48, added_time_dim=8,
+                   added_dim=24 + 5 * 8),
+        vae=TINY_VAE,
+        text_encoder_2=_text(hidden_size=48, hidden_act='gelu', skip=1, final_norm=False,
+                             projection_dim=24),
+        aesthetic=True),
+}
+
+
+def write_tokenizer(folder, pad=END, length=16, words=WORDS):
+    """A tokenizer folder with a small vocabulary: every byte, and a few words as single tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    letters = sorted(ByteLevel.alphabet())
+    vocab, merges = {'!': 0}, []
+
+    def add(token):
+        vocab.setdefault(token, len(vocab))
+
+    for letter in letters:
+        add(letter)
+    for word in words:  # merges that build the word from left to right
+        parts = [*word[:-1], word[-1] + '</w>']
+        add(parts[-1])
+        while len(parts) > 1:
+            merges.append(f'{parts[0]} {parts[1]}')
+            parts[:2] = [parts[0] + parts[1]]
+            add(parts[0])
+    for letter in letters:
+        add(letter + '</w>')
+    vocab['<|startoftext|>'] = len(vocab)
+    vocab[END] = len(vocab)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'vocab.json').write_text(json.dumps(vocab))
+    (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *dict.fromkeys(merges)]) + '\n')
+    (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
+        tokenizer_class='CLIPTokenizer', model_max_length=length, bos_token='<|startoftext|>',
+        eos_token=END, unk_token=END, pad_token=pad)))
+    return len(vocab)
+
+
+@pytest.fixture(scope='session')
+def tokenizer_folder(tmp_path_factory):
+    """A folder with a small CLIP tokenizer that pads with end-of-text."""
+    folder = tmp_path_factory.mktemp('tokenizer')
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def tiny_model(tokenizer_folder):
+    """tiny_model('sd1') -> a jaxsd.Model with random weights; families: those of TINY."""
+    from jaxsd.models.spec import init
+    from jaxsd.prompt.tokenizer import Tokenizer
+    made = {}
+
+    def make(name):
+        if name not in made:
+            config = TINY[name]
+            texts = [t for t in ('text_encoder', 'text_encoder_2') if getattr(config, t)]
+            tokenizer = Tokenizer.from_folder(tokenizer_folder)
+            made[name] = jaxsd.Model(config=config, params=init(jax.random.key(0), config),
+                                     tokenizers=dict.fromkeys(texts, tokenizer), extras={})
+        return made[name]
+
+    return make
