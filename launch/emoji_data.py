@@ -25,6 +25,8 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image, ImageDraw, ImageFont, features
 
+from launch import retrieval
+
 HERE = pathlib.Path(__file__).parent
 FONT = '/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf'
 NAMES = HERE / 'emoji_names.txt'
@@ -43,6 +45,9 @@ _FONT = flags.DEFINE_string('font', FONT, 'The Noto Color Emoji font, in its bit
 _CAPTIONS = flags.DEFINE_string(
     'captions', str(NAMES), 'Emoji and their names: the shipped list, or any emoji-test.txt.')
 _TOKENIZER = flags.DEFINE_string('tokenizer', None, 'Also train the tokenizer into this folder.')
+_REFERENCE = flags.DEFINE_string(
+    'reference', None, 'Also write into this folder what launch.evaluate reads: pooled features '
+    'and the fixed lists of captions.')
 
 
 def read_names(path=NAMES):
@@ -201,6 +206,21 @@ def write_tokenizer(folder, captions):
     return len(ids)
 
 
+def write_reference(folder, data):
+    """Write what an evaluation without the font needs: pooled features and the lists of captions.
+
+    emoji_eval.txt: 200 plain captions; emoji_heldout.txt: those that training must not see.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    features = np.round(retrieval.pool(data['images'])).astype(np.uint8)
+    kept = {key: data[key] for key in ('captions', 'plain', 'heldout')}
+    np.savez_compressed(folder / 'emoji_reference.npz', features=features, **kept)
+    chosen = sorted(data['captions'][data['plain']], key=lambda text: rank('eval', text))[:200]
+    for name, captions in ('eval', chosen), ('heldout', data['captions'][data['heldout']]):
+        (folder / f'emoji_{name}.txt').write_text('\n'.join(captions) + '\n')
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'unexpected arguments: {argv[1:]}')
@@ -212,6 +232,8 @@ def main(argv):
     out = pathlib.Path(_OUT.value or f'data/emoji{_SIZE.value}.npz')
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out, **data)
+    if _REFERENCE.value:
+        write_reference(_REFERENCE.value, data)
     if missing:
         logging.warning('the font lacks %d emoji: %s', len(missing), ', '.join(missing))
     logging.info('%s: %d emoji of %d pixels, %d plain, %d held out', out, len(data['images']),

@@ -1,0 +1,173 @@
+"""Measures the emoji model: does a caption bring its picture, and how sharp is the VAE?
+
+    python -m launch.evaluate --config=configs/emoji.py --grid=docs/emoji_grid.png
+
+Each caption is drawn once, all with one seed, and looked up among all emoji (launch/retrieval.py).
+Reported are the rates at which the right emoji is the nearest and among the five nearest: for plain
+captions with the recipe's guidance and with guidance 1, and for the skin tones that training never
+saw; and the PSNR of the VAE over the whole data set, where that has been built.
+"""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+from PIL import Image, ImageDraw, ImageFont
+
+import jaxsd
+from jaxsd.models import vae
+from jaxsd.run import picture
+from launch import retrieval
+
+HERE = pathlib.Path(__file__).resolve().parent.parent
+CELL = 128  # pixels per picture on the contact sheet
+
+_CONFIG = config_flags.DEFINE_config_file('config', str(HERE / 'configs' / 'emoji.py'))
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Measure this model, not the recipe\'s.')
+_CAPTIONS = flags.DEFINE_enum('captions', 'fixed', ['fixed', 'all'],
+                              'The 200 fixed plain captions, or all plain ones.')
+_LISTS = flags.DEFINE_string('lists', str(HERE / 'tests' / 'data'),
+                             'The folder of emoji_eval.txt and emoji_reference.npz.')
+_DATA = flags.DEFINE_string('data', None, 'The data set, for the VAE; data/emoji<width>.npz by '
+                            'default, and no VAE measurement where that is missing.')
+_SEED = flags.DEFINE_integer('seed', 0, 'The seed of every picture.')
+_BATCH = flags.DEFINE_integer('batch', 50, 'Pictures drawn at a time.', lower_bound=1)
+_OUT = flags.DEFINE_string('out', 'outputs/emoji_eval.json', 'The file of results.')
+_GRID = flags.DEFINE_string('grid', None, 'Also write the first 64 pictures with their captions.')
+
+
+def drawer(model, config, seed, batch, guidance=None):
+    """A function from captions to pictures uint8 [N,H,W,3], drawn by the recipe's settings."""
+    fields = {key: config[key] for key in
+              ('sampler', 'schedule', 'steps', 'guidance', 'eta', 'width', 'height')}
+    if guidance is not None:
+        fields['guidance'] = guidance
+
+    def draw(captions):
+        images = []
+        for start in range(0, len(captions), batch):
+            part = list(captions[start:start + batch])
+            padded = part + [''] * (batch - len(part))  # one batch size: one compilation
+            requests = [jaxsd.Request(prompt=caption, seed=seed, **fields) for caption in padded]
+            images.append(np.asarray(jaxsd.generate(model, requests))[:len(part)])
+            logging.info('guidance %g: %d of %d pictures', fields['guidance'],
+                         start + len(part), len(captions))
+        return np.concatenate(images)
+
+    return draw
+
+
+def measure(draw, captions, reference):
+    """Draw captions and score the pictures: -> (scores and confusions, pictures uint8 [N,H,W,3]).
+
+    draw: captions -> pictures; reference: see retrieval.read_reference.
+    Raises ValueError for captions that the reference lacks.
+    """
+    rows = {caption: row for row, caption in enumerate(reference['captions'])}
+    if unknown := [caption for caption in captions if caption not in rows]:
+        raise ValueError(f'captions that are no emoji of the reference: {unknown}')
+    targets = np.array([rows[caption] for caption in captions])
+    images = draw(captions)
+    features = retrieval.pool(images)
+    rank = retrieval.ranks(features, targets, reference['features'])
+    found = reference['captions'][retrieval.nearest(features, reference['features'])]
+    wrong = {str(captions[i]): str(found[i]) for i in np.flatnonzero(rank)}
+    return {**retrieval.score(rank), 'wrong': wrong}, images
+
+
+def psnr(model, images, batch):
+    """Mean PSNR in dB of the VAE's reconstructions of uint8 [N,S,S,3], each latent its mean."""
+    @jax.jit
+    def errors(params, x):
+        x = x.astype('float32') / 127.5 - 1  # [B,S,S,3] in [-1,1]
+        mean, _ = vae.encode(params, model.config.vae, x)
+        y = vae.decode(params, model.config.vae, mean).astype('float32')
+        return ((y.clip(-1, 1) - x) ** 2).mean((1, 2, 3)) / 4  # [B], of a range of 1
+
+    mse = []
+    for start in range(0, len(images), batch):
+        part = images[start:start + batch]
+        padded = np.pad(part, ((0, batch - len(part)), (0, 0), (0, 0), (0, 0)))
+        mse.append(np.asarray(errors(model.params['vae'], padded))[:len(part)])
+    return float(np.mean(-10 * np.log10(np.concatenate(mse) + 1e-10)))
+
+
+def contact_sheet(images, captions, columns=8):
+    """Pictures uint8 [N,S,S,3] with their captions below, as one picture uint8 [H,W,3]."""
+    font, line, gap = ImageFont.load_default(12), 15, 8
+    width, height = CELL + 2 * gap, CELL + 3 * line + 2 * gap
+    rows = -(-len(images) // columns)
+    sheet = Image.new('RGB', (columns * width, rows * height), 'white')
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = i % columns * width + gap, i // columns * height + gap
+        sheet.paste(Image.fromarray(image).resize((CELL, CELL), Image.Resampling.BICUBIC), (x, y))
+        for n, text in enumerate(wrap(caption, CELL, font.getlength)[:3]):
+            left = x + (CELL - font.getlength(text)) / 2
+            pen.text((left, y + CELL + n * line), text, fill='black', font=font)
+    return np.asarray(sheet)
+
+
+def wrap(text, width, length):
+    """Break a text between words into lines whose `length(line)` is at most `width`."""
+    lines = ['']
+    for word in text.split():
+        longer = f'{lines[-1]} {word}'.strip()
+        if lines[-1] and length(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def table(results, vae_psnr):
+    """The results as lines of text."""
+    lines = [f'{"":38} {"captions":>8} {"nearest":>8} {"in top 5":>8}']
+    lines += [f'{name:38} {r["n"]:8d} {r["top1"]:8.1%} {r["top5"]:8.1%}'
+              for name, r in results.items()]
+    if vae_psnr is not None:
+        lines.append(f'{"VAE alone, mean PSNR":38} {vae_psnr:.2f} dB')
+    return '\n'.join(lines)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+    config, lists = _CONFIG.value, pathlib.Path(_LISTS.value)
+    for path in filter(None, (_OUT.value, _GRID.value)):
+        picture.check_folder(pathlib.Path(path).parent)
+    reference = retrieval.read_reference(lists / 'emoji_reference.npz')
+    fixed = (lists / 'emoji_eval.txt').read_text().split('\n')[:-1]
+    plain = fixed if _CAPTIONS.value == 'fixed' else reference['captions'][reference['plain']]
+    heldout = reference['captions'][reference['heldout']]
+    dtype = config.dtype if config.dtype != 'auto' else 'float32'
+    model = jaxsd.load(_CHECKPOINT.value or config.checkpoint, dtype=dtype)
+
+    def run(captions, guidance=None):
+        return measure(drawer(model, config, _SEED.value, _BATCH.value, guidance),
+                       captions, reference)
+
+    results = {}
+    results[f'plain, guidance {config.guidance:g}'], images = run(plain)
+    results['plain, guidance 1'], _ = run(plain, guidance=1.0)
+    results[f'held out, guidance {config.guidance:g}'], _ = run(heldout)
+    if _GRID.value:
+        picture.write_png(_GRID.value, contact_sheet(images[:64], plain[:64]))
+    data = pathlib.Path(_DATA.value or f'data/emoji{config.width}.npz')
+    vae_psnr = None
+    if data.exists():
+        with np.load(data) as file:
+            vae_psnr = psnr(model, file['images'], _BATCH.value)
+    else:
+        logging.warning('%s: no such file, so no PSNR; `python -m launch.emoji_data --size=%d` '
+                        'builds it', data, config.width)
+    print(table(results, vae_psnr))
+    report = {'config': config.to_dict(), 'seed': _SEED.value, 'vae_psnr': vae_psnr, **results}
+    pathlib.Path(_OUT.value).write_text(json.dumps(report, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    app.run(main)
