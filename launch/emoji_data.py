@@ -19,6 +19,7 @@ import hashlib
 import json
 import pathlib
 import re
+import sys
 import unicodedata
 
 import numpy as np
@@ -27,27 +28,19 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from launch import retrieval
 
+FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).parent
 FONT = '/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf'
 NAMES = HERE / 'emoji_names.txt'
 STRIKE = 109  # the one size of a CBDT font: its bitmaps are 136 wide and 128 high
 MARGIN, GLYPH = 4, 128  # every bitmap of the font leaves 4 columns free on either side
+PROBE = '\N{GRINNING FACE}'  # an emoji that every version of the font has
 ROW = re.compile(r'([0-9A-F ]+?) *; fully-qualified +# \S+ E[0-9.]+ (.+)')
 TONES = {chr(c) for c in range(0x1F3FB, 0x1F400)}
 # CLIP's own pattern: contractions, runs of letters, single digits, runs of anything else.
 WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+")
 START, END = '<|startoftext|>', '<|endoftext|>'
 MAX_LENGTH = 32  # the longest caption takes 21 tokens with start and end
-
-_SIZE = flags.DEFINE_integer('size', 64, 'Height and width of the pictures in pixels.')
-_OUT = flags.DEFINE_string('out', None, 'The .npz to write; data/emoji<size>.npz by default.')
-_FONT = flags.DEFINE_string('font', FONT, 'The Noto Color Emoji font, in its bitmap (CBDT) form.')
-_CAPTIONS = flags.DEFINE_string(
-    'captions', str(NAMES), 'Emoji and their names: the shipped list, or any emoji-test.txt.')
-_TOKENIZER = flags.DEFINE_string('tokenizer', None, 'Also train the tokenizer into this folder.')
-_REFERENCE = flags.DEFINE_string(
-    'reference', None, 'Also write into this folder what launch.evaluate reads: pooled features '
-    'and the fixed lists of captions.')
 
 
 def read_names(path=NAMES):
@@ -104,10 +97,14 @@ def load_font(path=FONT):
         raise ValueError('this Pillow was built without Raqm, which joins flags and skin tones; '
                          'install the wheel from PyPI: pip install --force-reinstall pillow')
     try:
-        return ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
+        font = ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
+        found = font.getbbox(PROBE)
     except OSError as error:
-        raise ValueError(f'{path}: expected the bitmap (CBDT) form of Noto Color Emoji, '
-                         f'found a font without {STRIKE}-pixel bitmaps ({error})') from None
+        found = error
+    if found != (0, 0, GLYPH + 2 * MARGIN, GLYPH):
+        raise ValueError(f'{path}: expected the bitmap (CBDT) form of Noto Color Emoji, with '
+                         f'pictures of {GLYPH + 2 * MARGIN}x{GLYPH} pixels, found {found}')
+    return font
 
 
 def render(font, text, size):
@@ -115,7 +112,7 @@ def render(font, text, size):
 
     A sequence that the font does not know comes out as several glyphs, hence wider than one.
     """
-    if font.getlength(text) != font.getlength('\N{GRINNING FACE}'):
+    if font.getlength(text) != font.getlength(PROBE):
         return None
     glyph = Image.new('RGBA', (GLYPH, GLYPH), (255, 255, 255, 0))
     ImageDraw.Draw(glyph).text((-MARGIN, 0), text, font=font, embedded_color=True)
@@ -152,16 +149,15 @@ def learn_merges(captions):
     counts = collections.Counter(word for text in captions for word in WORDS.findall(text))
     words = {(*word[:-1], word[-1] + '</w>'): count for word, count in counts.items()}
     merges = []
-    while True:
+    while words := {symbols: count for symbols, count in words.items() if len(symbols) > 1}:
         pairs = collections.Counter()
         for symbols, count in words.items():
             for pair in zip(symbols, symbols[1:]):
                 pairs[pair] += count
-        if not pairs:
-            return merges
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         words = {merge(symbols, best): count for symbols, count in words.items()}
+    return merges
 
 
 def merge(symbols, pair):
@@ -224,21 +220,45 @@ def write_reference(folder, data):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-    names = read_names(_CAPTIONS.value)
-    if _TOKENIZER.value:
-        size = write_tokenizer(_TOKENIZER.value, [caption for _, caption, _ in names])
-        logging.info('%s: %d tokens', _TOKENIZER.value, size)
-    data, missing = build(names, load_font(_FONT.value), _SIZE.value)
-    out = pathlib.Path(_OUT.value or f'data/emoji{_SIZE.value}.npz')
+    try:
+        run()
+    except (ValueError, OSError) as error:
+        sys.exit(f'error: {error}')
+
+
+def run():
+    names = read_names(FLAGS.captions)
+    if FLAGS.tokenizer:
+        size = write_tokenizer(FLAGS.tokenizer, [caption for _, caption, _ in names])
+        logging.info('%s: %d tokens', FLAGS.tokenizer, size)
+    data, missing = build(names, load_font(FLAGS.font), FLAGS.size)
+    out = pathlib.Path(FLAGS.out or f'data/emoji{FLAGS.size}.npz')
     out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(out, **data)
-    if _REFERENCE.value:
-        write_reference(_REFERENCE.value, data)
+    partial = out.with_suffix('.partial.npz')
+    np.savez_compressed(partial, **data)
+    partial.replace(out)  # there whole or not at all
+    if FLAGS.reference:
+        write_reference(FLAGS.reference, data)
     if missing:
         logging.warning('the font lacks %d emoji: %s', len(missing), ', '.join(missing))
     logging.info('%s: %d emoji of %d pixels, %d plain, %d held out', out, len(data['images']),
-                 _SIZE.value, data['plain'].sum(), data['heldout'].sum())
+                 FLAGS.size, data['plain'].sum(), data['heldout'].sum())
+
+
+def define_flags():
+    """In a function, so that one process can import several mains."""
+    flags.DEFINE_integer('size', 64, 'Height and width of the pictures in pixels.',
+                         lower_bound=8)
+    flags.DEFINE_string('out', None, 'The .npz to write; data/emoji<size>.npz by default.')
+    flags.DEFINE_string('font', FONT, 'The Noto Color Emoji font, in its bitmap (CBDT) form.')
+    flags.DEFINE_string(
+        'captions', str(NAMES), 'Emoji and their names: the shipped list, or any emoji-test.txt.')
+    flags.DEFINE_string('tokenizer', None, 'Also train the tokenizer into this folder.')
+    flags.DEFINE_string(
+        'reference', None, 'Also write what launch.evaluate reads into this folder: pooled '
+        'features and the fixed lists of captions.')
 
 
 if __name__ == '__main__':
+    define_flags()
     app.run(main)

@@ -10,6 +10,7 @@ saw; and the PSNR of the VAE over the whole data set, where that has been built.
 
 import json
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -22,21 +23,9 @@ from jaxsd.models import vae
 from jaxsd.run import picture
 from launch import retrieval
 
+FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).resolve().parent.parent
 CELL = 128  # pixels per picture on the contact sheet
-
-_CONFIG = config_flags.DEFINE_config_file('config', str(HERE / 'configs' / 'emoji.py'))
-_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Measure this model, not the recipe\'s.')
-_CAPTIONS = flags.DEFINE_enum('captions', 'fixed', ['fixed', 'all'],
-                              'The 200 fixed plain captions, or all plain ones.')
-_LISTS = flags.DEFINE_string('lists', str(HERE / 'tests' / 'data'),
-                             'The folder of emoji_eval.txt and emoji_reference.npz.')
-_DATA = flags.DEFINE_string('data', None, 'The data set, for the VAE; data/emoji<width>.npz by '
-                            'default, and no VAE measurement where that is missing.')
-_SEED = flags.DEFINE_integer('seed', 0, 'The seed of every picture.')
-_BATCH = flags.DEFINE_integer('batch', 50, 'Pictures drawn at a time.', lower_bound=1)
-_OUT = flags.DEFINE_string('out', 'outputs/emoji_eval.json', 'The file of results.')
-_GRID = flags.DEFINE_string('grid', None, 'Also write the first 64 pictures with their captions.')
 
 
 def drawer(model, config, seed, batch, guidance=None):
@@ -136,38 +125,62 @@ def table(results, vae_psnr):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-    config, lists = _CONFIG.value, pathlib.Path(_LISTS.value)
-    for path in filter(None, (_OUT.value, _GRID.value)):
+    try:
+        run()
+    except (ValueError, OSError) as error:
+        sys.exit(f'error: {error}')
+
+
+def run():
+    config, lists = FLAGS.config, pathlib.Path(FLAGS.lists)
+    for path in filter(None, (FLAGS.out, FLAGS.grid)):
         picture.check_folder(pathlib.Path(path).parent)
     reference = retrieval.read_reference(lists / 'emoji_reference.npz')
-    fixed = (lists / 'emoji_eval.txt').read_text().split('\n')[:-1]
-    plain = fixed if _CAPTIONS.value == 'fixed' else reference['captions'][reference['plain']]
+    fixed = (lists / 'emoji_eval.txt').read_text().splitlines()
+    plain = fixed if FLAGS.captions == 'fixed' else reference['captions'][reference['plain']]
     heldout = reference['captions'][reference['heldout']]
     dtype = config.dtype if config.dtype != 'auto' else 'float32'
-    model = jaxsd.load(_CHECKPOINT.value or config.checkpoint, dtype=dtype)
+    model = jaxsd.load(FLAGS.checkpoint or config.checkpoint, dtype=dtype)
 
-    def run(captions, guidance=None):
-        return measure(drawer(model, config, _SEED.value, _BATCH.value, guidance),
+    def scored(captions, guidance=None):
+        return measure(drawer(model, config, FLAGS.seed, FLAGS.batch, guidance),
                        captions, reference)
 
     results = {}
-    results[f'plain, guidance {config.guidance:g}'], images = run(plain)
-    results['plain, guidance 1'], _ = run(plain, guidance=1.0)
-    results[f'held out, guidance {config.guidance:g}'], _ = run(heldout)
-    if _GRID.value:
-        picture.write_png(_GRID.value, contact_sheet(images[:64], plain[:64]))
-    data = pathlib.Path(_DATA.value or f'data/emoji{config.width}.npz')
+    results[f'plain, guidance {config.guidance:g}'], images = scored(plain)
+    results['plain, guidance 1'], _ = scored(plain, guidance=1.0)
+    results[f'held out, guidance {config.guidance:g}'], _ = scored(heldout)
+    if FLAGS.grid:
+        picture.write_png(FLAGS.grid, contact_sheet(images[:64], plain[:64]))
+    data = pathlib.Path(FLAGS.data or f'data/emoji{config.width}.npz')
     vae_psnr = None
     if data.exists():
         with np.load(data) as file:
-            vae_psnr = psnr(model, file['images'], _BATCH.value)
+            vae_psnr = psnr(model, file['images'], FLAGS.batch)
     else:
         logging.warning('%s: no such file, so no PSNR; `python -m launch.emoji_data --size=%d` '
                         'builds it', data, config.width)
     print(table(results, vae_psnr))
-    report = {'config': config.to_dict(), 'seed': _SEED.value, 'vae_psnr': vae_psnr, **results}
-    pathlib.Path(_OUT.value).write_text(json.dumps(report, indent=2) + '\n')
+    report = {'config': config.to_dict(), 'seed': FLAGS.seed, 'vae_psnr': vae_psnr, **results}
+    pathlib.Path(FLAGS.out).write_text(json.dumps(report, indent=2) + '\n')
+
+
+def define_flags():
+    """In a function, so that one process can import several mains."""
+    config_flags.DEFINE_config_file('config', str(HERE / 'configs' / 'emoji.py'))
+    flags.DEFINE_string('checkpoint', None, 'Measure this model, not the recipe\'s.')
+    flags.DEFINE_enum('captions', 'fixed', ['fixed', 'all'],
+                      'The 200 fixed plain captions, or all plain ones.')
+    flags.DEFINE_string('lists', str(HERE / 'tests' / 'data'),
+                        'The folder of emoji_eval.txt and emoji_reference.npz.')
+    flags.DEFINE_string('data', None, 'The data set, for the VAE; data/emoji<width>.npz by '
+                        'default, and no VAE measurement where that is missing.')
+    flags.DEFINE_integer('seed', 0, 'The seed of every picture.')
+    flags.DEFINE_integer('batch', 50, 'Pictures drawn at a time.', lower_bound=1)
+    flags.DEFINE_string('out', 'outputs/emoji_eval.json', 'The file of results.')
+    flags.DEFINE_string('grid', None, 'Also write the first 64 pictures with their captions.')
 
 
 if __name__ == '__main__':
+    define_flags()
     app.run(main)

@@ -8,7 +8,7 @@ CELLS = 16  # cells along each side
 
 
 def pool(images):
-    """Mean colour of 16x16 cells: uint8 [N,S,S,3], S a multiple of 16 -> float32 [N,768], 0..255."""
+    """Mean colour of 16x16 cells: uint8 [N,S,S,3] -> float32 [N,768], 0..255; 16 divides S."""
     n, height, width, channels = images.shape
     if height % CELLS or width % CELLS:
         raise ValueError(f'pictures of {height}x{width}: expected multiples of {CELLS}')
@@ -17,7 +17,7 @@ def pool(images):
 
 
 def ranks(features, targets, reference):
-    """How many reference pictures lie nearer (L2) than the right one: 0 means that it is the nearest.
+    """How many reference pictures lie nearer (L2) than the right one: 0 if it is the nearest.
 
     features: float [B,768] of the pictures to score; targets: int [B], their rows in `reference`;
     reference: uint8 or float [N,768]. A picture that equals the right one (Norway's flag is
