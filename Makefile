@@ -1,0 +1,47 @@
+# Every target sets itself up: .venv is made once, and again when pyproject.toml changes.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test parity lint clean
+
+## Pictures from the shipped model, in outputs/
+demo: $(VENV)/.demo
+	$(RUN) -m launch.generate --config=configs/emoji.py --seed=7 --out=outputs \
+	  --prompt="red apple" --prompt="cat face" --prompt="rocket" --prompt="sunflower" \
+	  --prompt="birthday cake" --prompt="octopus" --prompt="rainbow" --prompt="red heart" \
+	  --prompt="four leaf clover"
+
+## The tests that need neither torch, network nor accelerator
+test: $(VENV)/.test
+	$(RUN) -m pytest --ignore=tests/parity
+
+## Comparisons with torch, diffusers and transformers (CPU)
+parity: $(VENV)/.parity
+	$(RUN) -m pytest tests/parity
+
+## Style
+lint: $(VENV)/.test
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .ruff_cache
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'error: jaxsd needs Python 3.11 or newer: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(RUN)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --editable '.[test]'
+	touch $@
+
+# On Linux PyPI's torch carries CUDA; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu is less.
+$(VENV)/.parity: $(VENV)/.test
+	$(PIP) --editable '.[test,parity]'
+	touch $@
