@@ -118,14 +118,26 @@ def test_learn_merges_by_hand():
         ('a', 'b'), ('ab', 'c</w>'), ('a', 'b</w>'), ('ab', 'ab</w>')]
 
 
-def test_tokenizer_files(captions, tmp_path):
-    """The shipped files are what the captions give; the ids have no gap; start and end are last."""
-    emoji_data.write_tokenizer(tmp_path, captions)
-    for path in TOKENIZER.iterdir():
-        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+def test_tokenizer_ids():
+    """The ids have no gap, the bytes come first as in CLIP, start and end are last."""
     vocab = json.loads((TOKENIZER / 'vocab.json').read_text(encoding='utf-8'))
+    tokens = sorted(vocab, key=vocab.get)
     assert sorted(vocab.values()) == list(range(len(vocab)))
-    assert [vocab['<|startoftext|>'], vocab['<|endoftext|>']] == [len(vocab) - 2, len(vocab) - 1]
+    assert tokens[:2] == ['!', '"'] and tokens[256:258] == ['!</w>', '"</w>']
+    assert tokens[-2:] == ['<|startoftext|>', '<|endoftext|>']
+
+
+def test_write_tokenizer(captions, tmp_path):
+    from transformers import CLIPTokenizer
+    some = captions[:40]
+    size = emoji_data.write_tokenizer(tmp_path, some)
+    for path in TOKENIZER.iterdir():
+        if 'config' in path.name or 'special' in path.name:
+            assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    words = {word for caption in some for word in emoji_data.WORDS.findall(caption)}
+    assert all(len(tokenizer(word)['input_ids']) == 3 for word in words)
+    assert tokenizer('face')['input_ids'][::2] == [size - 2, size - 1]
 
 
 def test_one_token_a_word(captions, tokenizer):
