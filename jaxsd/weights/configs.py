@@ -1,0 +1,134 @@
+"""Write the config.json files of a diffusers folder: the inverse of jaxsd.read_config."""
+
+import dataclasses
+import json
+import pathlib
+
+from jaxsd.config import TEXT_ENCODERS, VERSIONS, read_config, versions
+
+TOKENIZERS = {'text_encoder': 'tokenizer', 'text_encoder_2': 'tokenizer_2'}
+
+
+def write_config(config, folder, tokenizers=TEXT_ENCODERS):
+    """Write model_index.json and each component's config.json, as diffusers reads them.
+
+    tokenizers: the text encoders whose tokenizer the folder holds.
+    Raises ValueError for a ModelConfig that these files cannot express.
+    """
+    folder = pathlib.Path(folder)
+    _write(folder / 'model_index.json', _index(config, tokenizers))
+    _write(folder / 'unet' / 'config.json', _released(config, 'unet') or _unet(config.unet))
+    _write(folder / 'vae' / 'config.json',
+           _released(config, 'vae') or _vae(config.vae))
+    _write(folder / 'scheduler' / 'scheduler_config.json', _schedule(config))
+    for part in TEXT_ENCODERS:
+        if getattr(config, part) is not None:
+            _write(folder / part / 'config.json',
+                   _released(config, part) or _text(getattr(config, part)))
+    written = read_config(folder)
+    lost = [f'{field.name}.{part.name}' if dataclasses.is_dataclass(value) else field.name
+            for field in dataclasses.fields(config) if field.name != 'version'
+            for value in [getattr(config, field.name)]
+            for part in (dataclasses.fields(value) if dataclasses.is_dataclass(value) else [field])
+            if _get(config, field, part) != _get(written, field, part)]
+    if lost:
+        raise ValueError(f'the config.json files of a diffusers folder cannot express this '
+                         f'{", ".join(lost)}')
+
+
+def _get(config, field, part):
+    value = getattr(config, field.name)
+    return value if part is field else getattr(value, part.name, None)
+
+
+def _released(config, part):
+    """The released version's own config.json where it says the same.
+
+    It also has what diffusers needs and jaxsd does not, such as 2.1's upcast_attention.
+    """
+    if (config.version in versions()
+            and getattr(read_config(config.version), part) == getattr(config, part)):
+        return json.loads((VERSIONS / config.version / part / 'config.json').read_text())
+    return None
+
+
+def _index(config, tokenizers):
+    xl = config.unet.added_dim > 0
+    kind = {9: 'InpaintPipeline', 5: 'Depth2ImgPipeline'}.get(
+        config.unet.in_channels, 'Img2ImgPipeline' if xl and config.aesthetic else 'Pipeline')
+    index = {'_class_name': f'StableDiffusion{"XL" * xl}{kind}'}
+    if xl or config.aesthetic or config.zero_negative:
+        index['force_zeros_for_empty_prompt'] = config.zero_negative
+        index['requires_aesthetics_score'] = config.aesthetic
+    if not xl:
+        index['requires_safety_checker'] = False
+        index['feature_extractor'] = index['safety_checker'] = [None, None]
+    for part in TEXT_ENCODERS if xl or config.text_encoder_2 else TEXT_ENCODERS[:1]:
+        text = getattr(config, part)
+        index[part] = ['transformers', _text_class(text)] if text else [None, None]
+        index[TOKENIZERS[part]] = (['transformers', 'CLIPTokenizer']
+                                   if text and part in tokenizers else [None, None])
+    index['scheduler'] = ['diffusers', _schedule(config)['_class_name']]
+    index['unet'] = ['diffusers', 'UNet2DConditionModel']
+    index['vae'] = ['diffusers', 'AutoencoderKL']
+    return index
+
+
+def _text_class(c):
+    return 'CLIPTextModelWithProjection' if c.projection_dim else 'CLIPTextModel'
+
+
+def _text(c):
+    fields = _plain(c, 'skip', 'final_norm', 'projection_dim')
+    return {'architectures': [_text_class(c)], 'model_type': 'clip_text_model', **fields,
+            'projection_dim': c.projection_dim or c.hidden_size, 'bos_token_id': 0,
+            'pad_token_id': 1}
+
+
+def _unet(c):
+    levels = range(len(c.block_out_channels))
+    attends = [c.transformer_layers[i] > 0 for i in levels]
+    # A level without attention may say anything; the last one gives the middle block's number.
+    layers = [c.transformer_layers[i] or 1 for i in levels[:-1]] + [c.mid_transformer_layers]
+    return {
+        '_class_name': 'UNet2DConditionModel', 'act_fn': 'silu', 'flip_sin_to_cos': True,
+        'freq_shift': 0, 'center_input_sample': False, 'downsample_padding': 1,
+        'mid_block_scale_factor': 1,
+        **_plain(c, 'transformer_layers', 'mid_transformer_layers', 'heads', 'num_class_embeds',
+                 'added_dim', 'added_time_dim'),
+        'down_block_types': ['CrossAttn' * a + 'DownBlock2D' for a in attends],
+        'up_block_types': ['CrossAttn' * a + 'UpBlock2D' for a in reversed(attends)],
+        'transformer_layers_per_block': layers,
+        'attention_head_dim': list(c.heads),  # diffusers' name for the number of heads
+        'num_class_embeds': c.num_class_embeds or None,
+        'addition_embed_type': 'text_time' if c.added_dim else None,
+        'addition_time_embed_dim': c.added_time_dim if c.added_dim else None,
+        'projection_class_embeddings_input_dim': c.added_dim or None,
+    }
+
+
+def _vae(c):
+    levels = len(c.block_out_channels)
+    return {'_class_name': 'AutoencoderKL', 'act_fn': 'silu', **_plain(c),
+            'down_block_types': ['DownEncoderBlock2D'] * levels,
+            'up_block_types': ['UpDecoderBlock2D'] * levels}
+
+
+def _schedule(config):
+    c = config.schedule
+    if config.version in versions() and read_config(config.version).schedule == c:
+        path = VERSIONS / config.version / 'scheduler' / 'scheduler_config.json'
+        return json.loads(path.read_text())
+    return {'_class_name': 'EulerDiscreteScheduler' if config.unet.added_dim else 'DDIMScheduler',
+            **_plain(c), 'clip_sample': False, 'set_alpha_to_one': False, 'steps_offset': 1,
+            'timestep_spacing': 'trailing' if c.rescale_betas_zero_snr else 'leading',
+            'trained_betas': None}
+
+
+def _plain(c, *without):
+    return {k: v for k, v in dataclasses.asdict(c).items() if k not in without}
+
+
+def _write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + '\n')

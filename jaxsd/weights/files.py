@@ -1,0 +1,176 @@
+"""safetensors files, read and written tensor by tensor.
+
+The format: 8 bytes with the header's length, a JSON header {name: dtype, shape, data_offsets}, the
+data. The safetensors package checks the header; tensors are read with plain reads, because pages
+of a memory map count as memory until the last tensor is read.
+"""
+
+import json
+import math
+import os
+import pathlib
+
+import ml_dtypes
+import numpy as np
+
+PICKLES = ('.ckpt', '.pt', '.pth', '.bin', '.pkl')
+DTYPES = {
+    'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16,
+    'F8_E4M3': ml_dtypes.float8_e4m3fn, 'F8_E5M2': ml_dtypes.float8_e5m2,
+    'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8,
+    'U64': np.uint64, 'U32': np.uint32, 'U16': np.uint16, 'U8': np.uint8, 'BOOL': np.bool_,
+}
+DTYPES = {code: np.dtype(dtype) for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def as_dtype(dtype):
+    """A dtype that weights can have, or None; ValueError for another."""
+    known = ('float32', 'float16', 'bfloat16')
+    try:
+        if dtype is None or np.dtype(dtype).name in known:
+            return dtype if dtype is None else np.dtype(dtype)
+    except TypeError:
+        pass
+    raise ValueError(f'dtype {dtype!r}: expected one of {", ".join(known)}, or None')
+
+
+class TensorFile:
+    """One safetensors file: `shapes` and `dtypes` by name from its header, tensors on demand.
+
+    Raises FileNotFoundError, and ValueError for a pickle or a truncated or corrupt file.
+    """
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        header, self._start = _header(self.path)
+        self.metadata = header.pop('__metadata__', None) or {}
+        unknown = sorted({str(h['dtype']) for h in header.values()} - DTYPES.keys())
+        if unknown:
+            raise ValueError(f'{path}: tensors of type {", ".join(unknown)}; expected one of '
+                             f'{", ".join(DTYPES)}')
+        self.shapes = {name: tuple(h['shape']) for name, h in header.items()}
+        self.dtypes = {name: DTYPES[h['dtype']] for name, h in header.items()}
+        self._offsets = {name: h['data_offsets'][0] for name, h in header.items()}
+
+    def read(self, name, rows=None):
+        """A tensor as a numpy array; rows=(i, n) only the n rows from row i*n."""
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        offset = self._start + self._offsets[name]
+        if rows is not None:
+            i, n = rows
+            shape = (n, *shape[1:])
+            offset += i * math.prod(shape) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
+        with open(self.path, 'rb', buffering=0) as file:
+            file.seek(offset)
+            data = np.fromfile(file, np.uint8, size)
+        if data.size != size:
+            raise ValueError(f'{self.path}: ends inside {name!r}; it changed while it was read')
+        return data.view(dtype).reshape(shape)
+
+
+def _header(path):
+    """A safetensors file's checked header and where its data start."""
+    import safetensors
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file')
+    with open(path, 'rb') as file:
+        head = file.read(8)
+        if path.suffix in PICKLES or head[:4] == b'PK\x03\x04' or head[:2] in (b'\x80\x02',
+                                                                               b'\x80\x04'):
+            raise ValueError(f'{path}: is a pickle, which can run any code when it is opened, so '
+                             'jaxsd does not read it; convert it to .safetensors')
+        try:
+            with safetensors.safe_open(path, 'numpy'):
+                pass
+        except safetensors.SafetensorError as error:
+            raise ValueError(f'{path}: not a whole safetensors file, it is truncated or corrupt '
+                             f'({error}); download it again') from None
+        length = int.from_bytes(head, 'little')
+        return json.loads(file.read(length)), 8 + length
+
+
+def write_tensors(path, tensors):
+    """Write a safetensors file, to a temporary name and then renamed.
+
+    tensors: {name: (shape, dtype, get)}, where get() makes the numpy array when its turn comes,
+        so that one tensor at a time is in memory.
+    """
+    # Sorted as safetensors itself does, widest type first: every tensor is aligned.
+    order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name][1]).itemsize, name))
+    header, end = {'__metadata__': {'format': 'pt'}}, 0  # transformers insists on a format
+    for name in order:
+        shape, dtype, _ = tensors[name]
+        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {'dtype': CODES[np.dtype(dtype)], 'shape': list(shape),
+                        'data_offsets': [start, end]}
+    head = json.dumps(header, separators=(',', ':')).encode()
+    head += b' ' * (-len(head) % 8)
+    with replacing(path) as temporary, open(temporary, 'wb') as file:
+        file.write(len(head).to_bytes(8, 'little') + head)
+        for name in order:
+            shape, dtype, get = tensors[name]
+            array = np.ascontiguousarray(get(), dtype)
+            if array.size != math.prod(shape):
+                raise ValueError(f'{name}: expected shape {shape}, found {array.shape}')
+            file.write(array.reshape(-1).view(np.uint8))
+
+
+class replacing:
+    """Context: a temporary name beside `path` that becomes `path` if all goes well."""
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self.temporary = self.path.with_name(f'.{self.path.name}.{os.getpid()}.tmp')
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.temporary
+
+    def __exit__(self, kind, error, trace):
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def choose(names, half=False):
+    """The file among a component's files that holds its weights, or its shards' index; or None.
+
+    half: prefer the fp16 variant, which is half the size.
+    """
+    names = set(names)
+    for variant in ('.fp16', '') if half else ('', '.fp16'):
+        for stem in ('diffusion_pytorch_model', 'model'):
+            for name in (f'{stem}{variant}.safetensors',
+                         f'{stem}{variant}.safetensors.index.json',
+                         f'{stem}.safetensors.index{variant}.json'):  # as older versions wrote it
+                if name in names:
+                    return name
+    return None
+
+
+def component_files(folder, half=False):
+    """The open TensorFiles of one component of a diffusers folder."""
+    folder = pathlib.Path(folder)
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    name = choose(names, half)
+    if name is None:
+        pickles = [n for n in names if n.endswith(PICKLES)]
+        if pickles:
+            raise ValueError(f'{folder / pickles[0]}: is a pickle, which can run any code when it '
+                             'is opened, so jaxsd does not read it; convert it to .safetensors')
+        raise FileNotFoundError(f'{folder}: no weights here; expected a '
+                                'diffusion_pytorch_model.safetensors or model.safetensors (or its '
+                                'fp16 variant or shards). Download the whole folder.')
+    if not name.endswith('.json'):
+        return [TensorFile(folder / name)]
+    try:
+        shards = sorted(set(json.loads((folder / name).read_text())['weight_map'].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'{folder / name}: not an index of shards; download it again') from None
+    for shard in shards:
+        if pathlib.PurePath(shard).name != shard:
+            raise ValueError(f'{folder / name}: shard {shard!r} is not in the same folder')
+    return [TensorFile(folder / shard) for shard in shards]

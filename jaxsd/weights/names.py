@@ -1,0 +1,175 @@
+"""Names of the single-file layouts (LDM, SGM, OpenCLIP), derived from the folder layout's.
+
+jaxsd names tensors as a diffusers folder does. `places` says for each of them where a single file
+keeps it; reading looks a place up and writing fills it, so one table serves both directions.
+"""
+
+import re
+from typing import NamedTuple
+
+from jaxsd.config import TEXT_ENCODERS
+
+
+class Place(NamedTuple):
+    """Where a single file keeps a tensor.
+
+    how: '' as it is; '1x1' a linear kept as a 1x1 convolution; 'T' transposed; 'q', 'k', 'v' the
+    first, second, last third of the rows.
+    """
+
+    name: str
+    how: str = ''
+
+    def shape(self, shape):
+        """The stored shape, from the tensor's own."""
+        if self.how == '1x1':
+            return (*shape, 1, 1)
+        if self.how == 'T':
+            return shape[::-1]
+        return (3 * shape[0], *shape[1:]) if self.how else shape
+
+
+def places(config, shapes):
+    """{component: {folder name: Place}} for a ModelConfig and its models.spec.spec."""
+    rules = {'unet': _unet_rules(config.unet), 'vae': _vae_rules(config.vae)}
+    table = {}
+    for part, prefix in prefixes(config).items():
+        if part in TEXT_ENCODERS:
+            rules[part] = _OPENCLIP if is_openclip(getattr(config, part)) else []
+        table[part] = {name: _place(name, rules[part], prefix, part, shape)
+                       for name, shape in shapes[part].items()}
+    return table
+
+
+def prefixes(config):
+    """{component: what its names start with in a single file}."""
+    found = {'unet': 'model.diffusion_model.', 'vae': 'first_stage_model.'}
+    encoders = [name for name in TEXT_ENCODERS if getattr(config, name)]
+    for i, name in enumerate(encoders):
+        stage = f'conditioner.embedders.{i}.' if config.unet.added_dim else 'cond_stage_model.'
+        kind = 'model.' if is_openclip(getattr(config, name)) else 'transformer.'
+        found[name] = stage + kind
+    return found
+
+
+def is_openclip(text):
+    """Whether a single file holds this TextConfig under OpenCLIP's names.
+
+    OpenAI's CLIP has quick_gelu and is kept under transformers' names; the text transformers that
+    OpenCLIP trained have the exact gelu and are kept under OpenCLIP's.
+    """
+    return text.hidden_act == 'gelu'
+
+
+def is_extra(name, config):
+    """Whether a single file may hold this tensor although the model does not use it."""
+    layers = [getattr(config, part).num_hidden_layers for part in TEXT_ENCODERS
+              if getattr(config, part)]
+    last = re.fullmatch(r'cond_stage_model\.model\.transformer\.resblocks\.(\d+)\..*', name)
+    return bool(_EXTRA.fullmatch(name)) or bool(last and int(last[1]) == layers[0])
+
+
+def is_ema(name):
+    """Whether this is a tensor of the second, averaged copy of the U-Net that some files hold."""
+    return name.startswith('model_ema.') and not _EXTRA.fullmatch(name)
+
+
+def in_folder(part, name):
+    """A tensor's name as current diffusers folders have it, from any that was ever in use."""
+    if part in TEXT_ENCODERS and not name.startswith(('text_model.', 'text_projection.')):
+        return f'text_model.{name}'  # transformers >= 5 writes CLIPTextModel without its prefix
+    if part == 'vae':  # before diffusers 0.18
+        for old, new in (('query', 'to_q'), ('key', 'to_k'), ('value', 'to_v'),
+                         ('proj_attn', 'to_out.0')):
+            name = name.replace(f'attentions.0.{old}.', f'attentions.0.{new}.')
+    return name
+
+
+# Schedule buffers; the EMA's two counters; position_ids; what only marks the prediction type; the
+# parts of OpenCLIP that 2.x does not use (nor SDXL the logit_scale); 2.x depth's depth estimator.
+_EXTRA = re.compile(
+    r'betas|(?:\w+_)?alphas_cumprod(?:_prev)?|posterior_\w+|logvar|lvlb_weights|scale_factor'
+    r'|model_ema\.(?:decay|num_updates)|denoiser\..*|.*\.position_ids|v_pred|ztsnr'
+    r'|cond_stage_model\.model\.text_projection|.*\.model\.logit_scale|depth_model\..*')
+
+_OPENCLIP = [
+    (r'^text_model\.embeddings\.position_embedding\.weight', 'positional_embedding'),
+    (r'^text_model\.embeddings\.', ''),
+    (r'^text_model\.encoder\.layers\.', 'transformer.resblocks.'),
+    (r'^text_model\.final_layer_norm', 'ln_final'),
+    (r'^text_projection\.weight', 'text_projection'),
+    (r'self_attn\.[qkv]_proj\.', 'attn.in_proj_'),
+    (r'self_attn\.', 'attn.'),
+    (r'layer_norm', 'ln_'),
+    (r'mlp\.fc1', 'mlp.c_fc'),
+    (r'mlp\.fc2', 'mlp.c_proj'),
+]
+
+
+def _unet_rules(c):
+    per = c.layers_per_block + 1  # blocks per level: the layers, and a resampler or one more layer
+
+    def block(side, first):
+        def number(m):
+            return f'{side}.{int(m[1]) * per + int(m[3]) + first}.{int(m[2] == "attentions")}'
+        return number
+
+    def upsampler(m):  # comes after the attention, if the level has one
+        attends = c.transformer_layers[-1 - int(m[1])] > 0
+        return f'output_blocks.{(int(m[1]) + 1) * per - 1}.{1 + attends}'
+
+    return [
+        (r'(resnets\.\d+)\.norm1', r'\1.in_layers.0'),
+        (r'(resnets\.\d+)\.conv1', r'\1.in_layers.2'),
+        (r'(resnets\.\d+)\.time_emb_proj', r'\1.emb_layers.1'),
+        (r'(resnets\.\d+)\.norm2', r'\1.out_layers.0'),
+        (r'(resnets\.\d+)\.conv2', r'\1.out_layers.3'),
+        (r'(resnets\.\d+)\.conv_shortcut', r'\1.skip_connection'),
+        (r'^conv_in', 'input_blocks.0.0'),
+        (r'^down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)', block('input_blocks', 1)),
+        (r'^down_blocks\.(\d+)\.downsamplers\.0\.conv',
+         lambda m: f'input_blocks.{(int(m[1]) + 1) * per}.0.op'),
+        (r'^mid_block\.resnets\.0', 'middle_block.0'),
+        (r'^mid_block\.attentions\.0', 'middle_block.1'),
+        (r'^mid_block\.resnets\.1', 'middle_block.2'),
+        (r'^up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)', block('output_blocks', 0)),
+        (r'^up_blocks\.(\d+)\.upsamplers\.0', upsampler),
+        (r'^conv_norm_out', 'out.0'),
+        (r'^conv_out', 'out.2'),
+        (r'^time_embedding\.linear_1', 'time_embed.0'),
+        (r'^time_embedding\.linear_2', 'time_embed.2'),
+        (r'^add_embedding\.linear_1', 'label_emb.0.0'),
+        (r'^add_embedding\.linear_2', 'label_emb.0.2'),
+        (r'^class_embedding', 'label_emb'),
+    ]
+
+
+def _vae_rules(c):
+    top = len(c.block_out_channels) - 1
+    return [
+        (r'conv_norm_out', 'norm_out'),
+        (r'mid_block\.resnets\.0', 'mid.block_1'),
+        (r'mid_block\.resnets\.1', 'mid.block_2'),
+        (r'mid_block\.attentions\.0\.group_norm', 'mid.attn_1.norm'),
+        (r'mid_block\.attentions\.0\.to_out\.0', 'mid.attn_1.proj_out'),
+        (r'mid_block\.attentions\.0\.to_', 'mid.attn_1.'),
+        (r'down_blocks\.', 'down.'),
+        (r'up_blocks\.(\d+)', lambda m: f'up.{top - int(m[1])}'),  # counted from the other end
+        (r'(down|up)samplers\.0', r'\1sample'),
+        (r'resnets', 'block'),
+        (r'conv_shortcut', 'nin_shortcut'),
+    ]
+
+
+def _place(name, rules, prefix, part, shape):
+    place = name
+    for pattern, replacement in rules:
+        place = re.sub(pattern, replacement, place)
+    how = ''
+    if part == 'vae' and 'attentions' in name and len(shape) == 2:
+        how = '1x1'
+    elif 'in_proj_' in place:
+        how = re.search(r'\.([qkv])_proj', name)[1]
+    elif place == 'text_projection':
+        how = 'T'
+    return Place(prefix + place, how)

@@ -1,0 +1,223 @@
+"""Read a diffusers folder or a single-file checkpoint into a Model, strictly."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from jaxsd.config import TEXT_ENCODERS, VERSIONS, read_config
+from jaxsd.models.spec import spec, to_jax
+from jaxsd.prompt.tokenizer import Tokenizer
+from jaxsd.weights import hub, names
+from jaxsd.weights.configs import TOKENIZERS
+from jaxsd.weights.files import TensorFile, as_dtype, component_files
+from jaxsd.weights.model import Model
+
+log = logging.getLogger('jaxsd')
+# What a single file can be. Its tensors are the same for sd14 and sd15, and for all of 2.x's
+# text-to-image models.
+CANDIDATES = ('sd15', 'sd15_inpainting', 'sd21', 'sd2_inpainting', 'sd2_depth', 'sdxl',
+              'sdxl_inpainting', 'sdxl_refiner')
+
+
+def load(path, dtype='float32', config=None, prediction_type=None, device=None):
+    """Read a model from a diffusers folder, a single .safetensors file or the Hugging Face Hub.
+
+    path: a folder, a file, or a Hub id ('owner/name') where there is no such path.
+    dtype: float32, float16 or bfloat16 for all weights; None keeps each tensor's own.
+    config: a ModelConfig that replaces what the folder's config.json files, or the names and
+        shapes in a single file, say.
+    prediction_type: epsilon, v_prediction or sample, where the file cannot tell.
+    device: a jax Device or Sharding on which every tensor is put as soon as it is read.
+    Raises ValueError that lists every missing, unexpected, mis-shaped and non-finite tensor;
+    ValueError or FileNotFoundError of one line for files that cannot be read.
+    Memory: the weights in `dtype` and the largest tensor.
+    """
+    dtype = as_dtype(dtype)
+    half = dtype is not None and dtype.itemsize == 2
+    folder = pathlib.Path(path).expanduser()
+    if not folder.exists():
+        if not hub.is_hub_id(path):
+            raise FileNotFoundError(f'{path}: no such file or folder')
+        folder = hub.download(str(path), half)
+    open_source = _open_folder if folder.is_dir() else _open_single
+    source = open_source(folder, config, half, prediction_type)
+    params, extras = source.read(dtype, device)
+    return Model(source.config, params, _tokenizers(folder, source.config), extras)
+
+
+class _Source:
+    """The tensors that a model is made of, found in files but not read yet.
+
+    tensors: {stored name: (TensorFile, name in that file)}; extras: the stored names that are kept
+    as they are; places: {component: {folder name: Place}}, see names.py.
+    """
+
+    def __init__(self, path, config, shapes, tensors, places, extras):
+        self.path, self.config, self.shapes = path, config, shapes
+        self.tensors, self.places, self.extras = tensors, places, extras
+
+    def read(self, dtype, device=None):
+        """-> params, extras. One pass over everything, then one error for all that is wrong."""
+        problems = self.mismatches()
+        wrong = {name for found in problems.values() for name in found}
+        params = {part: {} for part in self.places}
+        for part, table in self.places.items():
+            for name, place in table.items():
+                if place.name in wrong:
+                    continue
+                array = self._get(place, self.shapes[part][name])
+                with np.errstate(over='ignore'):
+                    cast = array if dtype is None else array.astype(dtype, copy=False)
+                if not np.isfinite(cast).all():
+                    kind = (f'too large for {dtype}' if np.isfinite(array).all()
+                            else 'not finite (NaN or infinity)')
+                    problems.setdefault(kind, {})[place.name] = ''
+                if not problems:
+                    params[part][name] = jax.device_put(to_jax(name, cast), device)
+        self._complain(problems)
+        return ({part: traverse_util.unflatten_dict(flat, sep='.')
+                 for part, flat in params.items()},
+                {name: self._raw(name) for name in self.extras})
+
+    def mismatches(self):
+        """{kind of problem: {stored name: detail}}, from the headers alone."""
+        expected = {place.name: place.shape(self.shapes[part][name])
+                    for part, table in self.places.items() for name, place in table.items()}
+        problems = {
+            'missing': dict.fromkeys(sorted(expected.keys() - self.tensors.keys()), ''),
+            'unexpected': dict.fromkeys(
+                sorted(self.tensors.keys() - expected.keys() - set(self.extras)), ''),
+            'mis-shaped': {}, 'not floating point': {},
+        }
+        for name in expected.keys() & self.tensors.keys():
+            shape, (file, inner) = expected[name], self.tensors[name]
+            found, dtype = file.shapes[inner], file.dtypes[inner]
+            if _squeeze(found) != _squeeze(shape):
+                problems['mis-shaped'][name] = f' (expected {list(shape)}, found {list(found)})'
+            elif dtype.kind in 'iub':
+                problems['not floating point'][name] = f' (found {dtype})'
+        return {kind: found for kind, found in problems.items() if found}
+
+    def _raw(self, name):
+        file, inner = self.tensors[name]
+        return file.read(inner)
+
+    def _get(self, place, shape):
+        file, inner = self.tensors[place.name]
+        if place.how in ('q', 'k', 'v'):
+            return file.read(inner, rows=('qkv'.index(place.how), shape[0]))
+        array = file.read(inner)
+        return array.T if place.how == 'T' else array.reshape(shape)
+
+    def _complain(self, problems, most=20):
+        if not problems:
+            return
+        lists = []
+        for kind, found in problems.items():
+            lines = [name + detail for name, detail in sorted(found.items())]
+            more = f' and {len(lines) - most} more' if len(lines) > most else ''
+            lists.append(f'{len(lines)} {kind}: {", ".join(lines[:most])}{more}')
+        raise ValueError(f'{self.path}: the tensors are not those of the expected model '
+                         f'({self.config.version}): ' + '; '.join(lists))
+
+
+def _open_folder(folder, config, half, prediction_type):
+    config = config or read_config(folder)
+    if prediction_type:
+        config = config.with_prediction(prediction_type)
+    shapes, tensors, places = spec(config), {}, {}
+    for part, expected in shapes.items():
+        for file in component_files(folder / part, half):
+            for inner in file.shapes:
+                name = names.in_folder(part, inner)
+                if f'{part}/{name}' in tensors:
+                    name = f'{inner} (a second time)'
+                if not name.endswith('.position_ids'):  # a constant that older versions saved
+                    tensors[f'{part}/{name}'] = file, inner
+        places[part] = {name: names.Place(f'{part}/{name}') for name in expected}
+    extras = []
+    if (folder / 'extras.safetensors').exists():
+        file = TensorFile(folder / 'extras.safetensors')
+        extras = list(file.shapes)
+        tensors.update({name: (file, name) for name in extras})
+    return _Source(folder, config, shapes, tensors, places, extras)
+
+
+def _open_single(path, config, half, prediction_type):
+    file = TensorFile(path)
+    if config is None:
+        config = _detect(file, prediction_type)
+    if prediction_type:
+        config = config.with_prediction(prediction_type)
+    tensors = {name: (file, name) for name in file.shapes if not names.is_ema(name)}
+    if len(tensors) < len(file.shapes):
+        log.warning('%s: ignoring model_ema.*, a second copy of the U-Net (%d tensors)', path,
+                    len(file.shapes) - len(tensors))
+    shapes = spec(config)
+    extras = [name for name in tensors if names.is_extra(name, config)]
+    return _Source(path, config, shapes, tensors, names.places(config, shapes), extras)
+
+
+def _detect(file, prediction_type=None):
+    """The ModelConfig of the released version whose names and shapes a single file has."""
+    def agreement(version):
+        config = read_config(version)
+        shapes = spec(config)
+        expected = {place.name: place.shape(shapes[part][name])
+                    for part, table in names.places(config, shapes).items()
+                    for name, place in table.items()}
+        same = sum(file.shapes.get(name) == shape for name, shape in expected.items())
+        return same / len(expected)
+
+    best = max(CANDIDATES, key=agreement)
+    if agreement(best) < 0.25:
+        raise ValueError(
+            f'{file.path}: not a Stable Diffusion checkpoint that jaxsd knows; expected the '
+            'tensors of 1.x, 2.x, SDXL or its refiner (model.diffusion_model.*, '
+            f'first_stage_model.* ...), found {len(file.shapes)} tensors such as '
+            f'{", ".join(list(file.shapes)[:3])}. Give config= for a model of other sizes.')
+    if best == 'sd21' and prediction_type == 'epsilon':
+        return read_config('sd21_base')
+    config = read_config(best)
+    if best == 'sd21' and prediction_type is None:
+        log.warning('%s: 2.x files do not say what they predict; taken as a 768-v model '
+                    '(v_prediction). For a 512-base model give prediction_type=epsilon', file.path)
+    if 'v_pred' in file.shapes:
+        config = config.with_prediction('v_prediction')
+    if 'ztsnr' in file.shapes:
+        schedule = dataclasses.replace(config.schedule, rescale_betas_zero_snr=True)
+        config = config.replace(schedule=schedule)
+    return config
+
+
+def _squeeze(shape):
+    """A linear layer may be kept as a 1x1 convolution, or the other way round."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _tokenizers(folder, config):
+    """A tokenizer for each text encoder: the folder's own, or CLIP's for CLIP's vocabulary."""
+    index = folder / 'model_index.json'
+    index = json.loads(index.read_text()) if index.exists() else {}
+    found = {}
+    for part in TEXT_ENCODERS:
+        text, name = getattr(config, part), TOKENIZERS[part]
+        if text is None:
+            continue
+        if (folder / name).is_dir():
+            found[part] = Tokenizer.from_folder(folder / name)
+        elif index.get(name, [None])[0]:
+            raise FileNotFoundError(f'{folder / name}: no such folder. A diffusers folder needs '
+                                    f'its {name!r} component; download the whole folder.')
+        elif text.vocab_size == 49408:
+            pad = '!' if names.is_openclip(text) else None
+            found[part] = Tokenizer.from_folder(VERSIONS / 'clip', pad=pad)
+        else:
+            log.warning('%s: no tokenizer for the %d tokens of its %s; prompts need one', folder,
+                        text.vocab_size, part)
+    return found

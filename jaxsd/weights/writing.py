@@ -1,0 +1,133 @@
+"""Write a Model as a diffusers folder or as a single file, with nothing half-written."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+from flax import traverse_util
+
+from jaxsd.models.spec import from_jax, spec
+from jaxsd.weights import names
+from jaxsd.weights.configs import TOKENIZERS, write_config
+from jaxsd.weights.files import as_dtype, write_tensors
+
+LAYOUTS = ('diffusers', 'single-file')
+
+
+def save(model, path, layout='diffusers', dtype=None):
+    """Write a model to `path`: a folder in diffusers' layout, or one .safetensors file.
+
+    dtype: of all weights in the files; None keeps each array's own.
+    Everything is written under a temporary name first. A folder that exists already keeps its
+    other files (a README, say), except weights that the new ones replace.
+    Raises ValueError when the arrays are not those of model.config or the layout is unknown.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout {layout!r}: expected one of {LAYOUTS}')
+    dtype = as_dtype(dtype)
+    shapes = spec(model.config)
+    arrays = {part: traverse_util.flatten_dict(tree, sep='.')
+              for part, tree in model.params.items()}
+    _check(shapes, arrays)
+    path = pathlib.Path(path).expanduser()
+    if layout == 'single-file':
+        if path.is_dir() or path.suffix != '.safetensors':
+            raise ValueError(f'{path}: expected the name of a .safetensors file')
+        table = names.places(model.config, shapes)
+        tensors = {k: t for part in shapes
+                   for k, t in _stored(arrays[part], shapes[part], table[part], dtype).items()}
+        write_tensors(path, tensors | _plain(model.extras))
+    elif path.exists() and not path.is_dir():
+        raise ValueError(f'{path}: is a file; expected the name of a folder')
+    else:
+        temporary = path.absolute().with_name(f'.{path.absolute().name}.{os.getpid()}.tmp')
+        try:
+            _write_folder(model, temporary, shapes, arrays, dtype)
+            _replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_folder(model, folder, shapes, arrays, dtype):
+    write_config(model.config, folder, tokenizers=tuple(model.tokenizers))
+    for part, expected in shapes.items():
+        stem = 'model' if part in TOKENIZERS else 'diffusion_pytorch_model'
+        table = {name: names.Place(name) for name in expected}
+        write_tensors(folder / part / f'{stem}.safetensors',
+                      _stored(arrays[part], expected, table, dtype))
+    for part, tokenizer in model.tokenizers.items():
+        _write_tokenizer(tokenizer, folder / TOKENIZERS[part])
+    if model.extras:
+        write_tensors(folder / 'extras.safetensors', _plain(model.extras))
+
+
+def _stored(arrays, shapes, table, dtype):
+    """What write_tensors takes, for one component."""
+    groups = {}
+    for name, place in table.items():
+        groups.setdefault(place.name, []).append(name)
+    for members in groups.values():
+        members.sort(key=lambda name: 'qkv'.find(table[name].how))
+
+    def make(members):
+        parts = [from_jax(name, np.asarray(arrays[name])) for name in members]
+        array = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return array.T if table[members[0]].how == 'T' else array
+
+    return {stored: (table[members[0]].shape(shapes[members[0]]),
+                     np.dtype(dtype or arrays[members[0]].dtype),
+                     lambda members=members: make(members))
+            for stored, members in groups.items()}
+
+
+def _plain(arrays):
+    return {name: (a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
+
+
+def _check(shapes, arrays):
+    wrong = [f'{part} {name}'
+             for part in shapes.keys() | arrays.keys()
+             for name in shapes.get(part, {}).keys() ^ arrays.get(part, {}).keys()]
+    wrong += [f'{part} {name} (expected {list(shape)}, found {list(found)})'
+              for part in shapes.keys() & arrays.keys() for name, shape in shapes[part].items()
+              if name in arrays[part]
+              for found in [from_jax(name, np.broadcast_to(0, arrays[part][name].shape)).shape]
+              if found != tuple(shape)]
+    if wrong:
+        raise ValueError(f'the arrays are not those of the config; {len(wrong)} differ: '
+                         f'{", ".join(sorted(wrong)[:20])}')
+
+
+def _write_tokenizer(tokenizer, folder):
+    """vocab.json, merges.txt and the two settings files, which every transformers version reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = json.loads(tokenizer.backend.backend_tokenizer.to_str())['model']
+    merges = [m if isinstance(m, str) else ' '.join(m) for m in model['merges']]
+    special = {f'{kind}_token': getattr(tokenizer.backend, f'{kind}_token')
+               for kind in ('bos', 'eos', 'unk', 'pad')}
+    settings = {'tokenizer_class': 'CLIPTokenizer', 'model_max_length': tokenizer.length,
+                'do_lower_case': True, 'add_prefix_space': False, 'errors': 'replace', **special}
+    vocab = json.dumps(model['vocab'], ensure_ascii=False, separators=(',', ':'))
+    for name, text in (('vocab.json', vocab), ('merges.txt', '\n'.join(['#version: 0.2', *merges])),
+                       ('tokenizer_config.json', json.dumps(settings, indent=2)),
+                       ('special_tokens_map.json', json.dumps(special, indent=2))):
+        (folder / name).write_text(text + '\n', encoding='utf-8')
+
+
+def _replace(new, path):
+    """Move a finished folder to its name, file by file where that name is in use."""
+    if not path.exists():
+        os.replace(new, path)
+        return
+    written = {p.relative_to(new) for p in new.rglob('*') if p.is_file()}
+    for file in sorted(written):
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / file, path / file)
+    # Shards or another variant of the old weights could be read instead of the new ones.
+    components = {file.parts[0] for file in written if len(file.parts) > 1}
+    for old in (path / 'extras.safetensors', *path.glob('*/*.safetensors*')):
+        ours = old.parent == path or old.parent.name in components
+        if ours and old.relative_to(path) not in written:
+            old.unlink(missing_ok=True)

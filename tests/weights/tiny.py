@@ -1,0 +1,61 @@
+"""Tiny models with the structure of each released version, for tests of reading and writing."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from jaxsd.config import TEXT_ENCODERS, VERSIONS, read_config
+from jaxsd.models.spec import init
+from jaxsd.prompt.tokenizer import Tokenizer
+from jaxsd.weights import Model
+
+
+def tiny_config(version, vocab_size=99):
+    """A released version's config with all widths shrunk; names and ranks stay."""
+    config = read_config(version)
+    unet = config.unet
+    parts = {'unet': dataclasses.replace(
+        unet, block_out_channels=tuple(8 * min(i + 1, 2) for i in range(len(unet.heads))),
+        heads=(2,) * len(unet.heads), norm_num_groups=4, cross_attention_dim=12,
+        transformer_layers=tuple(min(n, 2) for n in unet.transformer_layers),
+        mid_transformer_layers=min(unet.mid_transformer_layers, 2), sample_size=8,
+        added_dim=20 if unet.added_dim else 0, added_time_dim=4 if unet.added_dim else 256)}
+    if unet.added_dim:  # the last level's number is also the middle block's
+        parts['unet'] = dataclasses.replace(
+            parts['unet'], mid_transformer_layers=max(parts['unet'].transformer_layers))
+    parts['vae'] = dataclasses.replace(config.vae, block_out_channels=(4, 4, 8, 8),
+                                       norm_num_groups=2)
+    for name in TEXT_ENCODERS:
+        if getattr(config, name):
+            parts[name] = dataclasses.replace(
+                getattr(config, name), vocab_size=vocab_size, hidden_size=12, intermediate_size=24,
+                num_hidden_layers=3, num_attention_heads=2,
+                projection_dim=6 if getattr(config, name).projection_dim else 0)
+    return config.replace(**parts, version='custom')
+
+
+def tiny_model(version, dtype='float32', tokenizers=False):
+    """A random Model of `tiny_config(version)`; with CLIP's tokenizers on request."""
+    config = tiny_config(version, 49408 if tokenizers else 99)
+    params = init(jax.random.key(0), config, dtype)
+    # Norm weights and biases are constants in `init`: make every tensor different.
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: a + rng.standard_normal(a.shape).astype(a.dtype), params)
+    names = {'text_encoder': 'tokenizer', 'text_encoder_2': 'tokenizer_2'}
+    found = {part: Tokenizer.from_folder(VERSIONS / version / names[part])
+             for part in names if tokenizers and getattr(config, part)}
+    return Model(config, params, found)
+
+
+def flat(params):
+    """{path: numpy array} of a params tree."""
+    return {jax.tree_util.keystr(path): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def same(a, b):
+    """Whether two dicts of arrays have the same names, dtypes and bytes."""
+    return a.keys() == b.keys() and all(
+        np.asarray(a[k]).dtype == np.asarray(b[k]).dtype
+        and np.asarray(a[k]).tobytes() == np.asarray(b[k]).tobytes() for k in a)
