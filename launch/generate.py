@@ -64,8 +64,7 @@ def run():
     source = _CHECKPOINT.value or recipe.checkpoint
     model = jaxsd.load(source, dtype=dtype)
     if recipe.prediction:
-        config = model.config.with_prediction(recipe.prediction)
-        model = jaxsd.Model(config, model.params, model.tokenizers, model.extras)
+        model = model.replace(config=model.config.with_prediction(recipe.prediction))
     requests = resolve(requests, model.config)
     name = pathlib.Path(source).stem if os.path.exists(source) else source
     print(f'{name}: {model.config.version}, {dtype}, on {jax.local_device_count()} '

@@ -1,6 +1,5 @@
 """`generate`: requests -> pictures, by one compiled program in which everything is data."""
 
-import dataclasses
 import functools
 import itertools
 from typing import NamedTuple
@@ -88,8 +87,7 @@ def generate(model, requests, on_step=None, tile=None, noise=None):
 def replicate(model):
     """A model whose weights lie on every local device, so that `generate` need not copy them."""
     mesh = _mesh(jax.local_device_count())
-    params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
-    return dataclasses.replace(model, params=params)
+    return model.replace(params=jax.device_put(model.params, NamedSharding(mesh, PartitionSpec())))
 
 
 def inputs(model, requests, noise=None):

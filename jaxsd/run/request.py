@@ -7,6 +7,9 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from jaxsd.sampling import SAMPLERS, SCHEDULES
+from jaxsd.sampling.choice import choose
+
 MAX_SEED = 2**64 - 1
 
 
@@ -39,6 +42,8 @@ class Request:
         for name in ('prompt', 'negative_prompt', 'sampler', 'schedule'):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f'{name}={getattr(self, name)!r}: expected a string')
+        choose('sampler', self.sampler, SAMPLERS)
+        choose('schedule', self.schedule, SCHEDULES)
         _integer('seed', self.seed, -1, MAX_SEED)
         _integer('steps', self.steps, 1)
         for name in ('width', 'height'):

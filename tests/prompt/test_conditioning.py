@@ -1,0 +1,47 @@
+"""Conditioning: layout, SDXL's vector, zeros for an empty negative prompt."""
+
+import numpy as np
+
+from jaxsd.models import clip
+from jaxsd.prompt import conditioning
+
+
+def _encode(model, ids=None, zero=None):
+    tokens = conditioning.tokens(model.tokenizers, ['dog', ''], ['red apple', 'cat'])
+    return tokens, conditioning.encode(model.params, model.config, tokens, ids, zero)
+
+
+def test_the_pair_is_negative_then_positive(tiny_model):
+    model = tiny_model('sd1')
+    _, found = _encode(model)
+    alone = clip.encode(model.params['text_encoder'], model.config.text_encoder,
+                        model.tokenizers['text_encoder'](['dog', 'red apple', '', 'cat'])).hidden
+    assert found.added is None
+    np.testing.assert_allclose(found.context.reshape(alone.shape), alone, atol=1e-5)
+
+
+def test_sdxl_concatenates_features_and_appends_the_time_ids(tiny_model):
+    model = tiny_model('sdxl')
+    ids = np.stack([conditioning.time_ids((64, 48), (1, 2), (64, 64))] * 2)
+    assert ids[0].tolist() == [[64, 48, 1, 2, 64, 64]] * 2
+    tokens, found = _encode(model, ids, np.array([False, True]))
+    first, second = (clip.encode(model.params[n], getattr(model.config, n), tokens[n][:, 1])
+                     for n in ('text_encoder', 'text_encoder_2'))
+    np.testing.assert_allclose(found.context[:, 1, :, :32], first.hidden, atol=1e-5)
+    np.testing.assert_allclose(found.context[:, 1, :, 32:], second.hidden, atol=1e-5)
+    np.testing.assert_allclose(found.added[:, 1, :24], second.pooled, atol=1e-5)
+    angles = 48 * 10000.0 ** (-np.arange(4) / 4)  # the second id, in 8 sinusoids, cosines first
+    np.testing.assert_allclose(found.added[0, 1, 32:40],
+                               np.concatenate([np.cos(angles), np.sin(angles)]), atol=1e-5)
+    # Only the second image asked for zeros; the time ids are not text and stay.
+    assert np.any(found.context[0, 0]) and not np.any(found.context[1, 0])
+    assert np.any(found.added[0, 0, :24]) and not np.any(found.added[1, 0, :24])
+    np.testing.assert_array_equal(found.added[1, 0, 24:], found.added[1, 1, 24:])
+
+
+def test_the_refiner_takes_scores(tiny_model):
+    model = tiny_model('refiner')
+    ids = np.stack([conditioning.aesthetic_ids((64, 64), (0, 0))] * 2)
+    assert ids[0].tolist() == [[64, 64, 0, 0, 2.5], [64, 64, 0, 0, 6.0]]
+    _, found = _encode(model, ids)
+    assert found.context.shape == (2, 2, 16, 48) and found.added.shape == (2, 2, 24 + 40)
