@@ -44,13 +44,13 @@ def load(path, dtype='float32', config=None, prediction_type=None, device=None):
         if not hub.is_hub_id(path):
             raise FileNotFoundError(f'{path}: no such file or folder')
         folder = hub.download(str(path), half)
-    open_source = _open_folder if folder.is_dir() else _open_single
+    open_source = open_folder if folder.is_dir() else open_single
     source = open_source(folder, config, half, prediction_type)
     params, extras = source.read(dtype, device)
     return Model(source.config, params, _tokenizers(folder, source.config), extras)
 
 
-class _Source:
+class Source:
     """The tensors that a model is made of, found in files but not read yet.
 
     tensors: {stored name: (TensorFile, name in that file)}; extras: the stored names that are kept
@@ -126,7 +126,7 @@ class _Source:
                          f'({self.config.version}): ' + '; '.join(lists))
 
 
-def _open_folder(folder, config, half, prediction_type):
+def open_folder(folder, config, half, prediction_type):
     config = config or read_config(folder)
     if prediction_type:
         config = config.with_prediction(prediction_type)
@@ -145,10 +145,10 @@ def _open_folder(folder, config, half, prediction_type):
         file = TensorFile(folder / 'extras.safetensors')
         extras = list(file.shapes)
         tensors.update({name: (file, name) for name in extras})
-    return _Source(folder, config, shapes, tensors, places, extras)
+    return Source(folder, config, shapes, tensors, places, extras)
 
 
-def _open_single(path, config, half, prediction_type):
+def open_single(path, config, half, prediction_type):
     file = TensorFile(path)
     if config is None:
         config = _detect(file, prediction_type)
@@ -160,7 +160,7 @@ def _open_single(path, config, half, prediction_type):
                     len(file.shapes) - len(tensors))
     shapes = spec(config)
     extras = [name for name in tensors if names.is_extra(name, config)]
-    return _Source(path, config, shapes, tensors, names.places(config, shapes), extras)
+    return Source(path, config, shapes, tensors, names.places(config, shapes), extras)
 
 
 def _detect(file, prediction_type=None):

@@ -1,0 +1,126 @@
+"""Every released file converts to exactly the spec: real names and shapes, without the data."""
+
+import gzip
+import json
+import pathlib
+
+import pytest
+
+from jaxsd.config import read_config, versions
+from jaxsd.models.spec import count, spec
+from jaxsd.weights import names
+from jaxsd.weights.reading import open_folder, open_single
+
+HERE = pathlib.Path(__file__).resolve()
+DATA = HERE.parents[1] / 'data' / 'manifests'
+SHARED = HERE.parents[3] / 'shared' / 'manifests'  # the originals, if beside the clone
+SINGLE, FOLDERS = (json.loads(gzip.decompress((DATA / f'{kind}.json.gz').read_bytes()))
+                   for kind in ('singlefile', 'diffusers'))
+
+# single file: the version that it is; how many of its tensors the model does not use, and how many
+# belong to the averaged copy.
+FILES = {
+    'sd15_emaonly': ('sd15', 15, 0), 'sd15_with_ema': ('sd15', 15, 686),
+    'sd15_inpainting': ('sd15_inpainting', 15, 0), 'sd2': ('sd21', 28, 0),
+    'sd2_inpainting': ('sd2_inpainting', 28, 0), 'sd2_depth': ('sd2_depth', 28 + 368, 0),
+    'sdxl_base': ('sdxl', 4, 0), 'sdxl_refiner': ('sdxl_refiner', 3, 0),
+}
+UNETS = {'sd1': 859_520_964, 'sd2': 865_910_724, 'sd15_inpainting': 859_535_364,
+         'sd2_inpainting': 865_925_124, 'sd2_depth': 865_913_604, 'sdxl': 2_567_463_684,
+         'sdxl_inpainting': 2_567_478_084, 'sdxl_refiner': 2_259_526_660}
+TEXTS = {'sd1': (123_060_480, 0), 'sd2': (340_387_840, 0), 'sdxl': (123_060_480, 694_659_840),
+         'sdxl_refiner': (0, 694_659_840)}
+
+
+def sparse_file(path, shapes):
+    """A safetensors file with these shapes whose data are a hole in the file."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        dtype = ('I64' if name.endswith('position_ids') else
+                 'I32' if name.endswith('num_updates') else 'F32')
+        size = 8 if dtype == 'I64' else 4
+        for n in shape:
+            size *= n
+        header[name] = {'dtype': dtype, 'shape': shape, 'data_offsets': [end, end + size]}
+        end += size
+    head = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'wb') as file:
+        file.write(len(head).to_bytes(8, 'little') + head)
+        file.truncate(8 + len(head) + end)
+
+
+def test_copies_are_the_originals():
+    if not SHARED.exists():
+        pytest.skip('the original manifests are not beside this clone')
+    for kind, copies in (('singlefile', SINGLE), ('diffusers', FOLDERS)):
+        for name, copy in copies.items():
+            assert copy == json.loads((SHARED / kind / f'{name}.json').read_text()), name
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_single_file(name, tmp_path):
+    version, extras, ema = FILES[name]
+    path = tmp_path / 'model.safetensors'
+    sparse_file(path, SINGLE[name])
+    source = open_single(path, None, False, None)
+    assert source.config == read_config(version)
+    assert source.mismatches() == {}
+    assert len(source.extras) == extras
+    places = {p.name for table in source.places.values() for p in table.values()}
+    assert len(places) + extras + ema == len(SINGLE[name])
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_every_lost_or_changed_tensor_is_noticed(name, tmp_path):
+    shapes = dict(SINGLE[name])
+    config = read_config(FILES[name][0])
+    used = [n for n in shapes if not names.is_extra(n, config) and not names.is_ema(n)]
+    gone, changed = used[7], used[-3]
+    del shapes[gone]
+    shapes[changed] = [*shapes[changed][:-1], shapes[changed][-1] + 1]
+    shapes['stray.weight'] = [1]
+    sparse_file(tmp_path / 'model.safetensors', shapes)
+    problems = open_single(tmp_path / 'model.safetensors', None, False, None).mismatches()
+    assert {kind: list(found) for kind, found in problems.items()} == {
+        'missing': [gone], 'mis-shaped': [changed], 'unexpected': ['stray.weight']}
+
+
+@pytest.mark.parametrize('version', ['sd15', 'sd15_inpainting', 'sd21', 'sd2_inpainting',
+                                     'sd2_depth', 'sdxl', 'sdxl_refiner', 'old'])
+def test_folder(version, tmp_path):
+    """The released folders; 'old' has SD 1.5's float32 VAE with its old attention names."""
+    config = read_config('sd15' if version == 'old' else version)
+    prefix = {'sdxl': 'sdxl_base', 'old': 'sd15'}.get(version, version)
+    for part in spec(config):
+        stem = 'model' if part.startswith('text') else 'diffusion_pytorch_model'
+        name = f'{prefix}_{part}' + '_old_attention_names' * (version == 'old' and part == 'vae')
+        if name not in FOLDERS:  # 2.x's depth and inpainting folders share these with 2.1
+            name = f'sd21_{part}'
+        sparse_file(tmp_path / part / f'{stem}.safetensors', FOLDERS[name])
+    source = open_folder(tmp_path, config, False, None)
+    assert source.mismatches() == {}
+    assert source.extras == []
+
+
+def test_vae_file():
+    """A VAE alone in LDM names, as vae-ft-mse and sdxl_vae come, has the names without prefix."""
+    config = read_config('sd15')
+    shapes = spec(config)
+    table = names.places(config, shapes)['vae']
+    expected = {place.name.removeprefix('first_stage_model.'): list(place.shape(shape))
+                for place, shape in ((table[n], s) for n, s in shapes['vae'].items())}
+    found = {n: s for n, s in SINGLE['vae_ldm'].items() if not names.is_extra(n, config)}
+    assert found == expected
+
+
+@pytest.mark.parametrize('version', versions())
+def test_parameter_counts(version):
+    """The published counts; every config in the package has one."""
+    shapes = spec(read_config(version))
+
+    def of(table):  # an entry of its own, or its family's
+        return table.get(version) or table['sdxl' if 'xl' in version else version[:3]]
+    assert count(shapes['unet']) == of(UNETS)
+    assert count(shapes['vae']) == 83_653_863
+    assert tuple(count(shapes.get(t, {})) for t in ('text_encoder', 'text_encoder_2')) == of(TEXTS)
