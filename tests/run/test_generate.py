@@ -1,0 +1,175 @@
+"""generate: data does not recompile, pictures do not depend on their batch, errors are clear."""
+
+import contextlib
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+
+import jaxsd
+from jaxsd import Request, sampling
+from jaxsd.run.generate import _Progress, inputs
+from jaxsd.run.request import resolve
+
+# Samplers, schedules, step counts, guidance and prompts all differ.
+MIXED = [
+    Request('red apple', seed=7, steps=4),
+    Request('cat', 'dog', seed=2**64 - 1, steps=3, sampler='heun', schedule='normal', guidance=2),
+    Request('', seed=4376845645, steps=5, sampler='euler_ancestral', schedule='simple'),
+    Request('a dog', seed=0, steps=1, sampler='unipc', schedule='exponential', guidance=1),
+    Request('a red cat', 'a', seed=1, steps=3, sampler='dpmpp_sde', eta=0.5),
+]
+
+
+@contextlib.contextmanager
+def compilations():
+    """Counts whatever XLA compiles inside the block."""
+    count = []
+
+    def listen(event, duration, **more):
+        if event == '/jax/core/compile/backend_compile_duration':
+            count.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield count
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _far(a, b):
+    return np.abs(a.astype(int) - b.astype(int)).max()
+
+
+def test_pictures_are_data(tiny_model):
+    model = tiny_model('sd1')
+    first = Request('red apple', seed=7, steps=4)
+    with compilations() as count:
+        image = jaxsd.generate(model, [first])
+    assert count, 'the listener must see the first compilation'
+    assert image.shape == (1, 64, 64, 3) and image.dtype == np.uint8
+    changes = [
+        dict(prompt='cat'), dict(negative_prompt='dog'), dict(seed=2**64 - 1), dict(guidance=1.5),
+        dict(steps=7), dict(schedule='normal'), dict(sampler='euler_ancestral', eta=0.3),
+        dict(sampler='heun', steps=3),
+    ]
+    changes += [dict(sampler=name, steps=2) for name in sampling.SAMPLERS]
+    changes += [dict(schedule=name, steps=3) for name in sampling.SCHEDULES if name != 'karras']
+    with compilations() as count:
+        for change in changes:
+            other = jaxsd.generate(model, [first.replace(**change)])
+            assert _far(image, other) > 0, change
+        np.testing.assert_array_equal(jaxsd.generate(model, [first]), image)
+    assert not count
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_a_picture_does_not_depend_on_its_batch(tiny_model, devices, tmp_path):
+    model = tiny_model('sd1')
+    if devices == 1:
+        batch = jaxsd.generate(model, MIXED)
+    else:
+        batch = _on_devices(devices, tmp_path / 'batch.npy')
+    assert batch.shape == (5, 64, 64, 3)
+    for picture, request in zip(batch, MIXED):
+        assert _far(picture, jaxsd.generate(model, [request])[0]) <= 1, request
+
+
+def _on_devices(count, path):
+    """Run MIXED in a process with that many devices; 5 pictures on 4 devices need padding."""
+    code = f"""
+import conftest, jax, numpy as np, pathlib
+import jaxsd
+from jaxsd.models.spec import init
+from jaxsd.prompt.tokenizer import Tokenizer
+from run.test_generate import MIXED
+assert jax.local_device_count() == {count}
+folder = pathlib.Path({str(path.parent)!r}) / 'tokenizer'
+conftest.write_tokenizer(folder)
+config = conftest.TINY['sd1']
+model = jaxsd.Model(config, init(jax.random.key(0), config),
+                    {{'text_encoder': Tokenizer.from_folder(folder)}})
+seen = []
+images = jaxsd.generate(model, MIXED, on_step=lambda done, total: seen.append((done, total)))
+assert seen == [(i, 5) for i in range(1, 6)], seen
+np.save({str(path)!r}, images)
+"""
+    tests = pathlib.Path(__file__).parents[1]
+    flags = os.environ.get('XLA_FLAGS', '')
+    environment = {**os.environ, 'JAX_PLATFORMS': 'cpu',
+                   'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={count}',
+                   'PYTHONPATH': os.pathsep.join([str(tests), str(tests.parent)])}
+    subprocess.run([sys.executable, '-c', code], env=environment, check=True, timeout=600)
+    return np.load(path)
+
+
+@pytest.mark.parametrize('family', ['sdxl'])
+def test_sdxl_hears_its_size_ids(tiny_model, family):
+    model = tiny_model(family)
+    request = Request('cat', seed=1, steps=2)
+    image = jaxsd.generate(model, [request])
+    assert _far(image, jaxsd.generate(model, [request.replace(original_size=(8, 8))])) > 0
+    # No negative prompt is zeros here; a space has no tokens either, but is a prompt.
+    assert _far(image, jaxsd.generate(model, [request.replace(negative_prompt=' ')])) > 0
+
+
+def test_noise_can_be_given(tiny_model):
+    model, request = tiny_model('sd1'), Request('cat', seed=3, steps=2)
+    with pytest.raises(ValueError, match=r'noise \(1, 4, 8, 4\): expected the shape \(1, 8, 8, 4'):
+        jaxsd.generate(model, [request], noise=np.zeros((1, 4, 8, 4)))
+    noise = sampling.initial(sampling.keys([3]), (8, 8, 4))
+    assert _far(jaxsd.generate(model, [request], noise=noise),
+                jaxsd.generate(model, [request])) <= 1
+
+
+def test_nan_in_weights_is_reported(tiny_model):
+    model = tiny_model('sd1')
+    params = {**model.params, 'unet': jax.tree.map(lambda a: a * jnp.nan, model.params['unet'])}
+    with pytest.raises(ValueError, match=r'picture 0 \(seed 5\) is not finite: the weights hold N'):
+        jaxsd.generate(model.replace(params=params), [Request(seed=5, steps=1)])
+
+
+@pytest.mark.parametrize('requests, message', [
+    ([], 'expected at least one, all of one size; found no request'),
+    ([Request(width=64), Request(width=72)], 'found 64x64, 72x64'),
+    ([Request(width=60)], 'width=60: expected a multiple of 8'),
+    ([Request(steps=2000)], 'steps=2000: expected a whole number from 1 to 1000'),
+    ([Request(sampler='euler', eta=0.5)], "sampler 'euler' has no option 'eta'"),
+    ([Request(schedule_options={'roh': 7})], "schedule 'karras' has no option 'roh'"),
+])
+def test_requests_that_do_not_fit(tiny_model, requests, message):
+    with pytest.raises(ValueError, match=message):
+        jaxsd.generate(tiny_model('sd1'), requests)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_model):
+    model = tiny_model('sd1')
+    text = jaxsd.config.TextConfig(vocab_size=100)
+    with pytest.raises(ValueError, match='token 527 is outside its vocabulary of 100'):
+        jaxsd.generate(model.replace(config=model.config.replace(text_encoder=text)), [Request()])
+
+
+def test_inputs_hold_the_whole_seed(tiny_model):
+    model = tiny_model('sd1')
+    data = inputs(model, resolve([Request(seed=2**64 - 2), Request(seed=5)], model.config))
+    assert data.keys.tolist() == [[2**32 - 1, 2**32 - 2], [0, 5]]
+    keys = sampling.keys([2**64 - 2, 5])
+    np.testing.assert_array_equal(jax.random.key_data(keys), data.keys)
+    assert math.isclose(data.sigma[0], 14.6146, rel_tol=1e-4)
+
+
+def test_progress_counts_model_calls_once():
+    """Row 0 calls no model (noise only); reports come twice and out of order."""
+    rows = sampling.Rows(np.array([[0.0], [3], [2], [0]]), None, None)
+    seen = []
+    progress = _Progress(rows, lambda done, total: seen.append((done, total)))
+    for row in (1, 1, 2, 1):
+        progress(row)
+    assert seen == [(1, 2), (2, 2)]
