@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-INITIAL = 2**32 - 1  # the call number of the initial noise; real calls count from 0
+INITIAL = np.uint32(2**32 - 1)  # the call number of the initial noise; real calls count from 0
 
 
 def keys(seeds):

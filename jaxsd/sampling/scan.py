@@ -62,14 +62,15 @@ def sample(denoise, x, rows, noise, on_call=None):
 
         def model():
             # An idle image gets a sigma at which any denoiser is finite; its weights are 0.
-            out = denoise(state.x, jnp.where(row.sigma > 0, row.sigma, 1), i).astype(dtype)
+            out = denoise(state.x, jnp.where(row.sigma > 0, row.sigma, 1), i)
             if on_call is not None:
                 out, done = lax.optimization_barrier((out, i))  # not before the model is through
                 jax.debug.callback(on_call, done)
-            return out
+            return jnp.asarray(out, dtype)
 
         denoised = lax.cond(active, model, lambda: state.x)
-        fresh = lax.cond(noisy, lambda: noise(i).astype(dtype), lambda: jnp.zeros_like(state.x))
+        fresh = lax.cond(noisy, lambda: jnp.asarray(noise(i), dtype),
+                         lambda: jnp.zeros_like(state.x))
         return step(state, row, denoised, fresh), None
 
     state, _ = lax.scan(body, state, (jnp.arange(len(rows.sigma)), rows, active, noisy))

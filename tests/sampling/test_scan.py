@@ -1,0 +1,149 @@
+"""One compiled program for every table: mixing, padding, counting, compiling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import denoise as analytic
+
+from jaxsd import sampling
+from jaxsd.config import ScheduleConfig
+
+CONFIG = ScheduleConfig()
+SHAPE = (4, 4, 3)
+# One image each: sampler, schedule, steps, seed.
+IMAGES = [
+    (name, schedule, steps, seed) for seed, (name, schedule, steps) in enumerate(zip(
+        sampling.SAMPLERS, [*sampling.SCHEDULES] * 3,
+        [5, 12, 7, 9, 4, 20, 1, 8, 16, 10, 6, 3, 11, 13]))]
+
+
+def table(image):
+    name, schedule, steps, _ = image
+    return sampling.plan(name, sampling.schedule(schedule, steps, CONFIG))
+
+
+def denoise(x, sigma, i):
+    return analytic(x, sigma.reshape(-1, 1, 1, 1), jnp)
+
+
+def start(images):
+    """First points [B,...] and a pool of noise [calls,B,...], each image from its own seed."""
+    pools = [np.random.default_rng(seed).standard_normal((65, *SHAPE)) for *_, seed in images]
+    pool = np.stack(pools, axis=1).astype(np.float32)
+    first = np.array([table(image).sigma[0] for image in images], np.float32)
+    return pool[-1] * first.reshape(-1, 1, 1, 1), pool[:-1]
+
+
+@jax.jit
+def run(x, rows, pool):
+    return sampling.sample(denoise, x, rows, lambda i: pool[i])
+
+
+def test_mixed_batch_equals_solo_runs_without_a_recompile():
+    rows = sampling.stack([table(image) for image in IMAGES])
+    assert rows.sigma.shape == (64, len(IMAGES)) and rows.mix.shape == (64, len(IMAGES), 2, 7)
+    x, pool = start(IMAGES)
+    mixed = np.asarray(run(x, rows, pool))
+    before = None
+    for index, image in enumerate(IMAGES):
+        x, pool = start([image])
+        alone = np.asarray(run(x, sampling.stack([table(image)]), pool))
+        np.testing.assert_allclose(mixed[index], alone[0], rtol=0, atol=2e-6, err_msg=image[0])
+        before = before or run._cache_size()
+        assert run._cache_size() == before, 'a sampler, schedule or step count compiled anew'
+
+
+def test_shared_rows_equal_rows_per_image():
+    image = IMAGES[10]
+    x, pool = start([image] * 3)
+    shared = run(x, table(image), pool)
+    np.testing.assert_allclose(shared, run(x, sampling.stack([table(image)] * 3), pool), atol=2e-6)
+
+
+def test_padding_changes_nothing_and_costs_no_call():
+    seen = []
+    image = IMAGES[4]
+    x, pool = start([image])
+
+    def counted(x, rows, pool):
+        return sampling.sample(denoise, x, rows, lambda i: pool[i],
+                               on_call=lambda i: seen.append(int(i)))
+
+    ends = []
+    for length in (None, 64, 128):
+        seen.clear()
+        rows = table(image) if length is None else sampling.pad(table(image), length)
+        ends.append(np.asarray(jax.jit(counted)(x, rows, pool)))
+        jax.effects_barrier()
+        assert sorted(seen) == list(range(2 * 4 - 1))
+    np.testing.assert_array_equal(ends[0], ends[1])
+    np.testing.assert_array_equal(ends[0], ends[2])
+
+
+def test_padding_really_skips_the_model():
+    """Count by a callback inside the model itself, in a batch of 3 and of 9 steps."""
+    seen = []
+
+    def model(x, sigma, i):
+        jax.debug.callback(lambda i: seen.append(int(i)), i)
+        return denoise(x, sigma, i)
+
+    rows = sampling.stack([table(('euler', 'karras', steps, 0)) for steps in (3, 9)])
+    x = jnp.ones((2, *SHAPE))
+    jax.block_until_ready(jax.jit(
+        lambda x, rows: sampling.sample(model, x, rows, lambda i: x))(x, rows))
+    jax.effects_barrier()
+    assert sorted(seen) == list(range(9))
+    assert sampling.calls(rows).tolist() == [3, 9]
+
+
+def test_a_finished_image_is_frozen_even_where_the_model_fails():
+    """A model that is NaN at sigma 0 cannot hurt the image that finished first."""
+    rows = sampling.stack([table(('euler', 'karras', steps, 0)) for steps in (3, 9)])
+    x = jnp.full((2, *SHAPE), 3.0)
+    end = sampling.sample(lambda x, sigma, i: x / sigma.reshape(-1, 1, 1, 1) * 0 + 0.25, x, rows,
+                          lambda i: x * jnp.nan)
+    np.testing.assert_array_equal(end, np.full((2, *SHAPE), 0.25, np.float32))
+
+
+def test_noise_is_drawn_only_where_a_row_asks():
+    drawn = []
+
+    def noise(i):
+        jax.debug.callback(lambda i: drawn.append(int(i)), i)
+        return jnp.zeros((1, *SHAPE))
+
+    for name, expected in (('dpmpp_2m', []), ('euler_ancestral', list(range(5)))):
+        drawn.clear()
+        rows = sampling.pad(table((name, 'karras', 6, 0)), 16)
+        sampling.sample(denoise, jnp.ones((1, *SHAPE)), rows, noise)
+        jax.effects_barrier()
+        assert sorted(drawn) == expected
+
+
+def test_state_is_float32_whatever_the_model_computes_in():
+    rows = table(('dpmpp_2m', 'karras', 5, 0))
+    x = jnp.full((1, *SHAPE), 10.0, jnp.bfloat16)
+    end = sampling.sample(lambda x, sigma, i: (x * 0 + 0.3).astype(jnp.bfloat16), x, rows,
+                          lambda i: x)
+    assert end.dtype == jnp.float32
+    np.testing.assert_allclose(end, np.float32(jnp.bfloat16(0.3)), rtol=1e-6)
+
+
+def test_gradients_pass_through_a_trajectory():
+    rows = sampling.pad(table(('heun', 'karras', 4, 0)), 10)
+
+    def end(shift):
+        return sampling.sample(lambda x, sigma, i: denoise(x, sigma, i) + shift,
+                               jnp.ones((1, 2, 2, 1)), rows,
+                               lambda i: jnp.zeros((1, 2, 2, 1))).mean()
+
+    got = jax.grad(end)(0.1)
+    assert abs(got - (end(0.1 + 1e-2) - end(0.1 - 1e-2)) / 2e-2) < 1e-3 * abs(got)
+
+
+def test_bucket_and_pad():
+    assert [sampling.bucket(n) for n in (1, 64, 65, 199)] == [64, 64, 128, 256]
+    with pytest.raises(ValueError, match='5 rows do not fit a length of 3'):
+        sampling.pad(table(('euler', 'karras', 5, 0)), 3)
