@@ -61,6 +61,7 @@ class VAEConfig:
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
     force_upcast: bool = False  # float16 overflows: decode in float32 or bfloat16
+    sample_size: int = 512  # the native picture height and width
 
     @property
     def factor(self):
@@ -121,13 +122,14 @@ def read_config(folder):
     folder = VERSIONS / folder if str(folder) in versions() else pathlib.Path(folder)
     index = _read(folder / 'model_index.json')
     unet = _unet(_read(folder / 'unet' / 'config.json'))
-    parts = dict(
-        unet=unet,
-        vae=_vae(_read(folder / 'vae' / 'config.json')),
-        schedule=_pick(ScheduleConfig, _read(folder / 'scheduler' / 'scheduler_config.json')),
-        aesthetic=bool(index.get('requires_aesthetics_score')),
-        zero_negative=bool(index.get('force_zeros_for_empty_prompt', unet.added_dim > 0)),
-    )
+    schedule = _read(folder / 'scheduler' / 'scheduler_config.json')
+    parts = {
+        'unet': unet,
+        'vae': _vae(_read(folder / 'vae' / 'config.json')),
+        'schedule': _pick(ScheduleConfig, schedule),
+        'aesthetic': bool(index.get('requires_aesthetics_score')),
+        'zero_negative': bool(index.get('force_zeros_for_empty_prompt', unet.added_dim > 0)),
+    }
     for name in TEXT_ENCODERS:
         if index.get(name, (None,))[0]:
             parts[name] = _text(_read(folder / name / 'config.json'), xl=unet.added_dim > 0)

@@ -40,7 +40,7 @@ TONES = {chr(c) for c in range(0x1F3FB, 0x1F400)}
 # CLIP's own pattern: contractions, runs of letters, single digits, runs of anything else.
 WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+")
 START, END = '<|startoftext|>', '<|endoftext|>'
-MAX_LENGTH = 32  # the longest caption takes 21 tokens with start and end
+MAX_LENGTH = 24  # the longest caption takes 21 tokens with start and end
 
 
 def read_names(path=NAMES):

@@ -1,0 +1,1 @@
+"""Training: the autoencoder, then text encoder and U-Net by forward diffusion."""

@@ -1,0 +1,173 @@
+"""One loop for every stage: optimiser, averaging, data parallelism, checkpoints, curves."""
+
+import csv
+import json
+import os
+import pathlib
+import time
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that a step changes; `ema` is the running average of `params`."""
+
+    step: jax.Array
+    params: dict
+    ema: dict
+    optimizer: optax.OptState
+
+
+def optimizer(c):
+    """AdamW, global-norm clipping, cosine decay with warm-up.
+
+    c: learning_rate, warmup, steps, weight_decay, clip, b2.
+    """
+    rate = optax.warmup_cosine_decay_schedule(0, c.learning_rate, c.warmup, c.steps,
+                                              0.02 * c.learning_rate)
+    return optax.chain(optax.clip_by_global_norm(c.clip),
+                       optax.adamw(rate, b2=c.b2, weight_decay=c.weight_decay,
+                                   mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p)))
+
+
+def make_step(loss, tx, ema_decay, dtype=jnp.float32):
+    """step(state, batch, key) -> (state, metrics); loss(params, batch, key) in `dtype`.
+
+    The average warms up, as in timm: decay_t = min(decay, (1 + t) / (10 + t)).
+    """
+    def step(state, batch, key):
+        def cast(params):
+            return loss(jax.tree.map(lambda a: a.astype(dtype), params), batch, key)
+
+        (value, metrics), grads = jax.value_and_grad(cast, has_aux=True)(state.params)
+        updates, opt = tx.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+        metrics = {'loss': value, 'grad_norm': optax.global_norm(grads), **metrics}
+        return State(state.step + 1, params, ema, opt), metrics
+
+    return step
+
+
+def batches(weights, size, seed, start):
+    """Endless index arrays [size], shuffled anew each epoch; the same from any `start` step.
+
+    weights int [N]: how often each example comes in an epoch.
+    """
+    pool = np.repeat(np.arange(len(weights)), weights)
+    per_epoch, step = len(pool) // size, start
+    if per_epoch == 0:
+        raise ValueError(f'batch size {size}: the data set has only {len(pool)} examples an epoch')
+    while True:
+        epoch = step // per_epoch
+        order = np.random.default_rng((seed, epoch)).permutation(pool)
+        for i in range(step % per_epoch, per_epoch):
+            yield order[i * size:(i + 1) * size]
+            step += 1
+
+
+def save_state(path, state):
+    """Write a State to one safetensors file, under a temporary name first: a kill leaves the old
+    one."""
+    arrays = {name: np.asarray(a) for name, a in _named(state)[0].items()}
+    part = path.with_suffix('.part')
+    save_file(arrays, part)
+    with open(part, 'rb') as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def load_state(path, state):
+    """Read what `save_state` wrote, into the structure of `state`."""
+    template, structure = _named(state)
+    with safe_open(path, 'numpy') as file:
+        shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
+        expected = {k: a.shape for k, a in template.items()}
+        wrong = sorted(k for k in shapes.keys() | expected.keys()
+                       if shapes.get(k) != expected.get(k))
+        if wrong:
+            raise ValueError(f'{path}: written for another model or optimiser, {len(wrong)} arrays '
+                             f'differ, {wrong[0]!r} first; remove it, or train into another folder')
+        return jax.tree.unflatten(structure, [file.get_tensor(k) for k in template])
+
+
+def _named(tree):
+    """({name: leaf}, structure), in the tree's own order."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator='|'): leaf
+            for path, leaf in leaves}, structure
+
+
+def fit(loss, params, data, weights, c, out, preview=None):
+    """Train `params` for c.steps steps and return their running average.
+
+    loss(params, batch, key); data: {name: array}, those with a leading axis of len(weights) are
+    indexed by the example, the others passed whole. c: batch_size, steps, seed, ema, dtype,
+    save_every, log_every and `optimizer`'s. out: folder for state.safetensors, log.csv and
+    whatever preview(ema, step) writes. Resumes from `out`.
+    """
+    out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    tx = optimizer(c)
+    # Copies: the step donates its state, and params and ema must not share buffers.
+    state = State(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params),
+                  jax.tree.map(jnp.copy, params), tx.init(params))
+    saved = out / 'state.safetensors'
+    if saved.exists():
+        state = load_state(saved, state)
+    start = int(state.step)
+    log = _Log(out / 'log.csv', start)
+    mesh = jax.make_mesh((jax.local_device_count(),), ('data',), axis_types=(AxisType.Auto,))
+    whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ('data',)))
+    state = jax.device_put(state, whole)
+    step = jax.jit(make_step(loss, tx, c.ema, jnp.dtype(c.dtype)), donate_argnums=0)
+    key, clock = jax.random.key(c.seed), time.monotonic()
+    index = batches(weights, c.batch_size, c.seed, start)
+    fixed = {k: jax.device_put(v, whole) for k, v in data.items() if len(v) != len(weights)}
+    sums, count = {}, 0
+    for i in range(start, c.steps):
+        rows = next(index)
+        batch = {k: jax.device_put(v[rows], split) for k, v in data.items() if k not in fixed}
+        state, metrics = step(state, batch | fixed, jax.random.fold_in(key, i))
+        sums = {k: sums.get(k, 0) + v for k, v in metrics.items()}
+        count += 1
+        if (i + 1) % c.log_every == 0 or i + 1 == c.steps:
+            row = {k: float(v) / count for k, v in sums.items()}
+            seconds = (time.monotonic() - clock) / count
+            log.write({'step': i + 1, **row, 'seconds_per_step': seconds})
+            sums, count, clock = {}, 0, time.monotonic()
+        if (i + 1) % c.save_every == 0 or i + 1 == c.steps:
+            save_state(saved, state)
+            if preview is not None:
+                preview(jax.device_get(state.ema), i + 1)
+            clock = time.monotonic()
+    return jax.device_get(state.ema)
+
+
+class _Log:
+    """A CSV of metrics, printed too; rows from `start` on are dropped when training resumes."""
+
+    def __init__(self, path, start):
+        self.path, self.rows = path, []
+        if path.exists():
+            with open(path, newline='') as file:
+                self.rows = [r for r in csv.DictReader(file) if int(r['step']) <= start]
+
+    def write(self, row):
+        print(json.dumps({k: round(v, 5) for k, v in row.items()}), flush=True)
+        self.rows.append(row)
+        part = self.path.with_suffix('.part')
+        with open(part, 'w', newline='') as file:
+            writer = csv.DictWriter(file, row.keys())
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(part, self.path)

@@ -1,0 +1,84 @@
+"""What is minimised: `loss(params, batch, key) -> (scalar, {name: scalar})`, for each stage."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxsd.models import clip, unet, vae
+
+
+def signal_and_noise(alphas_cumprod, t):
+    """(sqrt(abar_t), sqrt(1 - abar_t)) for t int [B], each [B,1,1,1]."""
+    abar = alphas_cumprod[t][:, None, None, None]
+    return jnp.sqrt(abar), jnp.sqrt(1 - abar)
+
+
+def add_noise(x0, noise, alphas_cumprod, t):
+    """Forward diffusion q(x_t | x_0): x0, noise [B,H,W,C], t int [B] (Ho et al. 2020, eq. 4)."""
+    signal, sigma = signal_and_noise(alphas_cumprod, t)
+    return signal * x0 + sigma * noise
+
+
+def target(x0, noise, alphas_cumprod, t, prediction_type):
+    """What the network should say: the noise, v (Salimans and Ho 2022, eq. 13), or x0."""
+    signal, sigma = signal_and_noise(alphas_cumprod, t)
+    return {'epsilon': noise, 'v_prediction': signal * noise - sigma * x0,
+            'sample': x0}[prediction_type]
+
+
+def min_snr_weight(alphas_cumprod, t, prediction_type, gamma=5.0):
+    """Weights [B] that cap the signal-to-noise ratio at gamma (Hang et al. 2023, section 3.4)."""
+    snr = alphas_cumprod[t] / (1 - alphas_cumprod[t])
+    capped = jnp.minimum(snr, gamma)
+    return capped / {'epsilon': snr, 'v_prediction': snr + 1, 'sample': 1.0}[prediction_type]
+
+
+def autoencoder(params, config, batch, key, kl_weight=1e-6):
+    """Absolute and squared error of the reconstruction, and a slight pull to a unit normal.
+
+    batch: image [B,H,W,3] in [-1,1]. The last metric is the PSNR in dB, for a range of 2.
+    """
+    image = batch['image']
+    mean, logvar = vae.encode(params['vae'], config.vae, image)
+    latent = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    error = vae.decode(params['vae'], config.vae, latent) - image
+    absolute, squared = jnp.abs(error).mean(), jnp.square(error).mean()
+    kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).sum((1, 2, 3)).mean()
+    loss = absolute + squared + kl_weight * kl
+    return loss, {'absolute': absolute, 'kl': kl, 'psnr': 10 * jnp.log10(4 / squared)}
+
+
+def alignment(params, config, batch, key):
+    """Pooled text, through one linear layer, against the picture's latent.
+
+    It gives the text encoder a start before the joint training, as CLIP's training on pictures
+    does for the released models. batch: tokens int [B,T], latent [B,H,W,C].
+    """
+    pooled = clip.encode(params['text_encoder'], config.text_encoder, batch['tokens']).pooled
+    head = params['alignment']
+    guess = pooled @ head['weight'] + head['bias']
+    loss = jnp.square(guess - batch['latent'].reshape(guess.shape)).mean()
+    return loss, {}
+
+
+def diffusion(params, config, batch, key, alphas_cumprod, caption_dropout=0.1, gamma=5.0):
+    """The weighted squared error of the U-Net's prediction at random timesteps.
+
+    batch: latent [B,H,W,C] of unit scale, tokens int [B,T], empty int [T] (the encoded '', which
+    replaces a caption with probability `caption_dropout`; Ho and Salimans 2022). gamma 0: no
+    min-SNR weighting.
+    """
+    x0, tokens = batch['latent'], batch['tokens']
+    k_t, k_noise, k_drop = jax.random.split(key, 3)
+    B, kind = x0.shape[0], config.schedule.prediction_type
+    # Stratified over the batch: the same expectation with less variance.
+    u = (jnp.arange(B) + jax.random.uniform(k_t, (B,))) / B
+    t = jnp.minimum(u * len(alphas_cumprod), len(alphas_cumprod) - 1).astype(jnp.int32)
+    noise = jax.random.normal(k_noise, x0.shape)
+    drop = jax.random.bernoulli(k_drop, caption_dropout, (B, 1))
+    tokens = jnp.where(drop, batch['empty'], tokens)
+    context = clip.encode(params['text_encoder'], config.text_encoder, tokens).hidden
+    x = add_noise(x0, noise, alphas_cumprod, t)
+    out = unet.apply(params['unet'], config.unet, x, t, context)
+    error = jnp.square(out - target(x0, noise, alphas_cumprod, t, kind)).mean((1, 2, 3))
+    weight = min_snr_weight(alphas_cumprod, t, kind, gamma) if gamma else jnp.ones(B)
+    return (weight * error).mean(), {'error': error.mean()}
