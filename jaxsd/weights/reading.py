@@ -174,8 +174,9 @@ def _detect(file, prediction_type=None):
         same = sum(file.shapes.get(name) == shape for name, shape in expected.items())
         return same / len(expected)
 
-    best = max(CANDIDATES, key=agreement)
-    if agreement(best) < 0.25:
+    scores = {version: agreement(version) for version in CANDIDATES}
+    best = max(scores, key=scores.get)  # the first one of equals
+    if scores[best] < 0.25:
         raise ValueError(
             f'{file.path}: not a Stable Diffusion checkpoint that jaxsd knows; expected the '
             'tensors of 1.x, 2.x, SDXL or its refiner (model.diffusion_model.*, '

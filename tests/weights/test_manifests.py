@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import pytest
+from tiny import sparse_file
 
 from jaxsd.config import read_config, versions
 from jaxsd.models.spec import count, spec
@@ -30,24 +31,6 @@ UNETS = {'sd1': 859_520_964, 'sd2': 865_910_724, 'sd15_inpainting': 859_535_364,
          'sdxl_inpainting': 2_567_478_084, 'sdxl_refiner': 2_259_526_660}
 TEXTS = {'sd1': (123_060_480, 0), 'sd2': (340_387_840, 0), 'sdxl': (123_060_480, 694_659_840),
          'sdxl_refiner': (0, 694_659_840)}
-
-
-def sparse_file(path, shapes):
-    """A safetensors file with these shapes whose data are a hole in the file."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        dtype = ('I64' if name.endswith('position_ids') else
-                 'I32' if name.endswith('num_updates') else 'F32')
-        size = 8 if dtype == 'I64' else 4
-        for n in shape:
-            size *= n
-        header[name] = {'dtype': dtype, 'shape': shape, 'data_offsets': [end, end + size]}
-        end += size
-    head = json.dumps(header).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'wb') as file:
-        file.write(len(head).to_bytes(8, 'little') + head)
-        file.truncate(8 + len(head) + end)
 
 
 def test_copies_are_the_originals():
@@ -124,3 +107,28 @@ def test_parameter_counts(version):
     assert count(shapes['unet']) == of(UNETS)
     assert count(shapes['vae']) == 83_653_863
     assert tuple(count(shapes.get(t, {})) for t in ('text_encoder', 'text_encoder_2')) == of(TEXTS)
+
+
+@pytest.mark.parametrize('keys, prediction, zero_snr', [
+    ((), 'epsilon', False), (('v_pred',), 'v_prediction', False),
+    (('v_pred', 'ztsnr'), 'v_prediction', True)])
+def test_sdxl_files_say_what_they_predict(keys, prediction, zero_snr, tmp_path):
+    sparse_file(tmp_path / 'a.safetensors', SINGLE['sdxl_base'] | {key: [0] for key in keys})
+    source = open_single(tmp_path / 'a.safetensors', None, False, None)
+    schedule = source.config.schedule
+    assert (schedule.prediction_type, schedule.rescale_betas_zero_snr) == (prediction, zero_snr)
+    assert source.mismatches() == {} and set(keys) < set(source.extras)
+
+
+def test_sd2_files_do_not_say_what_they_predict(tmp_path, caplog):
+    sparse_file(tmp_path / 'a.safetensors', SINGLE['sd2'])
+    assert open_single(tmp_path / 'a.safetensors', None, False, None).config.version == 'sd21'
+    assert 'prediction_type=epsilon' in caplog.text
+    caplog.clear()
+    base = open_single(tmp_path / 'a.safetensors', None, False, 'epsilon').config
+    assert base == read_config('sd21_base')
+    v768 = open_single(tmp_path / 'a.safetensors', None, False, 'v_prediction').config
+    assert v768 == read_config('sd21')
+    base = open_single(tmp_path / 'a.safetensors', read_config('sd20_base'), False, None).config
+    assert base == read_config('sd20_base')
+    assert not caplog.text

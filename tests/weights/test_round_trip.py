@@ -12,8 +12,8 @@ from tiny import flat, same, tiny_config, tiny_model
 
 import jaxsd
 from jaxsd.config import versions
+from jaxsd.models.spec import spec
 from jaxsd.weights.names import places
-from jaxsd.weights.reading import spec
 
 
 def single_file_like(version, dtype='float32'):

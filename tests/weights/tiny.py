@@ -1,12 +1,15 @@
 """Tiny models with the structure of each released version, for tests of reading and writing."""
 
 import dataclasses
+import json
+import math
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from jaxsd.config import TEXT_ENCODERS, VERSIONS, read_config
-from jaxsd.models.spec import init
+from jaxsd.models.spec import spec, to_jax
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.weights import Model
 
@@ -37,11 +40,11 @@ def tiny_config(version, vocab_size=99):
 
 def tiny_model(version, dtype='float32', tokenizers=False):
     """A random Model of `tiny_config(version)`; with CLIP's tokenizers on request."""
-    config = tiny_config(version, 49408 if tokenizers else 99)
-    params = init(jax.random.key(0), config, dtype)
-    # Norm weights and biases are constants in `init`: make every tensor different.
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda a: a + rng.standard_normal(a.shape).astype(a.dtype), params)
+    config, rng = tiny_config(version, 49408 if tokenizers else 99), np.random.default_rng(0)
+    # From numpy: init would compile a program for each shape.
+    params = {part: traverse_util.unflatten_dict(
+        {name: jax.device_put(to_jax(name, rng.standard_normal(shape).astype(dtype)))
+         for name, shape in shapes.items()}, sep='.') for part, shapes in spec(config).items()}
     names = {'text_encoder': 'tokenizer', 'text_encoder_2': 'tokenizer_2'}
     found = {part: Tokenizer.from_folder(VERSIONS / version / names[part])
              for part in names if tokenizers and getattr(config, part)}
@@ -59,3 +62,19 @@ def same(a, b):
     return a.keys() == b.keys() and all(
         np.asarray(a[k]).dtype == np.asarray(b[k]).dtype
         and np.asarray(a[k]).tobytes() == np.asarray(b[k]).tobytes() for k in a)
+
+
+def sparse_file(path, shapes, kind='F32'):
+    """A safetensors file with these shapes whose data are a hole in the file."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        dtype = ('I64' if name.endswith('position_ids') else
+                 'I32' if name.endswith('num_updates') else kind)
+        size = math.prod(shape) * {'I64': 8, 'F16': 2}.get(dtype, 4)
+        header[name] = {'dtype': dtype, 'shape': list(shape), 'data_offsets': [end, end + size]}
+        end += size
+    head = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'wb') as file:
+        file.write(len(head).to_bytes(8, 'little') + head)
+        file.truncate(8 + len(head) + end)
