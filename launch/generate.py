@@ -18,8 +18,9 @@ from ml_collections import config_flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', str(ROOT / 'configs' / 'emoji.py'),
-    'Recipe; its fields are flags too: --config.steps, .guidance, .sampler, .schedule, .width ...')
+    'config', None,
+    'Recipe (configs/emoji.py if left out); its fields are flags too: --config.steps, .guidance, '
+    '.sampler, .schedule, .eta, .width, .height, .dtype, .tile, .prediction.')
 _PROMPT = flags.DEFINE_multi_string('prompt', None, 'What to draw; repeat for several pictures.')
 _NEGATIVE = flags.DEFINE_string('negative_prompt', '', 'What to keep out of the pictures.')
 _NUM_IMAGES = flags.DEFINE_integer('num_images', 1, 'Pictures per prompt; their seeds count up.',
@@ -57,14 +58,13 @@ def run():
     import jax
 
     import jaxsd
-    from jaxsd.run.request import resolve
+    from jaxsd.run import replicated, resolve
     dtype = recipe.dtype
     if dtype == 'auto':
         dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     source = _CHECKPOINT.value or recipe.checkpoint
-    model = jaxsd.load(source, dtype=dtype)
-    if recipe.prediction:
-        model = model.replace(config=model.config.with_prediction(recipe.prediction))
+    model = jaxsd.load(source, dtype=dtype, prediction_type=recipe.prediction,
+                       device=replicated() if len(requests) > 1 else None)
     requests = resolve(requests, model.config)
     name = pathlib.Path(source).stem if os.path.exists(source) else source
     print(f'{name}: {model.config.version}, {dtype}, on {jax.local_device_count()} '
@@ -145,6 +145,19 @@ class Bar:
     decoding = property(lambda self: self.end - self.last)
 
 
+def _parse(argv):
+    # Not as the flag's default: absl would apply --config.field to it even beside another --config.
+    if not any(re.match(r'--?config(=|$)', flag) for flag in argv):
+        argv = [argv[0], f'--config={ROOT / "configs" / "emoji.py"}', *argv[1:]]
+    try:
+        return flags.FLAGS(argv)
+    except AttributeError as error:
+        text = ' '.join(re.sub(r"\\n|[\"'\\]", ' ', str(error)).split())
+        _fail(f'the recipe has no such field: {text}', 2)
+    except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
+        _fail(' '.join(str(error).split()), 2)
+
+
 def _warn(message, category, filename, lineno, file=None, line=None):
     print(f'warning: {message}', file=sys.stderr)
 
@@ -155,4 +168,4 @@ def _fail(message, code=1):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=_parse)

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsd import sampling
+from jaxsd.config import TEXT_ENCODERS
 from jaxsd.models import unet, vae
 from jaxsd.prompt import conditioning
 from jaxsd.run.request import resolve
@@ -84,15 +85,21 @@ def generate(model, requests, on_step=None, tile=None, noise=None):
     return images
 
 
-def replicate(model):
-    """A model whose weights lie on every local device, so that `generate` need not copy them."""
-    mesh = _mesh(jax.local_device_count())
-    return model.replace(params=jax.device_put(model.params, NamedSharding(mesh, PartitionSpec())))
+def replicated():
+    """Where weights should lie for batches over all local devices: `load(..., device=...)`.
+
+    Elsewhere is fine too, at the price of a copy in every call of `generate`.
+    """
+    return NamedSharding(_mesh(jax.local_device_count()), PartitionSpec())
 
 
 def inputs(model, requests, noise=None):
     """Resolved requests -> Inputs, numpy on the host: tokens, tables, keys. Compiles nothing."""
     config = model.config
+    for name in TEXT_ENCODERS:
+        if getattr(config, name) is not None and name not in model.tokenizers:
+            raise ValueError(f'model.tokenizers: expected one for {name!r}, '
+                             f'found {sorted(model.tokenizers)}')
     tokens = conditioning.tokens(model.tokenizers, [r.negative_prompt for r in requests],
                                  [r.prompt for r in requests])
     for name, ids in tokens.items():

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
 
 import jaxsd
 from jaxsd import Request, sampling
@@ -87,14 +86,13 @@ def _on_devices(count, path):
     code = f"""
 import conftest, jax, numpy as np, pathlib
 import jaxsd
-from jaxsd.models.spec import init
 from jaxsd.prompt.tokenizer import Tokenizer
 from run.test_generate import MIXED
 assert jax.local_device_count() == {count}
 folder = pathlib.Path({str(path.parent)!r}) / 'tokenizer'
 conftest.write_tokenizer(folder)
 config = conftest.TINY['sd1']
-model = jaxsd.Model(config, init(jax.random.key(0), config),
+model = jaxsd.Model(config, conftest.random_params(config),
                     {{'text_encoder': Tokenizer.from_folder(folder)}})
 seen = []
 images = jaxsd.generate(model, MIXED, on_step=lambda done, total: seen.append((done, total)))
