@@ -17,18 +17,23 @@ from ml_collections import config_flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', None,
-    'Recipe (configs/emoji.py if left out); its fields are flags too: --config.steps, .guidance, '
-    '.sampler, .schedule, .eta, .width, .height, .dtype, .tile, .prediction.')
-_PROMPT = flags.DEFINE_multi_string('prompt', None, 'What to draw; repeat for several pictures.')
-_NEGATIVE = flags.DEFINE_string('negative_prompt', '', 'What to keep out of the pictures.')
-_NUM_IMAGES = flags.DEFINE_integer('num_images', 1, 'Pictures per prompt; their seeds count up.',
-                                   lower_bound=1)
-_SEED = flags.DEFINE_integer('seed', -1, '0 to 2^64 - 1; -1 picks one at random.')
-_CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', None, "A folder, a .safetensors file or a Hub id, instead of the recipe's.")
-_OUT = flags.DEFINE_string('out', 'outputs', 'Folder for the pictures.')
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+    """Not at import: other mains have flags of these names."""
+    config_flags.DEFINE_config_file(
+        'config', None,
+        'Recipe (configs/emoji.py if left out); its fields are flags too: --config.steps, '
+        '.guidance, .sampler, .schedule, .eta, .width, .height, .dtype, .tile, .prediction.')
+    flags.DEFINE_multi_string('prompt', None, 'What to draw; repeat for several pictures.')
+    flags.DEFINE_string('negative_prompt', '', 'What to keep out of the pictures.')
+    flags.DEFINE_integer('num_images', 1, 'Pictures per prompt; their seeds count up.',
+                         lower_bound=1)
+    flags.DEFINE_integer('seed', -1, '0 to 2^64 - 1; -1 picks one at random.')
+    flags.DEFINE_string('checkpoint', None,
+                        "A folder, a .safetensors file or a Hub id, instead of the recipe's.")
+    flags.DEFINE_string('out', 'outputs', 'Folder for the pictures.')
 
 
 def main(argv):
@@ -48,12 +53,12 @@ def main(argv):
 
 def run():
     """Load, sample, write."""
-    recipe = _CONFIG.value
+    recipe = FLAGS.config
     start = time.perf_counter()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's chatter
     from jaxsd.run import picture  # heavy imports: only once the flags are known to be right
-    out = picture.check_folder(_OUT.value)
     requests = _requests(recipe)
+    out = picture.check_folder(FLAGS.out)
 
     import jax
 
@@ -62,11 +67,12 @@ def run():
     dtype = recipe.dtype
     if dtype == 'auto':
         dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    source = _CHECKPOINT.value or recipe.checkpoint
+    source = FLAGS.checkpoint or recipe.checkpoint
     model = jaxsd.load(source, dtype=dtype, prediction_type=recipe.prediction,
                        device=replicated() if len(requests) > 1 else None)
     requests = resolve(requests, model.config)
-    name = pathlib.Path(source).stem if os.path.exists(source) else source
+    name = source.removesuffix('.safetensors').rstrip('/')
+    name = pathlib.Path(name).name if os.path.exists(source) else name
     print(f'{name}: {model.config.version}, {dtype}, on {jax.local_device_count()} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
 
@@ -84,16 +90,16 @@ def run():
 
 def _requests(recipe):
     from jaxsd.run.request import MAX_SEED, Request, random_seed
-    prompts = _PROMPT.value
+    prompts = FLAGS.prompt
     if prompts is None:
         raise ValueError('--prompt is missing: say what to draw, for example --prompt="red apple" '
                          '(--prompt="" draws without a prompt)')
-    seed = random_seed() if _SEED.value == -1 else _SEED.value
+    seed = random_seed() if FLAGS.seed == -1 else FLAGS.seed
     fields = {name: recipe[name] for name in (
         'sampler', 'schedule', 'steps', 'guidance', 'eta', 'width', 'height')}
-    first = Request(negative_prompt=_NEGATIVE.value, seed=seed, **fields)
+    first = Request(negative_prompt=FLAGS.negative_prompt, seed=seed, **fields)
     return [first.replace(prompt=prompt, seed=(seed + i) % (MAX_SEED + 1))
-            for prompt in prompts for i in range(_NUM_IMAGES.value)]
+            for prompt in prompts for i in range(FLAGS.num_images)]
 
 
 def _write(picture, out, images, requests, name, dtype):
@@ -108,7 +114,7 @@ def _write(picture, out, images, requests, name, dtype):
         picture.write_png(path, image, text)
         yield path
     if len(images) > 1:
-        columns = _NUM_IMAGES.value if len(_PROMPT.value) > 1 < _NUM_IMAGES.value else None
+        columns = FLAGS.num_images if len(FLAGS.prompt) > 1 < FLAGS.num_images else None
         path = out / f'{number + len(images):05d}-grid.png'
         picture.write_png(path, picture.grid(images, columns), texts[0])
         yield path
@@ -146,9 +152,13 @@ class Bar:
 
 
 def _parse(argv):
-    # Not as the flag's default: absl would apply --config.field to it even beside another --config.
-    if not any(re.match(r'--?config(=|$)', flag) for flag in argv):
-        argv = [argv[0], f'--config={ROOT / "configs" / "emoji.py"}', *argv[1:]]
+    # First, because absl refuses --config.field before it; and not as the flag's default, because
+    # absl would apply --config.field to that even beside another --config.
+    if '--config' not in argv:
+        recipes = [flag for flag in argv if re.match(r'--?config=', flag)]
+        rest = [flag for flag in argv[1:] if flag not in recipes]
+        recipes = recipes or [f'--config={ROOT / "configs" / "emoji.py"}']
+        argv = [argv[0], *recipes, *rest]
     try:
         return flags.FLAGS(argv)
     except AttributeError as error:
@@ -168,4 +178,5 @@ def _fail(message, code=1):
 
 
 if __name__ == '__main__':
+    define_flags()
     app.run(main, flags_parser=_parse)
