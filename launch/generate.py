@@ -158,14 +158,14 @@ def _parse(argv):
         recipes = [flag for flag in argv if re.match(r'--?config=', flag)]
         rest = [flag for flag in argv[1:] if flag not in recipes]
         recipes = recipes or [f'--config={ROOT / "configs" / "emoji.py"}']
-        argv = [argv[0], *recipes, *rest]
+        argv = sys.argv[:] = [argv[0], *recipes, *rest]  # ml_collections looks at sys.argv
     try:
         return flags.FLAGS(argv)
     except AttributeError as error:
         text = ' '.join(re.sub(r"\\n|[\"'\\]", ' ', str(error)).split())
         _fail(f'the recipe has no such field: {text}', 2)
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
-        _fail(' '.join(str(error).split()), 2)
+        _fail(error, 2)
 
 
 def _warn(message, category, filename, lineno, file=None, line=None):
@@ -173,7 +173,7 @@ def _warn(message, category, filename, lineno, file=None, line=None):
 
 
 def _fail(message, code=1):
-    print(f'error: {message}', file=sys.stderr)
+    print('error:', ' '.join(str(message).split()), file=sys.stderr)
     sys.exit(code)
 
 
