@@ -56,7 +56,8 @@ def _index(config, tokenizers):
     xl = config.unet.added_dim > 0
     kind = {9: 'InpaintPipeline', 5: 'Depth2ImgPipeline'}.get(
         config.unet.in_channels, 'Img2ImgPipeline' if xl and config.aesthetic else 'Pipeline')
-    index = {'_class_name': f'StableDiffusion{"XL" * xl}{kind}'}
+    index = {'_class_name': f'StableDiffusion{"XL" * xl}{kind}',
+             '_diffusers_version': '0.21.0'}  # the first to read everything written here
     if xl or config.aesthetic or config.zero_negative:
         index['force_zeros_for_empty_prompt'] = config.zero_negative
         index['requires_aesthetics_score'] = config.aesthetic

@@ -66,7 +66,7 @@ def is_extra(name, config):
     layers = [getattr(config, part).num_hidden_layers for part in TEXT_ENCODERS
               if getattr(config, part)]
     last = re.fullmatch(r'cond_stage_model\.model\.transformer\.resblocks\.(\d+)\..*', name)
-    return bool(_EXTRA.fullmatch(name)) or bool(last and int(last[1]) == layers[0])
+    return bool(_EXTRA.fullmatch(name)) or bool(last and layers and int(last[1]) == layers[0])
 
 
 def is_ema(name):
@@ -83,6 +83,12 @@ def in_folder(part, name):
                          ('proj_attn', 'to_out.0')):
             name = name.replace(f'attentions.0.{old}.', f'attentions.0.{new}.')
     return name
+
+
+def in_single(name):
+    """A tensor's name as the released single files have it; some 1.x files lack `text_model.`."""
+    return re.sub(r'^(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.',
+                  r'\1text_model.\2.', name)
 
 
 # Schedule buffers; the EMA's two counters; position_ids; what only marks the prediction type; the

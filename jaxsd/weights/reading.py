@@ -123,7 +123,8 @@ class Source:
             more = f' and {len(lines) - most} more' if len(lines) > most else ''
             lists.append(f'{len(lines)} {kind}: {", ".join(lines[:most])}{more}')
         raise ValueError(f'{self.path}: the tensors are not those of the expected model '
-                         f'({self.config.version}): ' + '; '.join(lists))
+                         f'({self.config.version}): {"; ".join(lists)}. Download the file again, '
+                         'or give config= for a model of other sizes')
 
 
 def open_folder(folder, config, half, prediction_type):
@@ -154,7 +155,8 @@ def open_single(path, config, half, prediction_type):
         config = _detect(file, prediction_type)
     if prediction_type:
         config = config.with_prediction(prediction_type)
-    tensors = {name: (file, name) for name in file.shapes if not names.is_ema(name)}
+    tensors = {names.in_single(name): (file, name) for name in file.shapes
+               if not names.is_ema(name)}
     if len(tensors) < len(file.shapes):
         log.warning('%s: ignoring model_ema.*, a second copy of the U-Net (%d tensors)', path,
                     len(file.shapes) - len(tensors))

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import tiny_model
+from tiny import random_model
 
 import jaxsd
 
@@ -15,7 +15,7 @@ import jaxsd
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp('saved')
-    model = tiny_model('sd15')
+    model = random_model('sd15')
     jaxsd.save(model, folder / 'folder')
     jaxsd.save(model, folder / 'model.safetensors', layout='single-file')
     return folder, model.config
@@ -139,7 +139,7 @@ def test_folder_without_weights_or_with_pickles_only(folder):
 
 
 def test_folder_without_its_tokenizer(tmp_path):
-    jaxsd.save(tiny_model('sd15', tokenizers=True), tmp_path)
+    jaxsd.save(random_model('sd15', tokenizers=True), tmp_path)
     shutil.rmtree(tmp_path / 'tokenizer')
     assert "'tokenizer'" in error(tmp_path, FileNotFoundError)
 
@@ -166,7 +166,7 @@ def test_missing_path_and_unknown_model(tmp_path):
 def test_bad_options(saved):
     assert 'float64' in error(saved[0] / 'folder', dtype='float64')
     assert 'eps' in error(saved[0] / 'folder', prediction_type='eps')
-    model = tiny_model('sd15')
+    model = random_model('sd15')
     with pytest.raises(ValueError, match='layout'):
         jaxsd.save(model, saved[0] / 'x', layout='onnx')
     with pytest.raises(ValueError, match='safetensors'):
@@ -174,7 +174,7 @@ def test_bad_options(saved):
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):
-    model = tiny_model('sd15')
+    model = random_model('sd15')
     broken = model.replace(params={k: v for k, v in model.params.items() if k != 'vae'})
     with pytest.raises(ValueError, match='vae'):
         jaxsd.save(broken, tmp_path / 'model')

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny import flat, same, tiny_model
+from tiny import flat, random_model, same
 
 import jaxsd
 from jaxsd.weights import hub
@@ -17,7 +17,7 @@ COMMIT = 'c0ffee' + 34 * '0'
 def repository(tmp_path_factory):
     """A diffusers folder with everything that repositories hold besides what is needed."""
     folder = tmp_path_factory.mktemp('repository') / 'repo'
-    model = tiny_model('sd15', tokenizers=True)
+    model = random_model('sd15', tokenizers=True)
     jaxsd.save(model, folder)
     for part in ('unet', 'vae'):
         whole = folder / part / 'diffusion_pytorch_model.safetensors'

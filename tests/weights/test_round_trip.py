@@ -8,7 +8,7 @@ import ml_dtypes  # noqa: F401 (names bfloat16 for numpy)
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import flat, same, tiny_config, tiny_model
+from tiny import flat, random_model, same, tiny_config
 
 import jaxsd
 from jaxsd.config import versions
@@ -49,7 +49,7 @@ def test_single_folder_single(version, dtype, tmp_path):
 
 @pytest.mark.parametrize('version', versions())
 def test_folder_keeps_config_and_arrays(version, tmp_path):
-    model = tiny_model(version)
+    model = random_model(version)
     jaxsd.save(model, tmp_path / 'model')
     again = jaxsd.load(tmp_path / 'model')
     assert again.config.replace(version='custom') == model.config
@@ -57,10 +57,25 @@ def test_folder_keeps_config_and_arrays(version, tmp_path):
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(again.params))
 
 
+@pytest.mark.parametrize('family', ['sd1', 'sd2', 'sdxl', 'refiner'])
+def test_any_sizes(family, tiny_model, tmp_path):
+    """Models that are no release: fewer levels, a vocabulary of their own."""
+    model = tiny_model(family)
+    jaxsd.save(model, tmp_path / 'folder')
+    jaxsd.save(model, tmp_path / 'a.safetensors', layout='single-file')
+    folder = jaxsd.load(tmp_path / 'folder')
+    assert folder.config == model.config and folder.tokenizers.keys() == model.tokenizers.keys()
+    single = jaxsd.load(tmp_path / 'a.safetensors', config=model.config)
+    assert same(flat(folder.params), flat(model.params))
+    assert same(flat(single.params), flat(model.params))
+    for part, tokenizer in model.tokenizers.items():
+        assert np.array_equal(folder.tokenizers[part](['a red cat']), tokenizer(['a red cat']))
+
+
 @pytest.mark.parametrize('stored', ['float32', 'float16', 'bfloat16'])
 @pytest.mark.parametrize('wanted', ['float32', 'float16', 'bfloat16'])
 def test_any_dtype_in_any_out(stored, wanted, tmp_path):
-    model = tiny_model('sd15')
+    model = random_model('sd15')
     jaxsd.save(model, tmp_path / 'model', dtype=stored)
     found = flat(jaxsd.load(tmp_path / 'model', dtype=wanted).params)
     for name, array in flat(model.params).items():
@@ -98,7 +113,7 @@ def test_openclip_parts(tmp_path):
 
 def test_folders_as_other_programs_write_them(tmp_path):
     """Shards, fp16 variants, no text_model. prefix, old VAE attention names, position_ids."""
-    model = tiny_model('sd15')
+    model = random_model('sd15')
     jaxsd.save(model, tmp_path, dtype='float16')
     unet = tmp_path / 'unet' / 'diffusion_pytorch_model.safetensors'
     tensors = load_file(unet)
@@ -129,7 +144,7 @@ def test_folders_as_other_programs_write_them(tmp_path):
 
 
 def test_fp16_variant_only_for_16_bits(tmp_path):
-    model = tiny_model('sd15')
+    model = random_model('sd15')
     jaxsd.save(model, tmp_path)
     unet = tmp_path / 'unet' / 'diffusion_pytorch_model.safetensors'
     zeros = {k: np.zeros_like(v, 'float16') for k, v in load_file(unet).items()}
@@ -139,7 +154,7 @@ def test_fp16_variant_only_for_16_bits(tmp_path):
 
 
 def test_tokenizers_are_kept(tmp_path):
-    model = tiny_model('sdxl', tokenizers=True)
+    model = random_model('sdxl', tokenizers=True)
     jaxsd.save(model, tmp_path / 'folder')
     jaxsd.save(model, tmp_path / 'model.safetensors', layout='single-file')
     folder = jaxsd.load(tmp_path / 'folder')
@@ -165,7 +180,7 @@ def test_averaged_copy_is_ignored_aloud(tmp_path, caplog):
 
 def test_saving_over_a_folder(tmp_path):
     """Other files stay; weights that would be read instead of the new ones go."""
-    old, new = tiny_model('sd15'), tiny_model('sd15')
+    old, new = random_model('sd15'), random_model('sd15')
     jaxsd.save(old, tmp_path / 'model')
     (tmp_path / 'model' / 'README.md').write_text('mine')
     stale = tmp_path / 'model' / 'unet' / 'diffusion_pytorch_model.fp16.safetensors'
@@ -176,3 +191,13 @@ def test_saving_over_a_folder(tmp_path):
     assert (tmp_path / 'model' / 'README.md').read_text() == 'mine'
     assert same(flat(jaxsd.load(tmp_path / 'model').params), flat(new.params))
     assert [p.name for p in tmp_path.iterdir()] == ['model']  # nothing temporary is left
+
+
+def test_single_files_without_text_model(tmp_path):
+    """Some fine-tunes of 1.x lack that part of the names."""
+    config, tensors = single_file_like('sd15')
+    save_file(tensors, tmp_path / 'a.safetensors')
+    save_file({k.replace('transformer.text_model.', 'transformer.'): v
+               for k, v in tensors.items()}, tmp_path / 'b.safetensors')
+    a, b = (jaxsd.load(tmp_path / f'{name}.safetensors', config=config) for name in 'ab')
+    assert same(flat(a.params), flat(b.params)) and same(a.extras, b.extras)

@@ -38,7 +38,7 @@ def tiny_config(version, vocab_size=99):
     return config.replace(**parts, version='custom')
 
 
-def tiny_model(version, dtype='float32', tokenizers=False):
+def random_model(version, dtype='float32', tokenizers=False):
     """A random Model of `tiny_config(version)`; with CLIP's tokenizers on request."""
     config, rng = tiny_config(version, 49408 if tokenizers else 99), np.random.default_rng(0)
     # From numpy: init would compile a program for each shape.
