@@ -92,7 +92,8 @@ class ModelConfig:
     text_encoder_2: TextConfig | None = None
     aesthetic: bool = False  # the SDXL refiner's time ids end in an aesthetic score
     zero_negative: bool = False  # an empty negative prompt is zeros, not an encoded '' (SDXL base)
-    version: str = 'custom'  # the released version it equals, see versions()
+    # The released version it equals, see versions(); a label, no part of what the config is.
+    version: str = dataclasses.field(default='custom', compare=False)
 
     def replace(self, **parts):
         """A copy with some parts replaced, e.g. `replace(schedule=...)`."""
@@ -136,15 +137,16 @@ def read_config(folder):
     config = ModelConfig(**parts)
     if folder.parent == VERSIONS:
         return config.replace(version=folder.name)
-    return config.replace(version=next((v for v in versions() if _same(config, v)), 'custom'))
+    # Backwards: of 1.4 and 1.5, and of 2.0 and 2.1, which are alike, the later one.
+    return config.replace(version=next(
+        (v for v in reversed(versions()) if _same(config, read_config(v))), 'custom'))
 
 
-def _same(config, version):
-    """Whether a config has a version's architecture and prediction type."""
-    other = read_config(version)
-    return dataclasses.replace(
-        other, version='custom', vae=config.vae, aesthetic=config.aesthetic,
-        zero_negative=config.zero_negative) == config and other.vae.factor == config.vae.factor
+def _same(config, released):
+    """Whether a config has a release's networks and prediction type; VAEs get swapped."""
+    same = released.replace(vae=config.vae, aesthetic=config.aesthetic,
+                            zero_negative=config.zero_negative)
+    return same == config and released.vae.factor == config.vae.factor
 
 
 def _read(path):

@@ -137,7 +137,6 @@ def train_text_and_unet(c, config, params, latents, captions, weights, vae):
 
 def main(argv):
     del argv
-    import jax
     import numpy as np
 
     import jaxsd
@@ -147,7 +146,7 @@ def main(argv):
     images, captions, plain, heldout = load_data(c.data)
     images = images.astype(np.float32) / 127.5 - 1
     weights = np.where(heldout, 0, np.where(plain, c.plain_weight, 1))
-    params = spec.init(jax.random.key(0), config)
+    params = spec.init(0, config)
     vae, latents = train_vae(c, config, params, images, weights)
     if 'unet' in _STAGES.value:
         model = train_text_and_unet(c, config, params, latents, captions, weights, vae)

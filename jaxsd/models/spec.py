@@ -6,8 +6,8 @@ order); `to_jax` and `from_jax` turn one array from and into that order.
 
 import math
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 
@@ -43,28 +43,27 @@ def _is_linear(name, array):
     return array.ndim == 2 and name.endswith('weight') and not name.endswith('embedding.weight')
 
 
-def init(key, config, dtype=jnp.float32):
+def init(seed, config, dtype=jnp.float32):
     """Random parameters: {component: nested dict of arrays}, as large as torch's defaults.
 
     Weights: uniform in +-1/sqrt(fan in), embeddings normal with deviation 0.02, norms 1, biases 0.
+    seed: an int. Drawn by numpy: one program for each of hundreds of shapes would take minutes.
     """
-    return {part: init_part(jax.random.fold_in(key, i), shapes, dtype)
-            for i, (part, shapes) in enumerate(sorted(spec(config).items()))}
+    rng = np.random.default_rng(seed)
+    return {part: init_part(rng, shapes, dtype) for part, shapes in sorted(spec(config).items())}
 
 
-def init_part(key, shapes, dtype=jnp.float32):
-    """Random parameters of one component, from its {dotted name: shape}."""
+def init_part(rng, shapes, dtype=jnp.float32):
+    """Random parameters of one component, from its {dotted name: shape} and a numpy generator."""
     arrays = {}
-    for i, (name, shape) in enumerate(shapes.items()):
-        k = jax.random.fold_in(key, i)
+    for name, shape in shapes.items():
         if name.endswith('embedding.weight'):
-            array = 0.02 * jax.random.normal(k, shape, dtype)
+            array = 0.02 * rng.standard_normal(shape, np.float32)
         elif len(shape) > 1:
-            bound = 1 / math.sqrt(math.prod(shape[1:]))
-            array = jax.random.uniform(k, shape, dtype, -bound, bound)
+            array = (2 * rng.random(shape, np.float32) - 1) / math.sqrt(math.prod(shape[1:]))
         else:
-            array = jnp.full(shape, name.endswith('weight'), dtype)
-        arrays[name] = to_jax(name, array)
+            array = np.full(shape, name.endswith('weight'), np.float32)
+        arrays[name] = jnp.asarray(to_jax(name, array), dtype)
     return traverse_util.unflatten_dict(arrays, sep='.')
 
 

@@ -1,0 +1,176 @@
+"""Time the networks against diffusers and transformers, alternating in one run.
+
+`python -m launch.bench --version=sd15`: seeded random weights of full size, the same on both
+sides; prints the median time of a call, torch's divided by ours (above 1: ours is faster), and
+the largest difference of the outputs relative to their deviation.
+"""
+
+import json
+import platform
+import statistics
+import time
+
+from absl import app, flags
+
+_VERSION = flags.DEFINE_string('version', 'sd15', 'A released version, see jaxsd.versions().')
+_PARTS = flags.DEFINE_list('parts', ['text', 'unet', 'vae'], 'What to time.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Of both sides.')
+_BATCH = flags.DEFINE_integer('batch', 1, 'Pictures; the U-Net sees two latents for each.',
+                              lower_bound=1)
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Timed calls of each side, after one to warm up.',
+                               lower_bound=1)
+_AGAINST = flags.DEFINE_enum('against', 'eager', ['eager', 'compile', 'none'],
+                             'torch eager, torch.compile, or jaxsd alone.')
+_OUT = flags.DEFINE_string('out', None, 'Also write the results to this JSON file.')
+
+
+def cases(config, batch, seed=0):
+    """{part: (component, ours(params, **inputs), inputs)}; inputs: numpy arrays, NHWC."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxsd.models import clip, unet, vae
+    from jaxsd.models.layers import timestep_embedding
+    rng, u = np.random.default_rng(seed), config.unet
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    def predict(p, x, t, context, pooled=None, ids=None):
+        added = None
+        if pooled is not None:
+            sinusoids = timestep_embedding(ids, u.added_time_dim).reshape(len(ids), -1)
+            added = jnp.concatenate([pooled, sinusoids], -1)
+        return unet.apply(p, u, x, t, context, added)
+
+    inputs = {'x': normal(2 * batch, u.sample_size, u.sample_size, u.in_channels),
+              't': np.full(2 * batch, 481.0, np.float32),
+              'context': normal(2 * batch, 77, u.cross_attention_dim)}
+    name = 'text_encoder' if config.text_encoder else 'text_encoder_2'
+    text = getattr(config, name)
+    if u.added_dim:
+        ids = 5 if config.aesthetic else 6
+        inputs['pooled'] = normal(2 * batch, u.added_dim - ids * u.added_time_dim)
+        inputs['ids'] = rng.integers(0, 1024, (2 * batch, ids)).astype(np.float32)
+    tokens = rng.integers(0, text.vocab_size - 1, (2 * batch, 77)).astype(np.int32)
+    tokens[:, -1] = text.vocab_size - 1
+    latent = normal(batch, u.sample_size, u.sample_size, config.vae.latent_channels)
+    return {'text': (name, lambda p, tokens: clip.encode(p, text, tokens).hidden,
+                     {'tokens': tokens}),
+            'unet': ('unet', predict, inputs),
+            'vae': ('vae', lambda p, z: vae.decode(p, config.vae, z), {'z': latent})}
+
+
+def peer(component, config, params, inputs, dtype):
+    """A function of no arguments that calls torch's network on our weights and inputs."""
+    import diffusers
+    import numpy as np
+    import torch
+    import transformers
+    from flax import traverse_util
+
+    from jaxsd.config import VERSIONS
+    from jaxsd.models import spec
+    settings = json.loads((VERSIONS / config.version / component / 'config.json').read_text())
+    if component == 'unet':
+        module = diffusers.UNet2DConditionModel.from_config(settings)
+    elif component == 'vae':
+        module = diffusers.AutoencoderKL.from_config(settings)
+    else:
+        module = getattr(transformers, settings['architectures'][0])(
+            transformers.CLIPTextConfig(**settings))
+    state = {k: torch.from_numpy(np.array(spec.from_jax(k, np.asarray(v, np.float32))))
+             for k, v in traverse_util.flatten_dict(params, sep='.').items()}
+    if not any(k.startswith('text_model.') for k in module.state_dict()):  # transformers 5
+        state = {k.removeprefix('text_model.'): v for k, v in state.items()}
+    module.load_state_dict(state)
+    device, kind = 'cuda' if torch.cuda.is_available() else 'cpu', getattr(torch, dtype)
+    module = module.to(device, kind).eval().requires_grad_(False)
+    compiled = torch.compile if _AGAINST.value == 'compile' else lambda f: f
+
+    def tensor(array):
+        t = torch.from_numpy(array).to(device)
+        t = t.to(kind) if t.is_floating_point() else t.long()
+        return t.permute(0, 3, 1, 2).contiguous() if t.ndim == 4 else t
+
+    a = {k: tensor(v) for k, v in inputs.items()}
+    if component == 'unet':
+        forward = compiled(module.forward)
+        added = {'text_embeds': a.get('pooled'), 'time_ids': a.get('ids')}
+
+        def call():
+            return forward(a['x'], a['t'], a['context'],
+                           added_cond_kwargs=added).sample.permute(0, 2, 3, 1)
+    elif component == 'vae':
+        decoder = compiled(module.decoder)
+
+        def call():
+            return decoder(module.post_quant_conv(a['z'])).permute(0, 2, 3, 1)
+    else:
+        forward = compiled(module.forward)
+
+        def call():
+            out = forward(a['tokens'], output_hidden_states=True)
+            return out.hidden_states[-2] if getattr(config, component).skip else (
+                out.last_hidden_state)
+
+    def run():
+        with torch.inference_mode():
+            out = call()
+            if device == 'cuda':
+                torch.cuda.synchronize()
+            return out
+
+    return run
+
+
+def measure(component, ours, inputs, config):
+    """One row of results: both sides called in turn, ours first."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxsd.models import spec
+    shapes = spec.spec(config)[component]
+    params = spec.init_part(np.random.default_rng(0), shapes, jnp.dtype(_DTYPE.value))
+    jitted = jax.jit(ours)
+    inputs = {k: jnp.asarray(v) for k, v in inputs.items()}
+    sides = {'jaxsd': lambda: jax.block_until_ready(jitted(params, **inputs))}
+    if _AGAINST.value != 'none':
+        sides['torch'] = peer(component, config, params,
+                              {k: np.asarray(v) for k, v in inputs.items()}, _DTYPE.value)
+    first = {name: call() for name, call in sides.items()}
+    times = {name: [] for name in sides}
+    for _ in range(_ROUNDS.value):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    row = {name: statistics.median(found) for name, found in times.items()}
+    if 'torch' in first:
+        row['ratio'] = row['torch'] / row['jaxsd']
+        a, b = np.asarray(first['jaxsd'], np.float32), first['torch'].float().cpu().numpy()
+        row['difference'] = float(np.abs(a - b).max() / b.std())
+    return row
+
+
+def main(argv):
+    del argv
+    import jax
+
+    import jaxsd
+    config = jaxsd.read_config(_VERSION.value)
+    found = cases(config, _BATCH.value)
+    print(f'{_VERSION.value}, {_DTYPE.value}, batch {_BATCH.value}, {jax.devices()[0].device_kind} '
+          f'({platform.machine()}), jax {jax.__version__}, against: {_AGAINST.value}')
+    results = {}
+    for part in _PARTS.value:
+        results[part] = row = measure(*found[part], config)
+        print(f'{part:5}' + ''.join(f'  {k} {v:.3g}' for k, v in row.items()), flush=True)
+    if _OUT.value:
+        with open(_OUT.value, 'w') as file:
+            json.dump({'version': _VERSION.value, 'dtype': _DTYPE.value, 'results': results}, file)
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,85 @@
+"""Whole trajectories against diffusers' own pipelines, from the same latent and embeddings."""
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from test_models import UNETS, arrays, excite
+
+from jaxsd import config as jc
+from jaxsd import sampling
+from jaxsd.models.layers import timestep_embedding
+from jaxsd.prompt.conditioning import Conditioning
+from jaxsd.run import denoise_latents
+
+pytestmark = pytest.mark.parity
+STEPS, GUIDANCE, SIZE = 10, 5.0, 8
+
+# jaxsd's sampler and options, diffusers' scheduler and options; both on 'trailing' timesteps,
+# which is our 'simple' where the steps divide 1000. `unit`: diffusers starts at unit variance.
+SAMPLERS = {
+    'ddim': ('ddim', {}, diffusers.DDIMScheduler, {'clip_sample': False}, True),
+    'euler': ('euler', {}, diffusers.EulerDiscreteScheduler, {}, False),
+    'dpmpp_2m': ('dpmpp_2m', {}, diffusers.DPMSolverMultistepScheduler,
+                 {'lower_order_final': True, 'final_sigmas_type': 'zero'}, True),
+    'unipc': ('unipc', {}, diffusers.UniPCMultistepScheduler,
+              {'solver_order': 2, 'final_sigmas_type': 'zero'}, True),
+}
+MODELS = {'sd1': 'epsilon', 'sd2': 'v_prediction', 'sdxl': 'epsilon'}
+
+
+def network(name):
+    torch.manual_seed(0)
+    settings = {'block_out_channels': (32, 64), 'layers_per_block': 1, 'norm_num_groups': 8,
+                'sample_size': SIZE,
+                'down_block_types': ('CrossAttnDownBlock2D', 'DownBlock2D'),
+                'up_block_types': ('UpBlock2D', 'CrossAttnUpBlock2D'), **UNETS[name]}
+    return excite(diffusers.UNet2DConditionModel(**settings), 1)
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_trajectory(name, sampler):
+    module, kind = network(name), MODELS[name]
+    ours, options, scheduler, settings, unit = SAMPLERS[sampler]
+    scheduler = scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear',
+                          prediction_type=kind, timestep_spacing='trailing', **settings)
+    vae = diffusers.AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, sample_size=SIZE)
+    cfg = jc._unet(dict(module.config))
+    rng = np.random.default_rng(0)
+    latent = rng.normal(size=(2, SIZE, SIZE, 4)).astype(np.float32)
+    context = rng.normal(size=(2, 2, 7, cfg.cross_attention_dim)).astype(np.float32)
+    embeds = {'prompt_embeds': torch.tensor(context[:, 1]),
+              'negative_prompt_embeds': torch.tensor(context[:, 0])}
+    common = {'vae': vae, 'text_encoder': None, 'tokenizer': None, 'unet': module,
+              'scheduler': scheduler}
+    added = None
+    if cfg.added_dim:
+        pooled = rng.normal(size=(2, 2, 32)).astype(np.float32)
+        ids = np.array([8, 8, 0, 0, 8, 8], np.float32)
+        sinusoids = np.asarray(timestep_embedding(ids, cfg.added_time_dim)).reshape(-1)
+        added = np.concatenate([pooled, np.broadcast_to(sinusoids, (2, 2, sinusoids.size))], -1)
+        embeds |= {'pooled_prompt_embeds': torch.tensor(pooled[:, 1]),
+                   'negative_pooled_prompt_embeds': torch.tensor(pooled[:, 0]),
+                   'original_size': (8, 8), 'target_size': (8, 8)}
+        pipe = diffusers.StableDiffusionXLPipeline(
+            **common, text_encoder_2=None, tokenizer_2=None, add_watermarker=False)
+    else:
+        pipe = diffusers.StableDiffusionPipeline(
+            **common, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=SIZE, width=SIZE,
+                  latents=torch.tensor(latent).permute(0, 3, 1, 2), output_type='latent',
+                  **embeds).images.permute(0, 2, 3, 1).numpy()
+
+    config = jc.ModelConfig(cfg, jc.VAEConfig(), jc.ScheduleConfig(prediction_type=kind))
+    sigmas = sampling.schedule('simple', STEPS, config.schedule)
+    start = latent * (np.hypot(sigmas[0], 1) if unit else float(scheduler.init_noise_sigma))
+    rows = sampling.plan(ours, sigmas, **options)
+    params = {'unet': arrays(module)}
+    found = jax.jit(lambda p, x: denoise_latents(
+        p, config, x, Conditioning(context, added), GUIDANCE, rows,
+        noise=lambda i: np.zeros_like(start)))(params, start)
+    scale = max(1.0, theirs.std())
+    assert np.abs(np.asarray(found) - theirs).max() / scale <= 1e-4
