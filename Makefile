@@ -41,7 +41,7 @@ $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable '.[test]'
 	touch $@
 
-# On Linux PyPI's torch carries CUDA; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu is less.
+# On Linux PyPI's torch carries CUDA; pip's settings may name torch's own CPU index instead.
 $(VENV)/.parity: $(VENV)/.test
 	$(PIP) --editable '.[test,parity]'
 	touch $@

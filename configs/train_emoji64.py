@@ -27,8 +27,9 @@ def get_config():
     c.stages = ml_collections.ConfigDict({
         'vae': stage(steps=3200, batch_size=8, learning_rate=1.5e-3, warmup=50, ema=0.995),
         'text': stage(steps=500, batch_size=128, learning_rate=2e-3, warmup=50, ema=0.99),
-        'unet': stage(steps=5000, batch_size=32, learning_rate=1e-3, warmup=100, ema=0.998,
+        'unet': stage(steps=4200, batch_size=32, learning_rate=1e-3, warmup=100, ema=0.998,
                       save_every=500),
+        'decoder': stage(steps=1200, batch_size=8, learning_rate=8e-4, warmup=50, ema=0.995),
     })
     c.stages.unet.caption_dropout = 0.1
     # Off: for v it all but removes the loss at high noise, where the text decides the picture.

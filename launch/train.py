@@ -1,19 +1,26 @@
 """Train a small Stable Diffusion: `python -m launch.train --config=configs/train_emoji64.py`.
 
-Three stages, each resumed from its own folder under config.out: the autoencoder, a start for the
-text encoder, then text encoder and U-Net together by forward diffusion. At the end the model is
-written to config.export as a diffusers folder.
+Four stages, each taken up again from its own folder under config.out: the autoencoder; a start for
+the text encoder; text encoder and U-Net together, by forward diffusion; the decoder once more, on
+the latents of the data set. At the end the model is written to config.export as a diffusers folder.
 """
 
 import functools
 import json
 import pathlib
+import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file('config', 'configs/train_emoji64.py', 'Training recipe.')
-_STAGES = flags.DEFINE_list('stages', ['vae', 'unet'], 'vae alone, or vae and then the rest.')
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def define_flags():
+    """Not at import: other mains have flags of these names."""
+    config_flags.DEFINE_config_file(
+        'config', str(ROOT / 'configs' / 'train_emoji64.py'),
+        'Training recipe; every field is a flag too, --config.stages.unet.steps=100.')
 
 
 def model_config(c):
@@ -48,7 +55,8 @@ def fold_standardisation(params, mean, deviation):
     scale = jnp.concatenate([1 / deviation, jnp.ones_like(deviation)])
     shift = jnp.concatenate([-mean / deviation, -2 * jnp.log(deviation)])
     return params | {
-        'quant_conv': {'weight': encoder['weight'] * scale, 'bias': encoder['bias'] * scale + shift},
+        'quant_conv': {'weight': encoder['weight'] * scale,
+                       'bias': encoder['bias'] * scale + shift},
         'post_quant_conv': {
             'weight': decoder['weight'] * deviation[:, None],
             'bias': decoder['bias'] + mean @ decoder['weight'][0, 0]}}
@@ -71,24 +79,37 @@ def in_batches(f, x, size=64):
     return np.concatenate(parts)[:len(x)]
 
 
+def run_stage(name, loss, params, data, weights, c, preview=None):
+    """Train one stage from where its folder left it -> the running average of its parameters."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxsd.train import loop
+    s = c.stages[name]
+    tx = loop.optimizer(s)
+    step = jax.jit(loop.make_step(loss, tx, s.ema, jnp.dtype(s.dtype)), donate_argnums=0)
+    return loop.fit(step, loop.start(params, tx), data, weights, s, f'{c.out}/{name}', preview)
+
+
 def train_vae(c, config, params, images, weights):
     """Stage 1: the autoencoder, then its latents' standardisation -> (VAE, latents [N,h,w,L])."""
     import jax
     import numpy as np
 
     from jaxsd.models import vae
-    from jaxsd.train import losses, loop
+    from jaxsd.train import losses
     encode = jax.jit(lambda p, x: vae.encode(p, config.vae, x)[0])
     decode = jax.jit(lambda p, z: vae.decode(p, config.vae, z))
-    some = images[::len(images) // 32][:32]
+    some = images[::max(1, len(images) // 32)][:32]
 
     def preview(ema, step):
         again = np.asarray(decode(ema['vae'], encode(ema['vae'], some)))
-        rows = [some[:16], again[:16], some[16:], again[16:]]
-        save_grid(pathlib.Path(c.out) / 'vae' / f'{step:06d}.png', np.stack(rows))
+        half = len(some) // 2
+        rows = [some[:half], again[:half], some[half:2 * half], again[half:2 * half]]
+        save_grid(f'{c.out}/vae/{step:06d}.png', np.stack(rows))
 
-    params = loop.fit(lambda p, b, k: losses.autoencoder(p, config, b, k), {'vae': params['vae']},
-                      {'image': images}, weights, c.stages.vae, f'{c.out}/vae', preview)['vae']
+    params = run_stage('vae', lambda p, b, k: losses.autoencoder(p, config, b, k),
+                       {'vae': params['vae']}, {'image': images}, weights, c, preview)['vae']
     latents = in_batches(functools.partial(encode, params), images)
     mean, deviation = latents.mean((0, 1, 2)), latents.std((0, 1, 2))
     return fold_standardisation(params, mean, deviation), (latents - mean) / deviation
@@ -96,25 +117,25 @@ def train_vae(c, config, params, images, weights):
 
 def train_text_and_unet(c, config, params, latents, captions, weights, vae):
     """Stages 2 and 3: a start for the text encoder, then it and the U-Net by forward diffusion."""
-    import jax
     import jax.numpy as jnp
     import numpy as np
 
     import jaxsd
     from jaxsd import sampling
     from jaxsd.prompt.tokenizer import Tokenizer
-    from jaxsd.train import losses, loop
+    from jaxsd.train import losses
     tokenizer = Tokenizer.from_folder(c.tokenizer)
     data = {'latent': latents, 'tokens': tokenizer([str(caption) for caption in captions])}
     width = latents[0].size
     head = {'weight': jnp.zeros((config.text_encoder.hidden_size, width)), 'bias': jnp.zeros(width)}
-    text = loop.fit(lambda p, b, k: losses.alignment(p, config, b, k),
-                    {'text_encoder': params['text_encoder'], 'alignment': head}, data, weights,
-                    c.stages.text, f'{c.out}/text')['text_encoder']
+    text = run_stage('text', lambda p, b, k: losses.alignment(p, config, b, k),
+                     {'text_encoder': params['text_encoder'], 'alignment': head}, data, weights,
+                     c)['text_encoder']
 
     abar = jnp.asarray(sampling.alphas_cumprod(config.schedule), jnp.float32)
     settings = c.stages.unet
-    shown = [str(caption) for caption in captions[weights > 0][::len(captions) // 32]][:32]
+    shown = [str(caption) for caption in captions[weights > 0]]
+    shown = shown[::max(1, len(shown) // 32)][:32]
 
     def model(ema):
         return jaxsd.Model(config, {'vae': vae, **ema}, {'text_encoder': tokenizer})
@@ -123,36 +144,55 @@ def train_text_and_unet(c, config, params, latents, captions, weights, vae):
         requests = [jaxsd.Request(prompt, seed=i, steps=12, guidance=3.0)
                     for i, prompt in enumerate(shown)]
         images = jaxsd.generate(model(ema), requests).astype(np.float32) / 127.5 - 1
-        save_grid(f'{c.out}/unet/{step:06d}.png', images.reshape(2, 16, *images.shape[1:]))
+        half = len(images) // 2
+        save_grid(f'{c.out}/unet/{step:06d}.png', images[:2 * half].reshape(
+            2, half, *images.shape[1:]))
 
     def loss(p, b, key):
         return losses.diffusion(p, config, b, key, abar, settings.caption_dropout,
                                 settings.min_snr_gamma)
 
-    ema = loop.fit(loss, {'text_encoder': text, 'unet': params['unet']},
-                   data | {'empty': tokenizer([''])[0]}, weights, settings, f'{c.out}/unet',
-                   preview)
-    return model(jax.device_get(ema))
+    return model(run_stage('unet', loss, {'text_encoder': text, 'unet': params['unet']},
+                           data | {'empty': tokenizer([''])[0]}, weights, c, preview))
+
+
+def train_decoder(c, config, vae, images, latents, weights):
+    """Stage 4: the decoder alone, on the latents that the U-Net learnt -> the whole VAE."""
+    from jaxsd.train import losses
+    trained = run_stage('decoder', lambda p, b, k: losses.decoder(p, config, b, k),
+                        {'vae': {k: vae[k] for k in ('decoder', 'post_quant_conv')}},
+                        {'image': images, 'latent': latents}, weights, c)
+    return vae | trained['vae']
 
 
 def main(argv):
-    del argv
+    """Entry point: one clear line for whatever the user can get wrong."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f'unexpected argument {argv[1]!r}')
+        run(flags.FLAGS.config)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        sys.exit(f'error: {error}')
+
+
+def run(c):
+    """Train all stages of a recipe and write the model."""
     import numpy as np
 
     import jaxsd
     from jaxsd.models import spec
-    c = _CONFIG.value
     config = model_config(c)
     images, captions, plain, heldout = load_data(c.data)
     images = images.astype(np.float32) / 127.5 - 1
     weights = np.where(heldout, 0, np.where(plain, c.plain_weight, 1))
     params = spec.init(0, config)
     vae, latents = train_vae(c, config, params, images, weights)
-    if 'unet' in _STAGES.value:
-        model = train_text_and_unet(c, config, params, latents, captions, weights, vae)
-        jaxsd.save(model, c.export, dtype='float16')
-        print(f'written: {c.export}')
+    model = train_text_and_unet(c, config, params, latents, captions, weights, vae)
+    vae = train_decoder(c, config, vae, images, latents, weights)
+    jaxsd.save(model.replace(params=model.params | {'vae': vae}), c.export, dtype='float16')
+    print(f'written: {c.export}')
 
 
 if __name__ == '__main__':
+    define_flags()
     app.run(main)

@@ -9,10 +9,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from flax import traverse_util  # noqa: E402
 
 import jaxsd  # noqa: E402
 from jaxsd.config import (  # noqa: E402
@@ -22,7 +19,7 @@ from jaxsd.config import (  # noqa: E402
     UNetConfig,
     VAEConfig,
 )
-from jaxsd.models.spec import spec, to_jax  # noqa: E402
+from jaxsd.models import spec  # noqa: E402
 
 collect_ignore = [] if importlib.util.find_spec('torch') else ['parity']
 
@@ -67,23 +64,6 @@ TINY = {
                              projection_dim=24),
         aesthetic=True),
 }
-
-
-def random_params(config):
-    """What models.spec.init makes, drawn by numpy: jax would compile a program per shape."""
-    rng = np.random.default_rng(0)
-
-    def draw(name, shape):
-        if name.endswith('embedding.weight'):
-            array = 0.02 * rng.standard_normal(shape)
-        elif len(shape) > 1:
-            array = rng.uniform(-1, 1, shape) / np.sqrt(np.prod(shape[1:]))
-        else:
-            array = np.full(shape, name.endswith('weight'))
-        return jax.device_put(to_jax(name, array.astype(np.float32)))
-
-    return {part: traverse_util.unflatten_dict({n: draw(n, s) for n, s in shapes.items()}, sep='.')
-            for part, shapes in spec(config).items()}
 
 
 def write_tokenizer(folder, pad=END, length=16, words=WORDS):
@@ -136,7 +116,7 @@ def tiny_model(tokenizer_folder):
             config = TINY[name]
             texts = [t for t in ('text_encoder', 'text_encoder_2') if getattr(config, t)]
             tokenizer = Tokenizer.from_folder(tokenizer_folder)
-            made[name] = jaxsd.Model(config, random_params(config),
+            made[name] = jaxsd.Model(config, spec.init(0, config),
                                      dict.fromkeys(texts, tokenizer))
         return made[name]
 

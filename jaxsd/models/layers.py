@@ -16,10 +16,20 @@ def linear(p, x):
 def conv(p, x, stride=1, padding=1):
     """x [B,H,W,I] -> [B,H/stride,W/stride,O]; p: weight [K,K,I,O], bias [O].
 
-    padding: pixels on each side, or a pair (before, after) for both axes.
+    padding: pixels on each side, or a pair (before, after) for both axes. On CPU, wide 3x3
+    convolutions of few pixels are one matmul over the nine shifted pictures: 1.5 times (16x16) to
+    3 times (8x8) as fast there as XLA's convolution.
     """
+    w = p['weight']
+    if (jax.default_backend() == 'cpu' and stride == 1 and w.shape[:2] == (3, 3) and padding == 1
+            and w.shape[2] >= 512 and x.shape[1] * x.shape[2] <= 256):
+        B, H, W, C = x.shape
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = [x[:, i:i + H, j:j + W] for i in range(3) for j in range(3)]
+        y = jnp.concatenate(shifted, -1).reshape(-1, 9 * C) @ w.reshape(9 * C, -1)
+        return y.reshape(B, H, W, -1) + p['bias']
     pad = (padding, padding) if isinstance(padding, int) else padding
-    y = lax.conv_general_dilated(x, p['weight'], (stride, stride), [pad, pad],
+    y = lax.conv_general_dilated(x, w, (stride, stride), [pad, pad],
                                  dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     return y + p['bias']
 
@@ -73,17 +83,19 @@ def attention(q, k, v, heads, causal=False):
             q, k, v, is_causal=causal, implementation='cudnn' if fused else 'xla').reshape(B, T, C)
     if causal:
         raise ValueError(f'causal attention over {T} tokens: expected at most 128 x 128 scores')
-    block = next(b for b in range(min(T, 512), 0, -1) if T % b == 0)
-    q, k, v = (a.swapaxes(1, 2).reshape(B * heads, -1, D) for a in (q, k, v))  # [B*N,T,D]
+    block = next(b for b in range(min(T, 1024), 0, -1) if T % b == 0)
+    q, k, v = (a.swapaxes(1, 2).reshape(B * heads, -1, D) for a in (q / math.sqrt(D), k, v))
 
     def head(qkv):
-        q, k, v = qkv
+        q, k, v = qkv  # [T,D], [S,D], [S,D]
 
-        def rows(q):  # [block,D]
-            scores = (q @ k.T).astype(jnp.float32) / math.sqrt(D)
-            return jax.nn.softmax(scores, -1).astype(v.dtype) @ v
+        def queries(q):  # [block,D]; scores stand upright, so that sums over S are contiguous
+            scores = (k @ q.T).astype(jnp.float32)  # [S,block]
+            weights = jnp.exp(scores - lax.stop_gradient(scores.max(0)))
+            out = v.T @ weights.astype(v.dtype) / weights.sum(0).astype(v.dtype)
+            return out.T
 
-        return lax.map(rows, q.reshape(-1, block, D)).reshape(T, D)
+        return lax.map(queries, q.reshape(-1, block, D)).reshape(T, D)
 
     out = lax.map(head, (q, k, v))
     return out.reshape(B, heads, T, D).swapaxes(1, 2).reshape(B, T, C)

@@ -1,4 +1,7 @@
-"""One loop for every stage: optimiser, averaging, data parallelism, checkpoints, curves."""
+"""One loop for every stage: optimiser, averaging, data parallelism, checkpoints, curves.
+
+Nothing here compiles: whoever drives it passes a step through `jax.jit` first.
+"""
 
 import csv
 import json
@@ -52,7 +55,7 @@ def make_step(loss, tx, ema_decay, dtype=jnp.float32):
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-        metrics = {'loss': value, 'grad_norm': optax.global_norm(grads), **metrics}
+        metrics = {'loss': value, 'grad_norm': optax.tree.norm(grads), **metrics}
         return State(state.step + 1, params, ema, opt), metrics
 
     return step
@@ -90,7 +93,7 @@ def load_state(path, state):
     """Read what `save_state` wrote, into the structure of `state`."""
     template, structure = _named(state)
     with safe_open(path, 'numpy') as file:
-        shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
+        shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
         expected = {k: a.shape for k, a in template.items()}
         wrong = sorted(k for k in shapes.keys() | expected.keys()
                        if shapes.get(k) != expected.get(k))
@@ -107,60 +110,69 @@ def _named(tree):
             for path, leaf in leaves}, structure
 
 
-def fit(loss, params, data, weights, c, out, preview=None):
-    """Train `params` for c.steps steps and return their running average.
+def start(params, tx):
+    """The State before the first step. Copies: a step donates its state, buffer by buffer."""
+    return State(jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params),
+                 jax.tree.map(jnp.array, params), tx.init(params))
 
-    loss(params, batch, key); data: {name: array}, those with a leading axis of len(weights) are
-    indexed by the example, the others passed whole. c: batch_size, steps, seed, ema, dtype,
-    save_every, log_every and `optimizer`'s. out: folder for state.safetensors, log.csv and
-    whatever preview(ema, step) writes. Resumes from `out`.
+
+def fit(step, state, data, weights, c, out, preview=None):
+    """Take steps until c.steps and return the running average of the parameters.
+
+    step(state, batch, key): a compiled `make_step`. data: {name: array}, those with a leading axis
+    of len(weights) are indexed by the example, the others passed whole. c: batch_size, steps,
+    seed, save_every, log_every. out: folder for state.safetensors, log.csv, curve.png and whatever
+    preview(ema, step) writes; what is there already is taken up again. The batch is spread over all
+    local devices. Raises FloatingPointError when the loss is not finite.
     """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    tx = optimizer(c)
-    # Copies: the step donates its state, and params and ema must not share buffers.
-    state = State(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params),
-                  jax.tree.map(jnp.copy, params), tx.init(params))
     saved = out / 'state.safetensors'
     if saved.exists():
         state = load_state(saved, state)
-    start = int(state.step)
-    log = _Log(out / 'log.csv', start)
+    first = int(state.step)
+    log = _Log(out, first)
     mesh = jax.make_mesh((jax.local_device_count(),), ('data',), axis_types=(AxisType.Auto,))
     whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ('data',)))
+    if c.batch_size % mesh.size:
+        raise ValueError(f'batch_size {c.batch_size}: expected a multiple of the number of '
+                         f'devices, {mesh.size}')
     state = jax.device_put(state, whole)
-    step = jax.jit(make_step(loss, tx, c.ema, jnp.dtype(c.dtype)), donate_argnums=0)
-    key, clock = jax.random.key(c.seed), time.monotonic()
-    index = batches(weights, c.batch_size, c.seed, start)
     fixed = {k: jax.device_put(v, whole) for k, v in data.items() if len(v) != len(weights)}
-    sums, count = {}, 0
-    for i in range(start, c.steps):
+    key, index = jax.random.key(c.seed), batches(weights, c.batch_size, c.seed, first)
+    metrics, clock = [], time.monotonic()
+    for i in range(first, c.steps):
         rows = next(index)
         batch = {k: jax.device_put(v[rows], split) for k, v in data.items() if k not in fixed}
-        state, metrics = step(state, batch | fixed, jax.random.fold_in(key, i))
-        sums = {k: sums.get(k, 0) + v for k, v in metrics.items()}
-        count += 1
-        if (i + 1) % c.log_every == 0 or i + 1 == c.steps:
-            row = {k: float(v) / count for k, v in sums.items()}
-            seconds = (time.monotonic() - clock) / count
-            log.write({'step': i + 1, **row, 'seconds_per_step': seconds})
-            sums, count, clock = {}, 0, time.monotonic()
-        if (i + 1) % c.save_every == 0 or i + 1 == c.steps:
+        state, found = step(state, batch | fixed, jax.random.fold_in(key, i))
+        metrics.append(found)
+        done = i + 1
+        if done % c.log_every == 0 or done == c.steps:
+            row = {k: float(np.mean([m[k] for m in metrics])) for k in found}
+            if not np.isfinite(row['loss']):
+                raise FloatingPointError(
+                    f'the loss is not finite after step {done}; {saved} holds the last good state: '
+                    'lower the learning rate and start again, it is taken up from there')
+            seconds = (time.monotonic() - clock) / len(metrics)
+            log.write({'step': done, **row, 'seconds_per_step': seconds})
+            metrics, clock = [], time.monotonic()
+        if done % c.save_every == 0 or done == c.steps:
             save_state(saved, state)
+            log.draw()
             if preview is not None:
-                preview(jax.device_get(state.ema), i + 1)
-            clock = time.monotonic()
+                preview(jax.device_get(state.ema), done)
+            clock = time.monotonic() if not metrics else clock
     return jax.device_get(state.ema)
 
 
 class _Log:
-    """A CSV of metrics, printed too; rows from `start` on are dropped when training resumes."""
+    """Metrics as a CSV and a curve, printed too; rows after `first` go when training resumes."""
 
-    def __init__(self, path, start):
-        self.path, self.rows = path, []
-        if path.exists():
-            with open(path, newline='') as file:
-                self.rows = [r for r in csv.DictReader(file) if int(r['step']) <= start]
+    def __init__(self, folder, first):
+        self.path, self.curve, self.rows = folder / 'log.csv', folder / 'curve.png', []
+        if self.path.exists():
+            with open(self.path, newline='') as file:
+                self.rows = [r for r in csv.DictReader(file) if int(r['step']) <= first]
 
     def write(self, row):
         print(json.dumps({k: round(v, 5) for k, v in row.items()}), flush=True)
@@ -171,3 +183,22 @@ class _Log:
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(part, self.path)
+
+    def draw(self):
+        draw_curve(self.rows, self.curve)
+
+
+def draw_curve(rows, path):
+    """Plot the metrics of a log, a list of dicts, against the step, each in its own panel."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    names = [k for k in rows[0] if k not in ('step', 'seconds_per_step')]
+    figure, panels = pyplot.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), squeeze=False)
+    for panel, name in zip(panels[0], names):
+        values = np.array([float(r[name]) for r in rows])
+        panel.plot([int(r['step']) for r in rows], values, linewidth=0.8)
+        panel.set(title=name, xlabel='step', yscale='log' if (values > 0).all() else 'linear')
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

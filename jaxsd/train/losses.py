@@ -47,6 +47,16 @@ def autoencoder(params, config, batch, key, kl_weight=1e-6):
     return loss, {'absolute': absolute, 'kl': kl, 'psnr': 10 * jnp.log10(4 / squared)}
 
 
+def decoder(params, config, batch, key):
+    """The same errors, of the decoder alone on given latents.
+
+    batch: latent [B,h,w,L] as `vae.decode` takes it, image [B,H,W,3] in [-1,1].
+    """
+    error = vae.decode(params['vae'], config.vae, batch['latent']) - batch['image']
+    absolute, squared = jnp.abs(error).mean(), jnp.square(error).mean()
+    return absolute + squared, {'absolute': absolute, 'psnr': 10 * jnp.log10(4 / squared)}
+
+
 def alignment(params, config, batch, key):
     """Pooled text, through one linear layer, against the picture's latent.
 

@@ -86,13 +86,14 @@ def _on_devices(count, path):
     code = f"""
 import conftest, jax, numpy as np, pathlib
 import jaxsd
+from jaxsd.models import spec
 from jaxsd.prompt.tokenizer import Tokenizer
 from run.test_generate import MIXED
 assert jax.local_device_count() == {count}
 folder = pathlib.Path({str(path.parent)!r}) / 'tokenizer'
 conftest.write_tokenizer(folder)
 config = conftest.TINY['sd1']
-model = jaxsd.Model(config, conftest.random_params(config),
+model = jaxsd.Model(config, spec.init(0, config),
                     {{'text_encoder': Tokenizer.from_folder(folder)}})
 seen = []
 images = jaxsd.generate(model, MIXED, on_step=lambda done, total: seen.append((done, total)))

@@ -1,0 +1,99 @@
+"""The trainer from end to end: a real process, killed, started again, its export used."""
+
+import importlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import write_tokenizer
+
+import jaxsd
+from jaxsd.models import spec
+from launch.train import model_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RECIPE = """
+from configs.train_emoji64 import get_config as full
+
+
+def get_config():
+    c = full()
+    c.data, c.tokenizer, c.out, c.export = 'data.npz', 'tokenizer', 'run', 'model'
+    c.vae.update(block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, sample_size=16)
+    c.text_encoder.update(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                          num_attention_heads=2, max_position_embeddings=16)
+    c.unet.update(in_channels=4, out_channels=4, block_out_channels=(16,), transformer_layers=(1,),
+                  heads=(2,), only_cross_attention=(False,), cross_attention_dim=32,
+                  norm_num_groups=4)
+    for stage in c.stages.values():
+        stage.update(steps=6, batch_size=4, save_every=2, log_every=1, warmup=1)
+    return c
+"""
+
+
+def train(folder, *arguments):
+    environment = os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
+    return subprocess.Popen(
+        [sys.executable, '-m', 'launch.train', f'--config={folder / "recipe.py"}', *arguments],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / 'recipe.py').write_text(RECIPE)
+    write_tokenizer(tmp_path / 'tokenizer')
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / 'data.npz', images=rng.integers(0, 256, (12, 16, 16, 3), np.uint8),
+             captions=np.array(['red apple', 'green cat', 'a dog'] * 4),
+             plain=np.ones(12, bool), heldout=np.arange(12) == 11)
+    return tmp_path
+
+
+def test_killed_and_resumed(folder):
+    process = train(folder)
+    for line in process.stdout:  # in the middle of the first stage, after a state was written
+        if '"step": 3' in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (folder / 'model').exists()
+
+    process = train(folder)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert '"step": 1,' not in out.split('\n')[0]  # it went on, not from the beginning
+    for name in ('vae', 'text', 'unet', 'decoder'):
+        assert {'state.safetensors', 'log.csv', 'curve.png'} <= {
+            p.name for p in (folder / 'run' / name).iterdir()}
+    assert (folder / 'run' / 'vae' / '000006.png').exists()
+    assert (folder / 'run' / 'unet' / '000006.png').exists()
+
+    model = jaxsd.load(folder / 'model')
+    assert model.config.schedule.prediction_type == 'v_prediction'
+    images = jaxsd.generate(model, [jaxsd.Request('red apple', seed=1, steps=2)])
+    assert images.shape == (1, 16, 16, 3)
+
+    process = train(folder)  # nothing is left to do
+    out, err = process.communicate()
+    assert process.returncode == 0 and 'step' not in out
+
+
+def test_missing_data_is_one_line(folder):
+    (folder / 'data.npz').unlink()
+    process = train(folder)
+    _, err = process.communicate()
+    assert process.returncode == 1 and 'Traceback' not in err
+    assert 'launch.emoji_data' in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize('name', ['train_emoji64', 'train_emoji128'])
+def test_the_shipped_recipes_fit_40_megabytes_in_float16(name):
+    recipe = importlib.import_module(f'configs.{name}').get_config()
+    recipe.tokenizer = str(ROOT / recipe.tokenizer)
+    config = model_config(recipe)
+    assert 2 * spec.count(spec.spec(config)) < 39e6
+    assert config.unet.sample_size * config.vae.factor == config.vae.sample_size
