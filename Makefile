@@ -15,11 +15,11 @@ demo: $(VENV)/.demo
 
 ## The tests that need neither torch, network nor accelerator
 test: $(VENV)/.test
-	$(RUN) -m pytest --ignore=tests/parity
+	$(RUN) -m pytest -n auto --dist loadfile --ignore=tests/parity
 
 ## Comparisons with torch, diffusers and transformers (CPU)
 parity: $(VENV)/.parity
-	$(RUN) -m pytest tests/parity
+	$(RUN) -m pytest -n auto --dist loadfile tests/parity
 
 ## Style
 lint: $(VENV)/.test

@@ -9,7 +9,7 @@ def get_config():
     c.tokenizer = 'checkpoints/emoji/tokenizer'
     c.out = 'runs/emoji64'  # states, curves and sample grids; training resumes from it
     c.export = 'checkpoints/emoji'
-    c.plain_weight = 2  # how often a glyph without a skin tone comes for one with
+    c.plain_weight = 4  # how often a glyph without a skin tone comes for one with
 
     c.vae = ml_collections.ConfigDict({
         'latent_channels': 16, 'block_out_channels': (16, 32, 96, 128), 'layers_per_block': 1,
@@ -28,8 +28,8 @@ def get_config():
         'vae': stage(steps=3200, batch_size=8, learning_rate=1.5e-3, warmup=50, ema=0.995),
         'text': stage(steps=500, batch_size=128, learning_rate=2e-3, warmup=50, ema=0.99),
         'unet': stage(steps=4200, batch_size=32, learning_rate=1e-3, warmup=100, ema=0.998,
-                      save_every=500),
-        'decoder': stage(steps=1200, batch_size=8, learning_rate=8e-4, warmup=50, ema=0.995),
+                      save_every=300),
+        'decoder': stage(steps=800, batch_size=8, learning_rate=8e-4, warmup=50, ema=0.995),
     })
     c.stages.unet.caption_dropout = 0.1
     # Off: for v it all but removes the loss at high noise, where the text decides the picture.

@@ -69,16 +69,18 @@ def group_norm(p, x, groups, eps):
 def attention(q, k, v, heads, causal=False):
     """Multi-head attention; q [B,T,C], k and v [B,S,C] -> [B,T,C] (Vaswani et al. 2017).
 
-    GPU in 16 bits: cuDNN's fused kernel. Else, many scores are computed a head and a block of
-    queries at a time (lax.map): a score matrix that stays in the cache is several times faster on
-    CPU and bounds the memory everywhere.
+    GPU in 16 bits: cuDNN's fused kernel. Else all scores at once where they are few (128 x 128 on
+    CPU, 1 GiB elsewhere); many are computed a head and a block of queries at a time (lax.map): a
+    score matrix that stays in the cache is several times faster on CPU, and bounds the memory.
     """
     B, T, C = q.shape
     S, D = k.shape[1], C // heads
     q, k, v = (a.reshape(B, -1, heads, D) for a in (q, k, v))  # [B,T,N,D]
-    fused = (jax.default_backend() == 'gpu' and q.dtype in (jnp.float16, jnp.bfloat16)
+    platform = jax.default_backend()
+    fused = (platform == 'gpu' and q.dtype in (jnp.float16, jnp.bfloat16)
              and D % 8 == 0 and D <= 256)
-    if fused or T * S <= 128 * 128:
+    few = T * S <= 128 * 128 if platform == 'cpu' else B * heads * T * S <= 2**28
+    if fused or few:
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=causal, implementation='cudnn' if fused else 'xla').reshape(B, T, C)
     if causal:
@@ -92,8 +94,8 @@ def attention(q, k, v, heads, causal=False):
         def queries(q):  # [block,D]; scores stand upright, so that sums over S are contiguous
             scores = (k @ q.T).astype(jnp.float32)  # [S,block]
             weights = jnp.exp(scores - lax.stop_gradient(scores.max(0)))
-            out = v.T @ weights.astype(v.dtype) / weights.sum(0).astype(v.dtype)
-            return out.T
+            out = (v.T @ weights.astype(v.dtype)) / weights.sum(0)
+            return out.T.astype(v.dtype)
 
         return lax.map(queries, q.reshape(-1, block, D)).reshape(T, D)
 
