@@ -6,22 +6,29 @@ the largest difference of the outputs relative to their deviation.
 """
 
 import json
+import os
 import platform
 import statistics
+import sys
 import time
 
 from absl import app, flags
 
-_VERSION = flags.DEFINE_string('version', 'sd15', 'A released version, see jaxsd.versions().')
-_PARTS = flags.DEFINE_list('parts', ['text', 'unet', 'vae'], 'What to time.')
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Of both sides.')
-_BATCH = flags.DEFINE_integer('batch', 1, 'Pictures; the U-Net sees two latents for each.',
-                              lower_bound=1)
-_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Timed calls of each side, after one to warm up.',
-                               lower_bound=1)
-_AGAINST = flags.DEFINE_enum('against', 'eager', ['eager', 'compile', 'none'],
-                             'torch eager, torch.compile, or jaxsd alone.')
-_OUT = flags.DEFINE_string('out', None, 'Also write the results to this JSON file.')
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+    """Not at import: other mains have flags of these names."""
+    flags.DEFINE_string('version', 'sd15', 'A released version, see jaxsd.versions().')
+    flags.DEFINE_list('parts', ['text', 'unet', 'vae'], 'What to time.')
+    flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Of both sides.')
+    flags.DEFINE_integer('batch', 1, 'Pictures; the U-Net sees two latents for each.',
+                         lower_bound=1)
+    flags.DEFINE_integer('rounds', 3, 'Timed calls of each side, after one to warm up.',
+                         lower_bound=1)
+    flags.DEFINE_enum('against', 'eager', ['eager', 'compile', 'none'],
+                      'torch eager, torch.compile, or jaxsd alone.')
+    flags.DEFINE_string('out', None, 'Also write the results to this JSON file.')
 
 
 def cases(config, batch, seed=0):
@@ -86,10 +93,10 @@ def peer(component, config, params, inputs, dtype):
     module.load_state_dict(state)
     device, kind = 'cuda' if torch.cuda.is_available() else 'cpu', getattr(torch, dtype)
     module = module.to(device, kind).eval().requires_grad_(False)
-    compiled = torch.compile if _AGAINST.value == 'compile' else lambda f: f
+    compiled = torch.compile if FLAGS.against == 'compile' else lambda f: f
 
     def tensor(array):
-        t = torch.from_numpy(array).to(device)
+        t = torch.tensor(array, device=device)
         t = t.to(kind) if t.is_floating_point() else t.long()
         return t.permute(0, 3, 1, 2).contiguous() if t.ndim == 4 else t
 
@@ -132,16 +139,16 @@ def measure(component, ours, inputs, config):
 
     from jaxsd.models import spec
     shapes = spec.spec(config)[component]
-    params = spec.init_part(np.random.default_rng(0), shapes, jnp.dtype(_DTYPE.value))
+    params = spec.init_part(np.random.default_rng(0), shapes, jnp.dtype(FLAGS.dtype))
     jitted = jax.jit(ours)
     inputs = {k: jnp.asarray(v) for k, v in inputs.items()}
     sides = {'jaxsd': lambda: jax.block_until_ready(jitted(params, **inputs))}
-    if _AGAINST.value != 'none':
+    if FLAGS.against != 'none':
         sides['torch'] = peer(component, config, params,
-                              {k: np.asarray(v) for k, v in inputs.items()}, _DTYPE.value)
+                              {k: np.asarray(v) for k, v in inputs.items()}, FLAGS.dtype)
     first = {name: call() for name, call in sides.items()}
     times = {name: [] for name in sides}
-    for _ in range(_ROUNDS.value):
+    for _ in range(FLAGS.rounds):
         for name, call in sides.items():
             start = time.perf_counter()
             call()
@@ -155,22 +162,38 @@ def measure(component, ours, inputs, config):
 
 
 def main(argv):
-    del argv
+    """Entry point: one clear line for whatever the user can get wrong."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f'unexpected argument {argv[1]!r}')
+        run()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f'error: {error}')
+
+
+def run():
+    """Time each part and print a line for it."""
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # torch needs room too
     import jax
 
     import jaxsd
-    config = jaxsd.read_config(_VERSION.value)
-    found = cases(config, _BATCH.value)
-    print(f'{_VERSION.value}, {_DTYPE.value}, batch {_BATCH.value}, {jax.devices()[0].device_kind} '
-          f'({platform.machine()}), jax {jax.__version__}, against: {_AGAINST.value}')
+    if FLAGS.version not in jaxsd.versions():
+        raise ValueError(f'--version={FLAGS.version}: expected one of {jaxsd.versions()}')
+    config = jaxsd.read_config(FLAGS.version)
+    found = cases(config, FLAGS.batch)
+    if unknown := set(FLAGS.parts) - set(found):
+        raise ValueError(f'--parts={",".join(sorted(unknown))}: expected some of {sorted(found)}')
+    print(f'{FLAGS.version}, {FLAGS.dtype}, batch {FLAGS.batch}, {jax.devices()[0].device_kind} '
+          f'({platform.machine()}), jax {jax.__version__}, against: {FLAGS.against}')
     results = {}
-    for part in _PARTS.value:
+    for part in FLAGS.parts:
         results[part] = row = measure(*found[part], config)
         print(f'{part:5}' + ''.join(f'  {k} {v:.3g}' for k, v in row.items()), flush=True)
-    if _OUT.value:
-        with open(_OUT.value, 'w') as file:
-            json.dump({'version': _VERSION.value, 'dtype': _DTYPE.value, 'results': results}, file)
+    if FLAGS.out:
+        with open(FLAGS.out, 'w') as file:
+            json.dump({'version': FLAGS.version, 'dtype': FLAGS.dtype, 'results': results}, file)
 
 
 if __name__ == '__main__':
+    define_flags()
     app.run(main)
