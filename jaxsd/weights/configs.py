@@ -81,9 +81,10 @@ def _text_class(c):
 
 def _text(c):
     fields = _plain(c, 'skip', 'final_norm', 'projection_dim')
+    # transformers loads in torch_dtype what diffusers loads in float32 beside it.
     return {'architectures': [_text_class(c)], 'model_type': 'clip_text_model', **fields,
             'projection_dim': c.projection_dim or c.hidden_size, 'bos_token_id': 0,
-            'pad_token_id': 1}
+            'pad_token_id': 1, 'torch_dtype': 'float32'}
 
 
 def _unet(c):
