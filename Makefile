@@ -9,8 +9,8 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 ## Pictures from the shipped model, in outputs/
 demo: $(VENV)/.demo
 	$(RUN) -m launch.generate --config=configs/emoji.py --seed=7 --out=outputs \
-	  --prompt="red apple" --prompt="cat face" --prompt="rocket" --prompt="sunflower" \
-	  --prompt="birthday cake" --prompt="octopus" --prompt="rainbow" --prompt="red heart" \
+	  --prompt="red apple" --prompt="alien" --prompt="rocket" --prompt="man student" \
+	  --prompt="hundred points" --prompt="rooster" --prompt="musical note" --prompt="red heart" \
 	  --prompt="four leaf clover"
 
 ## The tests that need neither torch, network nor accelerator
