@@ -9,10 +9,11 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 
 from absl import app, flags
+
+from launch import plain_errors
 
 FLAGS = flags.FLAGS
 
@@ -161,16 +162,6 @@ def measure(component, ours, inputs, config):
     return row
 
 
-def main(argv):
-    """Entry point: one clear line for whatever the user can get wrong."""
-    try:
-        if len(argv) > 1:
-            raise ValueError(f'unexpected argument {argv[1]!r}')
-        run()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f'error: {error}')
-
-
 def run():
     """Time each part and print a line for it."""
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # torch needs room too
@@ -196,4 +187,4 @@ def run():
 
 if __name__ == '__main__':
     define_flags()
-    app.run(main)
+    app.run(plain_errors(run))

@@ -19,14 +19,13 @@ import hashlib
 import json
 import pathlib
 import re
-import sys
 import unicodedata
 
 import numpy as np
 from absl import app, flags, logging
 from PIL import Image, ImageDraw, ImageFont, features
 
-from launch import retrieval
+from launch import plain_errors, retrieval
 
 FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).parent
@@ -217,15 +216,6 @@ def write_reference(folder, data):
         (folder / f'emoji_{name}.txt').write_text('\n'.join(captions) + '\n')
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-    try:
-        run()
-    except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')
-
-
 def run():
     names = read_names(FLAGS.captions)
     if FLAGS.tokenizer:
@@ -261,4 +251,4 @@ def define_flags():
 
 if __name__ == '__main__':
     define_flags()
-    app.run(main)
+    app.run(plain_errors(run))

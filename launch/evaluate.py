@@ -10,7 +10,6 @@ saw; and the PSNR of the VAE over the whole data set, where that has been built.
 
 import json
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -21,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 import jaxsd
 from jaxsd.models import vae
 from jaxsd.run import picture
-from launch import retrieval
+from launch import plain_errors, retrieval
 
 FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).resolve().parent.parent
@@ -122,15 +121,6 @@ def table(results, vae_psnr):
     return '\n'.join(lines)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-    try:
-        run()
-    except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')
-
-
 def run():
     config, lists = FLAGS.config, pathlib.Path(FLAGS.lists)
     for path in filter(None, (FLAGS.out, FLAGS.grid)):
@@ -183,4 +173,4 @@ def define_flags():
 
 if __name__ == '__main__':
     define_flags()
-    app.run(main)
+    app.run(plain_errors(run))

@@ -8,10 +8,11 @@ the latents of the data set. At the end the model is written to config.export as
 import functools
 import json
 import pathlib
-import sys
 
 from absl import app, flags
 from ml_collections import config_flags
+
+from launch import plain_errors
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -165,22 +166,13 @@ def train_decoder(c, config, vae, images, latents, weights):
     return vae | trained['vae']
 
 
-def main(argv):
-    """Entry point: one clear line for whatever the user can get wrong."""
-    try:
-        if len(argv) > 1:
-            raise ValueError(f'unexpected argument {argv[1]!r}')
-        run(flags.FLAGS.config)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f'error: {error}')
-
-
-def run(c):
-    """Train all stages of a recipe and write the model."""
+def run():
+    """Train all stages of the recipe and write the model."""
     import numpy as np
 
     import jaxsd
     from jaxsd.models import spec
+    c = flags.FLAGS.config
     config = model_config(c)
     images, captions, plain, heldout = load_data(c.data)
     images = images.astype(np.float32) / 127.5 - 1
@@ -195,4 +187,4 @@ def run(c):
 
 if __name__ == '__main__':
     define_flags()
-    app.run(main)
+    app.run(plain_errors(run))

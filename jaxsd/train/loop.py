@@ -123,7 +123,8 @@ def fit(step, state, data, weights, c, out, preview=None):
     of len(weights) are indexed by the example, the others passed whole. c: batch_size, steps,
     seed, save_every, log_every. out: folder for state.safetensors, log.csv, curve.png and whatever
     preview(ema, step) writes; what is there already is taken up again. The batch is spread over all
-    local devices. Raises FloatingPointError when the loss is not finite.
+    local devices. Raises FloatingPointError when the loss or the state is not finite; such a
+    state is never saved.
     """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -149,20 +150,26 @@ def fit(step, state, data, weights, c, out, preview=None):
         done = i + 1
         if done % c.log_every == 0 or done == c.steps:
             row = {k: float(np.mean([m[k] for m in metrics])) for k in found}
-            if not np.isfinite(row['loss']):
-                raise FloatingPointError(
-                    f'the loss is not finite after step {done}; {saved} holds the last good state: '
-                    'lower the learning rate and start again, it is taken up from there')
+            _check(np.isfinite(row['loss']), done, saved)
             seconds = (time.monotonic() - clock) / len(metrics)
             log.write({'step': done, **row, 'seconds_per_step': seconds})
             metrics, clock = [], time.monotonic()
         if done % c.save_every == 0 or done == c.steps:
+            # A finite loss can have an infinite gradient: what counts is what would be saved.
+            _check(all(np.isfinite(a).all() for a in jax.tree.leaves(state)), done, saved)
             save_state(saved, state)
             log.draw()
             if preview is not None:
                 preview(jax.device_get(state.ema), done)
             clock = time.monotonic() if not metrics else clock
     return jax.device_get(state.ema)
+
+
+def _check(finite, step, saved):
+    if not finite:
+        kept = f'{saved} holds the last good state' if saved.exists() else 'nothing was saved yet'
+        raise FloatingPointError(f'the training is not finite after step {step}; {kept}: lower the '
+                                 'learning rate and start again, it goes on from there')
 
 
 class _Log:

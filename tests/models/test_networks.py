@@ -35,19 +35,23 @@ def tiny_vae():
     return config, spec.init_part(np.random.default_rng(0), spec._vae(config))
 
 
-@pytest.mark.parametrize('shape', [(16, 16), (24, 16), (21, 37)])
+@pytest.mark.parametrize('shape', [(64, 64), (72, 64), (80, 100)])
 def test_tiled_decode_is_seamless(shape):
-    """Norms and attention see a tile each, so pixels differ a little; but no edge appears."""
+    """Norms and attention see a tile each, so pixels differ a little; but no edge appears.
+
+    At the default tile of 64 latents. Smaller ones have noisier statistics: with tiles of 16 the
+    mean error on noise is 0.16 deviations.
+    """
     config, params = tiny_vae()
     latent = np.random.default_rng(1).normal(size=(2, *shape, 4)).astype(np.float32)
     whole = jax.jit(lambda p, z: vae.decode(p, config, z))(params, latent)
-    tiled = jax.jit(lambda p, z: vae.decode_tiled(p, config, z, tile=16, overlap=8))(params, latent)
+    tiled = jax.jit(lambda p, z: vae.decode_tiled(p, config, z))(params, latent)
     assert tiled.shape == whole.shape == (2, 2 * shape[0], 2 * shape[1], 3)
     error = np.abs(np.asarray(tiled - whole))
-    if shape == (16, 16):
+    if shape == (64, 64):
         assert error.max() < 1e-5  # one tile: the same numbers but for jit's rounding
     else:
-        assert 0 < error.mean() < 0.2 * np.asarray(whole).std()
+        assert 0 < error.mean() < 0.05 * np.asarray(whole).std()
         for axis in (1, 2):
             step = [np.abs(np.diff(np.asarray(a), axis=axis)).max() for a in (tiled, whole)]
             assert step[0] < 1.05 * step[1]

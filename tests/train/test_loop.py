@@ -96,9 +96,12 @@ def test_a_state_of_another_model_is_refused(tmp_path):
     assert '\n' not in str(error.value) and 'remove it' in str(error.value)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path):
+@pytest.mark.parametrize('every', [5, 6, 7])
+def test_what_is_not_finite_stops_and_keeps_the_last_state(tmp_path, every):
+    """Whether logging or saving comes first after the damage."""
     regression(tmp_path, settings(steps=5))
     before = (tmp_path / 'state.safetensors').read_bytes()
-    with pytest.raises(FloatingPointError, match='step 10'):
-        regression(tmp_path, settings(steps=20, learning_rate=float('inf')))
+    with pytest.raises(FloatingPointError, match='holds the last good state'):
+        regression(tmp_path, settings(steps=40, learning_rate=float('inf'), save_every=every,
+                                      log_every=20))
     assert (tmp_path / 'state.safetensors').read_bytes() == before
