@@ -137,7 +137,7 @@ def pipeline(params, inputs, config, height, width, tile=None, on_call=None):
     start = sampling.initial(keys, shape) if inputs.noise is None else inputs.noise
     latent = denoise_latents(
         params, config, start * inputs.sigma[:, None, None, None], conditioned, inputs.guidance,
-        inputs.rows, lambda i: sampling.draw(keys, i, shape), on_call)
+        inputs.rows, sampling.fresh(keys, inputs.rows, shape), on_call)
     return decode(params, config, latent, tile)
 
 

@@ -68,13 +68,13 @@ def guided(denoise, guidance):
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): uncond + g (cond - uncond).
 
     denoise: takes 2B images in `pair`'s order. guidance: g, [] or [B], data.
-    -> denoise(x, sigma, i) for B images.
+    -> denoise(x, sigma, i) for B images, which gives (guided, uncond).
     """
     def guide(x, sigma, i=None):
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
         both = denoise(pair(x, x), pair(sigma, sigma), i).reshape(-1, 2, *x.shape[1:])
         uncond, cond = both[:, 0], both[:, 1]
         g = jnp.asarray(guidance, both.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-        return uncond + g * (cond - uncond)
+        return uncond + g * (cond - uncond), uncond
 
     return guide

@@ -6,6 +6,7 @@ Threefry only: its bits are the same on every device and for every sharding.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 INITIAL = np.uint32(2**32 - 1)  # the call number of the initial noise; real calls count from 0
 
@@ -46,3 +47,61 @@ def draw(keys, call, shape):
 def initial(keys, shape):
     """The noise that an image starts from, standard normal -> float32 [B, *shape]."""
     return draw(keys, INITIAL, shape)
+
+
+# The Brownian path of an image runs over log sigma from -SPAN to SPAN, in 2^DEPTH equal pieces;
+# 7e-5 each, so that even 10,000 steps find different ends. Noise levels beyond are clamped.
+SPAN, DEPTH = 10.0, 18
+
+
+def fresh(keys, rows, shape):
+    """The noise of a walk: `noise(i)` for `sample`, standard normal, float32 [B, *shape].
+
+    keys: [B]. rows: the table, shared or per image. Where a row names a `path`, its noise is the
+    increment of the image's Brownian path in log sigma between those two levels, so that a seed
+    gives one path whatever the steps, and the picture converges as they grow. Elsewhere it is drawn
+    by `draw` from the key and the row's index.
+    """
+    path = jnp.asarray(rows.path, jnp.float32)
+    path = path[:, None] if path.ndim == 2 else path  # [calls, 1 or B, 2]
+    path = jnp.broadcast_to(path, (len(path), *keys.shape, 2))
+    leaf = jnp.clip((jnp.log(path) / SPAN + 1) / 2, 0, 1) * 2**DEPTH
+    leaf = jnp.round(leaf).astype(jnp.int32)
+    apart = leaf[..., 0] != leaf[..., 1]
+    some = apart.any(-1)  # reduced here: not over a sharded batch in the loop
+
+    def noise(i):
+        alone = draw(keys, i, shape)
+
+        def increment():
+            start, end = (jax.vmap(_brownian, (0, 0, None))(keys, leaf[i, :, k], shape)
+                          for k in (0, 1))
+            gap = jnp.abs(leaf[i, :, 1] - leaf[i, :, 0]).reshape(-1, *(1,) * len(shape))
+            there = apart[i].reshape(gap.shape)
+            return jnp.where(there, (end - start) * lax.rsqrt(jnp.maximum(gap, 1) * 1.0), alone)
+
+        return lax.cond(some[i], increment, lambda: alone)
+
+    return noise
+
+
+def _brownian(key, leaf, shape):
+    """The path of one image at a leaf, 0 .. 2^DEPTH, in units where a leaf has variance 1.
+
+    Levy's construction: halve the interval around the leaf DEPTH times; each midpoint is the mean
+    of its ends plus noise that the midpoint's place in the tree determines.
+    """
+    def normal(node):  # nodes count down from INITIAL, far from the numbers of calls
+        return jax.random.normal(jax.random.fold_in(key, INITIAL - node), shape, jnp.float32)
+
+    def halve(k, carry):
+        low, high, node = carry  # values at the ends, and the place of the midpoint
+        middle = (low + high) / 2 + jnp.exp2((DEPTH - k) / 2 - 1) * normal(node)
+        right = (leaf >> (DEPTH - 1 - k)) & 1 == 1
+        return (jnp.where(right, middle, low), jnp.where(right, high, middle),
+                2 * node + right.astype(jnp.uint32))
+
+    zero = jnp.zeros(shape, jnp.float32)
+    whole = 2 ** (DEPTH / 2) * normal(jnp.uint32(2**DEPTH))
+    low, high, _ = lax.fori_loop(0, DEPTH, halve, (zero, whole, jnp.uint32(1)))
+    return jnp.where(leaf == 2**DEPTH, whole, low)

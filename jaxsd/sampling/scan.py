@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .plans import Row
-
-NOISE = 2  # the column of Row.mix that weighs fresh noise
+from .tables import NOISE, Row
 
 
 class State(NamedTuple):
@@ -20,34 +18,62 @@ class State(NamedTuple):
     e: tuple  # K x [B,...]  history, newest first
 
 
+class Call(NamedTuple):
+    """One row as `info` of `sample` sees it: what went in and what came out."""
+
+    i: jax.Array  # []       index of the row
+    row: Row
+    x: jax.Array  # [B,...]  the point at which the model was called
+    denoised: jax.Array  # [B,...]  x itself in a row without a model call
+    uncond: jax.Array  # [B,...]  denoised without guidance
+    noise: jax.Array  # [B,...]  zero where no image of the batch asks for any
+    after: State
+
+    @property
+    def sigma(self):
+        """The noise level of the call, [] or [B]."""
+        return self.row.sigma
+
+    @property
+    def eps(self):
+        """The predicted noise, (x - denoised) / sigma; 0 in a row without a model call."""
+        sigma = spread(self.sigma, self.x.ndim)
+        return (self.x - self.denoised) / jnp.where(sigma > 0, sigma, 1)
+
+
 def init(x, rows):
     """The state before the first row. Low precision is lifted to float32, float64 stays."""
     x = jnp.asarray(x)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     zero = jnp.zeros_like(x)
-    return State(x, zero, (zero,) * (rows.mix.shape[-1] - 3))
+    return State(x, zero, (zero,) * (rows.mix.shape[-1] - 4))
 
 
-def step(state, row, denoised, noise):
+def step(state, row, denoised, noise, uncond=None):
     """One row: push the model's output into the history, then mix. -> State."""
-    e0 = _weigh(row.push, (state.x, denoised))
-    e = (e0, *state.e[:-1])
-    terms = (state.x, state.y, noise, *e)
+    e = (_weigh(row.push, (state.x, denoised)), *state.e[:-1])
+    terms = (state.x, state.y, noise, *e, denoised if uncond is None else uncond)
     return State(_weigh(row.mix[..., 0, :], terms), _weigh(row.mix[..., 1, :], terms), e)
 
 
-def sample(denoise, x, rows, noise, on_call=None):
+def sample(denoise, x, rows, noise, on_call=None, info=None, memory=None):
     """Walk x down the noise levels of a table -> x at the last one, float32.
 
-    denoise(x, sigma, i) -> denoised, both [B,...]; sigma is [] for shared rows and [B] for rows
-    per image, i the index of the row. Traced once, whatever the table holds.
+    denoise(x, sigma, i) -> denoised, both [B,...], or (denoised, uncond) with the unguided output
+    that CFG++ samplers use; sigma is [] for shared rows and [B] for rows per image, i the index of
+    the row. Traced once, whatever the table holds.
     x: [B,...] at the table's first sigma (pure noise times that sigma, or x0 + sigma * noise).
     rows: from `plan`, shared by all images, or from `stack`, one table per image.
     noise(i) -> array like x, standard normal; drawn only where a row asks for it.
     on_call(i): optional host function, called after the model call of row i (jax.debug.callback).
+    info(Call): optional; whatever it returns is stacked on a leading axis of rows, and the result
+    is (x, stacked).
+    memory: optional; a pytree that denoise takes as a fourth argument and returns, changed, beside
+    its output: guidance with momentum.
 
     A row where no image has sigma > 0 costs no model call. An image that is finished before the
-    others of its batch stays as it is, bit for bit.
+    others of its batch stays as it is, bit for bit. Gradients through the walk recompute each row
+    (jax.checkpoint): memory grows with the rows by one state each, not by the model's activations.
     """
     state = init(x, rows)
     dtype = state.x.dtype
@@ -57,24 +83,52 @@ def sample(denoise, x, rows, noise, on_call=None):
     active = jnp.any(rows.sigma > 0, axis=images)
     noisy = jnp.any(rows.mix[..., NOISE] != 0, axis=(*images, -1))
 
-    def body(state, xs):
+    def body(carry, xs):
+        state, memory = carry
         i, row, active, noisy = xs
 
-        def model():
+        def model(memory):
             # An idle image gets a sigma at which any denoiser is finite; its weights are 0.
-            out = denoise(state.x, jnp.where(row.sigma > 0, row.sigma, 1), i)
+            sigma = jnp.where(row.sigma > 0, row.sigma, 1)
+            if memory is None:
+                out = denoise(state.x, sigma, i)
+            else:
+                out, memory = denoise(state.x, sigma, i, memory)
             if on_call is not None:
                 out, done = lax.optimization_barrier((out, i))  # not before the model is through
                 jax.debug.callback(on_call, done)
-            return jnp.asarray(out, dtype)
+            denoised, uncond = out if isinstance(out, tuple) else (out, out)
+            return jnp.asarray(denoised, dtype), jnp.asarray(uncond, dtype), memory
 
-        denoised = lax.cond(active, model, lambda: state.x)
+        denoised, uncond, memory = lax.cond(
+            active, model, lambda memory: (state.x, state.x, memory), memory)
         fresh = lax.cond(noisy, lambda: jnp.asarray(noise(i), dtype),
                          lambda: jnp.zeros_like(state.x))
-        return step(state, row, denoised, fresh), None
+        after = step(state, row, denoised, fresh, uncond)
+        if info is not None:
+            return (after, memory), info(Call(i, row, state.x, denoised, uncond, fresh, after))
+        return (after, memory), None
 
-    state, _ = lax.scan(body, state, (jnp.arange(len(rows.sigma)), rows, active, noisy))
-    return state.x
+    xs = (jnp.arange(len(rows.sigma)), rows, active, noisy)
+    (state, _), stacked = lax.scan(jax.checkpoint(body, prevent_cse=False), (state, memory), xs)
+    return state.x if info is None else (state.x, stacked)
+
+
+def log_probability(call):
+    """Log density of a stochastic row's outcome given its start, in nats -> [B], for `info`.
+
+    log N(x'; mean, w^2) with x' = mean + w noise, w the row's weight of fresh noise; 0 where a row
+    adds none. x' counts as given (stop_gradient), so that the gradient is that of the policy in
+    Black et al. 2023, https://arxiv.org/abs/2305.13301, eq. 5.
+    """
+    x = call.after.x
+    w = jnp.broadcast_to(call.row.mix[..., 0, NOISE], x.shape[:1])
+    safe = spread(jnp.where(w > 0, w, 1), x.ndim)
+    z = (lax.stop_gradient(x) - (x - spread(w, x.ndim) * call.noise)) / safe
+    axes = tuple(range(1, x.ndim))
+    density = -0.5 * jnp.square(z).sum(axes) - np.prod(x.shape[1:]) * (
+        jnp.log(safe.reshape(-1)) + 0.5 * np.log(2 * np.pi))
+    return jnp.where(w > 0, density, 0)
 
 
 def bucket(count):
@@ -87,11 +141,9 @@ def pad(rows, length):
     extra = length - len(rows.sigma)
     if extra < 0:
         raise ValueError(f'{len(rows.sigma)} rows do not fit a length of {length}')
-    idle = np.zeros((extra, *rows.mix.shape[1:]))
-    idle[..., 0, 0] = idle[..., 1, 1] = 1
-    tails = Row(np.zeros((extra, *rows.sigma.shape[1:])),
-                np.zeros((extra, *rows.push.shape[1:])), idle)
-    return Row(*(np.concatenate(pair) for pair in zip(rows, tails)))
+    tail = Row(*(np.zeros((extra, *field.shape[1:])) for field in rows))
+    tail.mix[..., 0, 0] = tail.mix[..., 1, 1] = 1
+    return Row(*(np.concatenate(both) for both in zip(rows, tail)))
 
 
 def stack(tables, length=None):
@@ -100,9 +152,11 @@ def stack(tables, length=None):
     return Row(*(np.stack(fields, axis=1) for fields in zip(*(pad(t, length) for t in tables))))
 
 
+def spread(per_image, ndim):
+    """[] or [B] -> [1 or B, 1, ...] of ndim axes, to scale [B,...]."""
+    return jnp.reshape(per_image, (-1, *(1,) * (ndim - 1)))
+
+
 def _weigh(weights, terms):
     """Sum of terms [B,...] with weights [n] or [B,n]. Elementwise: a matmul may round to TF32."""
-    shape = weights.shape[:-1] + (1,) * (terms[0].ndim - (weights.ndim - 1))
-    return sum(weights[..., k].reshape(shape) * term for k, term in enumerate(terms))
-
-
+    return sum(spread(weights[..., k], term.ndim) * term for k, term in enumerate(terms))

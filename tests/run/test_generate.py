@@ -166,7 +166,7 @@ def test_inputs_hold_the_whole_seed(tiny_model):
 
 def test_progress_counts_model_calls_once():
     """Row 0 calls no model (noise only); reports come twice and out of order."""
-    rows = sampling.Rows(np.array([[0.0], [3], [2], [0]]), None, None)
+    rows = sampling.Rows(np.array([[0.0], [3], [2], [0]]), None, None, None)
     seen = []
     progress = _Progress(rows, lambda done, total: seen.append((done, total)))
     for row in (1, 1, 2, 1):

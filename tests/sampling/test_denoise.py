@@ -77,9 +77,10 @@ def test_guidance_per_image():
         return x * 0 + text + sigma[:, None] * 0
 
     guide = sampling.guided(denoise, jnp.array([0.0, 1.0, 7.5]))
-    out = guide(jnp.ones((3, 2)), jnp.float32(2.0), 0)
+    out, uncond = guide(jnp.ones((3, 2)), jnp.float32(2.0), 0)
+    np.testing.assert_allclose(uncond, 1)
     np.testing.assert_allclose(out[:, 0], [1, 10, 1 + 7.5 * 9])
-    same = sampling.guided(denoise, 3.0)(jnp.ones((3, 2)), jnp.full((3,), 2.0), 0)
+    same, _ = sampling.guided(denoise, 3.0)(jnp.ones((3, 2)), jnp.full((3,), 2.0), 0)
     np.testing.assert_allclose(same, 1 + 3.0 * 9)
 
 

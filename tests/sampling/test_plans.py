@@ -15,12 +15,12 @@ STOCHASTIC = {'euler_ancestral', 'dpm_2_ancestral', 'ddpm', 'dpmpp_2m_sde', 'dpm
 
 def walk(rows, denoise, x, fresh=None):
     """The definition of a table, in a float64 numpy loop that shares nothing with scan.py."""
-    y, history = 0 * x, [0 * x] * sampling.plans.HISTORY
-    for sigma, push, mix in zip(*rows):
+    y, history = 0 * x, [0 * x] * sampling.HISTORY
+    for sigma, push, mix in zip(rows.sigma, rows.push, rows.mix):
         denoised = denoise(x, sigma) if sigma > 0 else x
         history = [push[0] * x + push[1] * denoised] + history[:-1]
         noise = fresh() if fresh is not None and mix[0, 2] else 0 * x
-        x, y = (np.tensordot(w, np.stack([x, y, noise, *history]), 1) for w in mix)
+        x, y = (np.tensordot(w, np.stack([x, y, noise, *history, denoised]), 1) for w in mix)
     return x
 
 
@@ -30,7 +30,7 @@ def test_calls_per_step(name):
         rows = sampling.plan(name, sampling.schedule('karras', steps, CONFIG))
         expected = 2 * steps - 1 if name in TWO_CALLS else steps
         assert sampling.calls(rows) == len(rows.sigma) == expected
-        assert rows.push.shape == (expected, 2) and rows.mix.shape == (expected, 2, 7)
+        assert rows.push.shape == (expected, 2) and rows.mix.shape == (expected, 2, 8)
         assert {field.dtype for field in rows} == {np.dtype('float64')}
         finished = np.arange(1, expected + 1) * steps // expected
         assert finished[-1] == steps and finished[0] == (name not in TWO_CALLS or steps == 1)

@@ -42,7 +42,7 @@ def run(x, rows, pool):
 
 def test_mixed_batch_equals_solo_runs_without_a_recompile():
     rows = sampling.stack([table(image) for image in IMAGES])
-    assert rows.sigma.shape == (64, len(IMAGES)) and rows.mix.shape == (64, len(IMAGES), 2, 7)
+    assert rows.sigma.shape == (64, len(IMAGES)) and rows.mix.shape == (64, len(IMAGES), 2, 8)
     x, pool = start(IMAGES)
     mixed = np.asarray(run(x, rows, pool))
     before = None
