@@ -49,6 +49,6 @@ def denoise(x, sigma, lib):
 
 
 def start():
-    """The initial noise [2,8] and a pool of noises [64,2,8] that samplers draw from in order."""
+    """The initial noise [2,8] and a pool of noises [96,2,8] that samplers draw from in order."""
     random = np.random.default_rng(7)
-    return random.standard_normal((2, 8)), random.standard_normal((64, 2, 8))
+    return random.standard_normal((2, 8)), random.standard_normal((96, 2, 8))
