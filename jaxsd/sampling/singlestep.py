@@ -2,7 +2,19 @@
 
 import numpy as np
 
-from .tables import ancestral, churn, mix, noise_row, pairs, row, slope, table
+from .choice import unknown
+from .tables import (
+    ancestral,
+    churn,
+    mix,
+    noise_row,
+    pairs,
+    row,
+    sde_noise,
+    slope,
+    table,
+    within,
+)
 
 
 @table
@@ -11,12 +23,83 @@ def heun(sigmas, s_churn=0.0, s_tmin=0.0, s_tmax=np.inf, s_noise=1.0):
     hats, kicks = churn(sigmas, s_churn, s_tmin, s_tmax, s_noise)
     yield from noise_row(kicks[0])
     for a, b, kick in zip(hats, sigmas[1:], kicks[1:]):
-        if b == 0:
-            yield row(a, mix(e=[1]))
-            continue
-        h = b - a
-        yield row(a, mix(x=1, e=[h]), save=mix(x=1), push=slope(a))
-        yield row(b, mix(y=1, noise=kick, e=[h / 2, h / 2]), push=slope(b))
+        yield from _heun(a, b, kick)
+
+
+def _heun(a, b, noise):
+    if b == 0:
+        yield row(a, mix(noise=noise, e=[1]))
+        return
+    h = b - a
+    yield row(a, mix(x=1, e=[h]), save=mix(x=1), push=slope(a))
+    yield row(b, mix(y=1, noise=noise, e=[h / 2, h / 2]), push=slope(b))
+
+
+@table
+def heunpp2(sigmas, s_churn=0.0, s_tmin=0.0, s_tmax=np.inf, s_noise=1.0):
+    """Heun++: slopes at up to three levels, weighted by how noisy they are; ComfyUI heunpp2.
+
+    Three calls a step, two in the last but one and one in the last. Of first order.
+    """
+    hats, kicks = churn(sigmas, s_churn, s_tmin, s_tmax, s_noise)
+    yield from noise_row(kicks[0])
+    for i, (a, b, kick) in enumerate(zip(hats, sigmas[1:], kicks[1:])):
+        ahead = sigmas[i + 1:-1][:2]  # the next levels, but for the final one
+        levels = [a, *ahead]
+        save = mix(x=1)
+        for s, t in pairs(levels):
+            yield row(s, mix(x=1, e=[t - s]), save=save, push=slope(s))
+            save = None
+        share = ahead / (len(levels) * sigmas[0])
+        e = (b - a) * np.append(share[::-1], 1 - share.sum())
+        yield row(levels[-1], mix(x=len(levels) == 1, y=len(levels) > 1, noise=kick, e=e),
+                  push=slope(levels[-1]))
+
+
+@table
+def restart(sigmas, s_noise=1.0, restart_list=None):
+    """Heun, and now and then noise back up and down again: https://arxiv.org/abs/2306.14878.
+
+    restart_list: {sigma_min: (levels, times, sigma_max)}: at the level nearest to sigma_min, noise
+    up to that nearest to sigma_max and walk down `levels` karras levels, `times` times. None: from
+    20 steps on, restarts from 0.1 to 2 that take their steps from a shorter karras schedule, so
+    that the number of calls stays heun's. A1111 restart_sampler.
+    """
+    sigmas, again = _restarts(sigmas, restart_list)
+    walk = []
+    for i, step in enumerate(pairs(sigmas), 1):
+        levels, times, high = again.get(i, (0, 0, 0.0))
+        down = _karras(sigmas[_nearest(sigmas, high)], sigmas[i], levels)
+        walk += [step] + times * [*pairs(down)]
+    starts = [a for a, _ in walk[1:]] + [sigmas[-1]]
+    for (a, b), start in zip(walk, starts):
+        yield from _heun(a, b, s_noise * np.sqrt(max(start**2 - b**2, 0)))
+
+
+def _restarts(sigmas, restart_list):
+    """The schedule, and its restarts as {index of the level: (levels, times, sigma_max)}."""
+    steps = len(sigmas) - 1
+    if restart_list is None and steps >= 20:
+        count, times = (9, 1) if steps < 36 else (steps // 4, 2)
+        shorter = _karras(sigmas[0], sigmas[-2], steps - times * count)
+        return _restarts(np.append(shorter, sigmas[-1]), {0.1: (count + 1, times, 2.0)})
+    found = {}
+    for low, (levels, times, high) in dict(restart_list or {}).items():
+        if not (0 <= float(low) < high and levels > 1 and times > 0):
+            raise ValueError(f'restart_list={restart_list}: expected {{sigma_min: (levels, times, '
+                             'sigma_max)}} with sigma_min < sigma_max, levels > 1, times > 0')
+        found[_nearest(sigmas, float(low))] = (levels, times, high)
+    return sigmas, {i: r for i, r in found.items() if _nearest(sigmas, r[2]) < i}
+
+
+def _nearest(sigmas, level):
+    return int(np.argmin(np.abs(sigmas - level)))
+
+
+def _karras(high, low, count):
+    """Karras et al.'s levels with rho = 7, the ends exactly as given."""
+    return np.concatenate([[high], np.linspace(high ** (1 / 7), low ** (1 / 7), count)[1:-1] ** 7,
+                           [low]])
 
 
 @table
@@ -46,6 +129,82 @@ def _midpoint(a, b, noise, path=(0, 0)):
 
 
 @table
+def dpm_fast(sigmas, eta=0.0, s_noise=1.0):
+    """DPM-Solver-fast: steps of orders 3, ..., 2, 1, as many calls as `sigmas` has steps.
+
+    Of sigmas only the number of steps, the first and the last positive level are used: it walks
+    evenly in log sigma and ends at that last level, not at 0. k-diffusion sample_dpm_fast;
+    https://arxiv.org/abs/2206.00927, section 3.4.
+    """
+    steps, last = len(sigmas) - 1, sigmas[sigmas > 0][-1]
+    orders = [3] * (steps // 3) + [steps % 3]
+    if steps % 3 == 0:
+        orders[-2:] = [2, 1]
+    levels = np.geomspace(sigmas[0], last, len(orders) + 1)
+    for (a, b), order in zip(pairs(levels), orders):
+        down = max(ancestral(a, b, eta)[0], last)
+        stages = np.geomspace(a, down, order + 1)
+        yield from _stages(stages, _dpm(stages, 'dpmsolver', midpoint=order == 2),
+                           s_noise * np.sqrt(b**2 - down**2), path=(a, b))
+
+
+@table
+def dpm_solver_singlestep(sigmas, order=2, algorithm='dpmsolver++'):
+    """DPM-Solver ('dpmsolver') or DPM-Solver++: one call a level, orders 1, ..., `order`, 1, ...
+
+    A call of higher order goes on from where the last one of order 1 started. Third order needs
+    levels even in log sigma. diffusers DPMSolverSinglestepScheduler; papers
+    https://arxiv.org/abs/2206.00927 and https://arxiv.org/abs/2211.01095.
+    """
+    within('order', order, 1, 3)
+    if algorithm not in ('dpmsolver', 'dpmsolver++'):
+        raise unknown('algorithm', algorithm, ('dpmsolver', 'dpmsolver++'))
+    levels = sigmas[sigmas > 0]
+    for i in range(0, len(levels) - 1, order):
+        stages = levels[i:i + order + 1]
+        yield from _stages(stages, _dpm(stages, algorithm))
+    if sigmas[-1] == 0:
+        yield row(levels[-1], mix(e=[1]))
+
+
+def _stages(levels, points, noise=0.0, path=(0.0, 0.0)):
+    """Rows to each of `points`, all from the start; noise after the last."""
+    start = mix(x=1)
+    for k, (level, point) in enumerate(zip(levels, points), 1):
+        last = k == len(levels) - 1
+        yield row(level, point[0] * start + mix(noise=noise * last, e=point[k:0:-1]), save=start,
+                  path=path if last else (0.0, 0.0))
+        start = mix(y=1)
+
+
+def _dpm(levels, algorithm, midpoint=True):
+    """The points of a DPM-Solver step: weights of the start and the denoised, oldest first.
+
+    Each point is exact for outputs linear in log sigma through the first and the newest call; with
+    midpoint, the second point is so only for small steps, by the paper's simpler weights.
+    """
+    weights = np.zeros((len(levels) - 1, len(levels)))
+    for k, (s, t) in enumerate(pairs(levels)):
+        keep, whole, tilt = (_of_noise if algorithm == 'dpmsolver' else _of_data)(levels[0], t)
+        weights[k, :2] = keep, whole
+        if k > 0:
+            tilt = whole / 2 if midpoint and k == 1 else tilt
+            change = tilt * np.log(levels[0] / t) / np.log(levels[0] / s)
+            weights[k, [1, k + 1]] += -change, change
+    return _from_noise(levels, weights) if algorithm == 'dpmsolver' else weights
+
+
+def _from_noise(levels, weights):
+    """Weights of noises (x - denoised) / sigma as weights of denoised: float32 cancels less."""
+    basis = np.eye(len(levels))
+    point = basis[0].copy()
+    for k, weight in enumerate(weights):
+        basis[k + 1] = (point - basis[k + 1]) / levels[k]
+        point = weight @ basis
+        yield point
+
+
+@table
 def dpmpp_2s_ancestral(sigmas, eta=1.0, s_noise=1.0):
     """DPM-Solver++(2S), ancestral, r = 1/2; k-diffusion sample_dpmpp_2s_ancestral."""
     for a, b in pairs(sigmas):
@@ -57,6 +216,24 @@ def dpmpp_2s_ancestral(sigmas, eta=1.0, s_noise=1.0):
         mid = np.sqrt(a * down)
         yield row(a, mix(x=mid / a, e=[1 - mid / a]), save=mix(x=1))
         yield row(mid, mix(y=down / a, noise=noise, e=[1 - down / a]), path=(a, b))
+
+
+@table
+def dpmpp_2s_ancestral_cfg_pp(sigmas, eta=1.0, s_noise=1.0):
+    """dpmpp_2s_ancestral on the unguided output, the step's guidance added at its end (CFG++).
+
+    ComfyUI sample_dpmpp_2s_ancestral_cfg_pp; https://arxiv.org/abs/2406.08070
+    """
+    for a, b in pairs(sigmas):
+        down, up = ancestral(a, b, eta)
+        noise = s_noise * up
+        if down == 0:
+            yield row(a, mix(noise=noise, e=[1]), path=(a, b))
+            continue
+        mid = np.sqrt(a * down)
+        yield row(a, mix(x=mid / a, uncond=1 - mid / a),  # y: so that down / a y adds the guidance
+                  save=mix(x=1, e=[a / down], uncond=-a / down))
+        yield row(mid, mix(y=down / a, noise=noise, uncond=1 - down / a), path=(a, b))
 
 
 @table
@@ -78,4 +255,73 @@ def dpmpp_sde(sigmas, eta=1.0, s_noise=1.0, r=0.5):
                   path=(a, b))
 
 
-SAMPLERS = (heun, dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral, dpmpp_sde)
+# Exponential integrators: a step a -> b is exact where the model's output is linear in log sigma.
+# -> the weights of x, of the output at a, and of its change over the step.
+
+
+def _of_noise(a, b):
+    """Where the output is the noise, (x - denoised) / sigma."""
+    return 1.0, b - a, b - (a - b) / np.log(a / b)
+
+
+def _of_data(a, b, eta=0.0):
+    """Where it is the denoised picture; eta: the noise that the reverse SDE adds."""
+    z = (1 + eta) * np.log(a / b)
+    return np.exp(-z), -np.expm1(-z), 1 + np.expm1(-z) / z
+
+
+@table
+def seeds_2(sigmas, eta=1.0, s_noise=1.0, r=0.5, solver_type='phi_1'):
+    """SEEDS-2 on the denoised picture, r the place of the second call: ComfyUI sample_seeds_2.
+
+    solver_type: 'phi_1' or 'phi_2', how the step weighs the two calls.
+    https://arxiv.org/abs/2305.14267
+    """
+    if solver_type not in ('phi_1', 'phi_2'):
+        raise unknown('solver_type', solver_type, ('phi_1', 'phi_2'))
+    if not 0 < r <= 1:
+        raise ValueError(f'r={r}: expected a number above 0, at most 1')
+    for a, b in pairs(sigmas):
+        if b == 0:
+            yield row(a, mix(e=[1]))
+            continue
+        mid = a ** (1 - r) * b**r
+        (_, first, _), (_, whole, tilt) = (_of_data(a, to, eta) for to in (mid, b))
+        c = whole / (2 * r) if solver_type == 'phi_1' else tilt / r
+        yield from _seeds([a, mid, b], [[first], [c, whole - c]], eta, s_noise)
+
+
+@table
+def seeds_3(sigmas, eta=1.0, s_noise=1.0, r_1=1 / 3, r_2=2 / 3):
+    """SEEDS-3 on the denoised picture, r_1 and r_2 the places of two calls: ComfyUI sample_seeds_3.
+
+    https://arxiv.org/abs/2305.14267
+    """
+    if not 0 < r_1 < r_2 <= 1:
+        raise ValueError(f'r_1={r_1}, r_2={r_2}: expected 0 < r_1 < r_2 <= 1')
+    for a, b in pairs(sigmas):
+        if b == 0:
+            yield row(a, mix(e=[1]))
+            continue
+        levels = [a, a ** (1 - r_1) * b**r_1, a ** (1 - r_2) * b**r_2, b]
+        (_, first, _), (_, second, bend), (_, whole, tilt) = (
+            _of_data(a, to, eta) for to in levels[1:])
+        c, d = bend * r_2 / r_1, tilt / r_2
+        yield from _seeds(levels, [[first], [c, second - c], [d, 0, whole - d]], eta, s_noise)
+
+
+def _seeds(levels, weights, eta, s_noise):
+    """A step down `levels`, each stage from the start, with the noise of the stages before.
+
+    Noise decays over a stage as the start does, so y keeps the start plus the noise so far.
+    """
+    start = mix(x=1)
+    for s, t, e in zip(levels[:-1], levels[1:], weights):
+        decay, noise = (t / levels[0]) ** (1 + eta), sde_noise(s, t, eta, s_noise)
+        yield row(s, decay * start + mix(noise=noise, e=e),
+                  save=start + mix(noise=noise / decay), path=(s, t))
+        start = mix(y=1)
+
+
+SAMPLERS = (heun, heunpp2, dpm_2, dpm_2_ancestral, restart, dpm_fast, dpm_solver_singlestep,
+            dpmpp_2s_ancestral, dpmpp_sde, seeds_2, seeds_3, dpmpp_2s_ancestral_cfg_pp)
