@@ -43,6 +43,7 @@ def k_diffusion(folder):
 
 
 def main(folder):
+    torch.set_default_dtype(torch.float64)  # dpm_fast makes its own levels
     reference = k_diffusion(folder)
     x, noises = start()
     out = {'commit': np.array(COMMIT)}
@@ -61,9 +62,11 @@ def main(folder):
         extra = {} if name in ('euler', 'heun', 'dpm_2', 'lms', 'dpmpp_2m') else {
             'noise_sampler': fresh}
         torch.randn_like = fresh  # euler, heun and dpm_2 draw with it, even without churn
+        levels = (torch.from_numpy(sigmas),)
+        if name == 'dpm_fast':  # sigma_min, sigma_max and the number of calls
+            levels = (sigmas[-2], sigmas[0], len(sigmas) - 1)
         result = getattr(reference, f'sample_{name}')(
-            model, torch.from_numpy(x * sigmas[0]), torch.from_numpy(sigmas), disable=True,
-            **options, **extra)
+            model, torch.from_numpy(x * sigmas[0]), *levels, disable=True, **options, **extra)
         out[f'{case}/{grid}/x'] = result.numpy()
         out[f'{case}/{grid}/calls'] = np.array(calls)
     np.savez_compressed(pathlib.Path(__file__).with_name('sampling.npz'), **out)

@@ -26,6 +26,8 @@ CASES = {  # case: (sampler, options)
     'dpmpp_2s_ancestral_eta0': ('dpmpp_2s_ancestral', {'eta': 0.0}),
     'dpmpp_sde': ('dpmpp_sde', {}),
     'dpmpp_sde_r': ('dpmpp_sde', {'r': 0.7, 'eta': 0.5, 's_noise': 1.1}),
+    'dpm_fast': ('dpm_fast', {}),
+    'dpm_fast_eta': ('dpm_fast', {'eta': 0.6, 's_noise': 1.1}),
 }
 
 
