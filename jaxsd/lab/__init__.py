@@ -1,0 +1,1 @@
+"""Experiments: inversion and likelihood (ode), schedules made to measure (search)."""
