@@ -1,0 +1,109 @@
+"""In which steps to walk down the noise levels: any schedule, whole or part-way."""
+
+import dataclasses
+import functools
+import os
+
+import numpy as np
+
+from .choice import call, choose
+from .levels import model_sigmas
+from .schedule_tables import check_levels, read_schedule, tabled
+from .schedules import SCHEDULES, fit
+
+# Samplers whose front ends drop the last sigma before 0 (they then ask for one step more).
+# A1111: modules/sd_samplers_kdiffusion.py (the option `discard_next_to_last_sigma`).
+# ComfyUI: comfy/samplers.py (DISCARD_PENULTIMATE_SIGMA_SAMPLERS).
+DISCARD_PENULTIMATE = {
+    'a1111': ('dpm_2', 'dpm_2_ancestral', 'dpmpp_3m_sde'),
+    'comfyui': ('dpm_2', 'dpm_2_ancestral', 'unipc'),
+}
+
+# How a walk starts part-way (image to image):
+# (steps, denoise) -> steps of the whole schedule, and how many of its last ones are walked.
+# ComfyUI: KSampler and BasicScheduler. diffusers: StableDiffusionImg2ImgPipeline.get_timesteps.
+# A1111: modules/sd_samplers_common.py (setup_img2img_steps), always one more than diffusers.
+CONVENTIONS = {
+    'comfyui': lambda steps, denoise: (int(steps / denoise), steps),
+    'diffusers': lambda steps, denoise: (steps, int(steps * denoise)),
+    'a1111': lambda steps, denoise: (steps, int(steps * min(denoise, 0.999)) + 1),
+}
+
+
+def known_schedule(name):
+    """The function `(steps, config, **options) -> levels` that a name stands for; opens no file.
+
+    name: a key of SCHEDULES; the path of a schedule file, ending in .json; or the levels
+    themselves, a list of numbers or text such as '14.6,7.3,1,0'.
+    Raises ValueError for anything else.
+    """
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
+    if not isinstance(name, str) or ',' in name:
+        return functools.partial(_listed, check_levels(f'schedule {_title(name)!r}', name))
+    if name.endswith('.json'):
+        return functools.partial(_from_file, name)
+    return choose('schedule', name, SCHEDULES)
+
+
+def schedule(name, steps, config, final=None, discard_penultimate=False, denoise=1.0,
+             convention='comfyui', rescale_betas_zero_snr=None, **options):
+    """The noise levels of a schedule -> float64 [steps + 1], strictly decreasing, ending in 0.
+
+    name: as for `known_schedule`. config: ScheduleConfig.
+    final: 'zero', or 'sigma_min' to end at the model's smallest sigma (diffusers'
+    final_sigmas_type='sigma_min', DDIM's set_alpha_to_one=False); None: 0, and a list of levels
+    ends as it says.
+    discard_penultimate: make one step more and drop the last sigma before the final one
+    (see DISCARD_PENULTIMATE for who does so when).
+    denoise: the part of the noise to walk, above 0 to 1, from a picture with noise of sigmas[0]
+    added. Under convention 'comfyui' the last `steps` of int(steps / denoise) steps; under
+    'diffusers' the last int(steps * denoise) of `steps`, so that fewer come back; 'a1111' one more.
+    rescale_betas_zero_snr: replaces config's. options: those of the schedule's function.
+    Raises ValueError for an unknown name or option, or steps that the model cannot give.
+    """
+    function = known_schedule(name)
+    if rescale_betas_zero_snr is not None:
+        config = dataclasses.replace(config, rescale_betas_zero_snr=bool(rescale_betas_zero_snr))
+    total, kept = _part(steps, config.num_train_timesteps, denoise, convention)
+    total += bool(discard_penultimate)
+    levels = call('schedule', _title(name), function, total, config, **options)
+    sigmas = np.append(levels, 0.0)[:total + 1]
+    if final is not None:
+        sigmas[-1] = choose('final', final, {'zero': 0.0, 'sigma_min': model_sigmas(config)[0]})
+    if discard_penultimate:
+        sigmas = np.delete(sigmas, -2)
+    if not np.isfinite(sigmas).all() or np.any(np.diff(sigmas) >= 0):
+        raise ValueError(f'schedule {_title(name)!r} with steps={steps}, final={final!r} and '
+                         f'{options}: the sigmas do not strictly decrease; use fewer steps or '
+                         'other options')
+    return sigmas[-kept - 1:]
+
+
+def _title(name):
+    """What errors call it: an array would be printed over many lines."""
+    return name if isinstance(name, str) else 'a list'
+
+
+def _part(steps, count, denoise, convention):
+    """Check them -> steps of the whole schedule, and how many of its last ones are kept."""
+    if not 1 <= steps <= count or steps != int(steps):
+        raise ValueError(f'steps={steps}: expected a whole number from 1 to {count}')
+    if not 0 < denoise <= 1:
+        raise ValueError(f'denoise={denoise}: expected a number above 0, at most 1')
+    total, kept = choose('convention', convention, CONVENTIONS)(int(steps), denoise)
+    if total > count or kept < 1:
+        raise ValueError(f'steps={steps} at denoise={denoise} are {kept} of {total} steps by the '
+                         f'convention {convention!r}: expected at least 1, and {count} at most')
+    return total, kept
+
+
+def _listed(levels, steps, config, sigma_min=None, sigma_max=None):
+    if len(levels) != steps + 1:
+        raise ValueError(f'steps={steps}: the list of sigmas has {len(levels) - 1} steps; '
+                         'ask for these, or write a list of another length')
+    return np.append(fit(levels[:-1], sigma_min, sigma_max), levels[-1])
+
+
+def _from_file(path, steps, config, sigma_min=None, sigma_max=None):
+    levels = tabled(read_schedule(path, config), steps)
+    return np.append(fit(levels[:steps], sigma_min, sigma_max), levels[steps:])
