@@ -133,10 +133,13 @@ def dpm_fast(sigmas, eta=0.0, s_noise=1.0):
     """DPM-Solver-fast: steps of orders 3, ..., 2, 1, as many calls as `sigmas` has steps.
 
     Of sigmas only the number of steps, the first and the last positive level are used: it walks
-    evenly in log sigma and ends at that last level, not at 0. k-diffusion sample_dpm_fast;
-    https://arxiv.org/abs/2206.00927, section 3.4.
+    evenly in log sigma and ends at that last level, not at 0; a single step is Euler's.
+    k-diffusion sample_dpm_fast; https://arxiv.org/abs/2206.00927, section 3.4.
     """
     steps, last = len(sigmas) - 1, sigmas[sigmas > 0][-1]
+    if steps == 1:  # k-diffusion would stay at the first level where the second is 0
+        yield row(sigmas[0], mix(x=sigmas[1] / sigmas[0], e=[1 - sigmas[1] / sigmas[0]]))
+        return
     orders = [3] * (steps // 3) + [steps % 3]
     if steps % 3 == 0:
         orders[-2:] = [2, 1]

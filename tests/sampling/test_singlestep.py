@@ -3,6 +3,7 @@
 The loops are those of k-diffusion, ComfyUI and A1111, written for numpy in float64.
 """
 
+import jax
 import numpy as np
 import pytest
 from reference import CONFIG, check
@@ -303,3 +304,56 @@ CASES = [
 @pytest.mark.parametrize('loop, options', CASES)
 def test_equals_the_loop(loop, options):
     check(loop.__name__, loop, **options)
+
+
+@pytest.mark.parametrize('loop', [heunpp2, restart, seeds_2, lcm, tcd, euler_cfg_pp])
+def test_equals_the_loop_where_the_last_level_is_not_zero(loop):
+    options = {'config': CONFIG} if loop is tcd else {}
+    check(loop.__name__, loop, {1: sampling.schedule('karras', 7, CONFIG)[:-1]}, **options)
+
+
+def test_long_restart():
+    """From 36 steps on there are two restarts; in all cases the calls are those of heun."""
+    check('restart', restart, {1: sampling.schedule('exponential', 36, CONFIG)})
+    for steps in (1, 19, 20, 35, 36, 50):
+        rows = sampling.plan('restart', sampling.schedule('karras', steps, CONFIG))
+        assert sampling.calls(rows) == 2 * steps - 1
+        assert (rows.mix[:, 0, 2] != 0).sum() == (steps >= 20) + (steps >= 36)
+
+
+def test_dpm_fast_ends_at_the_last_positive_level():
+    """A model that always says c keeps the noise, scaled to that level; but for a single step."""
+    for steps in (1, 2, 3, 4, 12):
+        sigmas = sampling.schedule('karras', steps, CONFIG)
+        rows = sampling.plan('dpm_fast', sigmas)
+        assert sampling.calls(rows) == steps
+        with jax.enable_x64(True):
+            end = sampling.sample(lambda x, sigma, i: 0 * x + 0.3, sigmas[:1] * 0.5 + 0.3, rows,
+                                  lambda i: np.ones(1))
+        last = sigmas[-2] if steps > 1 else 0
+        np.testing.assert_allclose(end, last * 0.5 + 0.3, rtol=1e-12)
+
+
+@pytest.mark.parametrize('name', ['seeds_2', 'seeds_3'])
+def test_noise_of_seeds_is_one_path_without_gaps(name):
+    sigmas = sampling.schedule('karras', 6, CONFIG)
+    path = sampling.plan(name, sigmas).path[:-1]
+    assert path[0, 0] == sigmas[0] and path[-1, 1] == sigmas[-2]
+    np.testing.assert_array_equal(path[1:, 0], path[:-1, 1])
+
+
+@pytest.mark.parametrize('name, options, match', [
+    ('dpm_solver_singlestep', {'order': 4}, 'order=4: expected a whole number from 1 to 3'),
+    ('dpm_solver_singlestep', {'algorithm': 'dpm'}, "unknown algorithm 'dpm'.*'dpmsolver'"),
+    ('seeds_2', {'r': 0}, 'r=0: expected'),
+    ('seeds_2', {'solver_type': 'phi'}, "unknown solver_type 'phi'"),
+    ('seeds_3', {'r_1': 0.7}, 'r_1=0.7, r_2=0.66.*expected 0 < r_1 < r_2 <= 1'),
+    ('tcd', {}, 'config=None: expected the ScheduleConfig of the model'),
+    ('tcd', {'config': CONFIG, 'gamma': 1.5}, 'gamma=1.5: expected a number from 0 to 1'),
+    ('restart', {'restart_list': {2.0: (4, 1, 1.0)}}, 'expected .*sigma_min < sigma_max'),
+    ('restart', {'restart_list': {0.1: (1, 1, 2.0)}}, 'levels > 1'),
+])
+def test_bad_input(name, options, match):
+    with pytest.raises(ValueError, match=match) as error:
+        sampling.plan(name, [3, 2, 1, 0], **options)
+    assert '\n' not in str(error.value)
