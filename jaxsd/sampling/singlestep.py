@@ -83,13 +83,16 @@ def _restarts(sigmas, restart_list):
         count, times = (9, 1) if steps < 36 else (steps // 4, 2)
         shorter = _karras(sigmas[0], sigmas[-2], steps - times * count)
         return _restarts(np.append(shorter, sigmas[-1]), {0.1: (count + 1, times, 2.0)})
-    found = {}
-    for low, (levels, times, high) in dict(restart_list or {}).items():
-        if not (0 <= float(low) < high and levels > 1 and times > 0):
-            raise ValueError(f'restart_list={restart_list}: expected {{sigma_min: (levels, times, '
-                             'sigma_max)}} with sigma_min < sigma_max, levels > 1, times > 0')
-        found[_nearest(sigmas, float(low))] = (levels, times, high)
-    return sigmas, {i: r for i, r in found.items() if _nearest(sigmas, r[2]) < i}
+    try:
+        rules = [(float(low), int(levels), int(times), float(high))
+                 for low, (levels, times, high) in dict(restart_list or {}).items()]
+    except (TypeError, ValueError):
+        rules = [(0, 0, 0, 0)]
+    if not all(0 <= low < high and levels > 1 and times > 0 for low, levels, times, high in rules):
+        raise ValueError(f'restart_list={restart_list}: expected {{sigma_min: (levels, times, '
+                         'sigma_max)} with sigma_min < sigma_max, levels > 1, times > 0')
+    again = {_nearest(sigmas, low): rule for low, *rule in rules}
+    return sigmas, {i: rule for i, rule in again.items() if _nearest(sigmas, rule[2]) < i}
 
 
 def _nearest(sigmas, level):
