@@ -2,82 +2,223 @@
 
 import numpy as np
 
-from .choice import unknown
-from .tables import HISTORY, mix, pairs, row, sde_noise, slope, table, within
+from .choice import choose, unknown
+from .tables import HISTORY, ancestral, mix, pairs, row, sde_noise, slope, table, within
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(32)  # exact here to float64's last digits
 
 
 @table
 def lms(sigmas, order=4):
     """Linear multistep (Adams-Bashforth on uneven sigmas); k-diffusion sample_lms."""
     within('order', order, 1, HISTORY)
-    nodes, weights = np.polynomial.legendre.leggauss(HISTORY)  # exact for these polynomials
     for i, (a, b) in enumerate(pairs(sigmas)):
-        past = sigmas[i::-1][:order]
-        at = (a + b) / 2 + (b - a) / 2 * nodes
-        e = [(b - a) / 2 * weights @ _lagrange(at, past, j) for j in range(len(past))]
-        yield row(a, mix(x=1, e=e), push=slope(a))
+        yield row(a, mix(x=1, e=_adams(sigmas[i::-1][:order], a, b)), push=slope(a))
 
 
-def _lagrange(at, knots, j):
-    """The polynomial that is 1 at knots[j] and 0 at the others, at the points `at`."""
-    others = np.delete(knots, j)
-    return np.prod((at[:, None] - others) / (knots[j] - others), axis=1)
+@table
+def deis(sigmas, order=3):
+    """DEIS (https://arxiv.org/abs/2204.13902), the noise a polynomial in log sigma, orders 1 to 3.
+
+    diffusers DEISMultistepScheduler, which lowers the order at the end of fewer than 15 steps.
+    """
+    within('order', order, 1, 3)
+    for i, ((a, b), n) in enumerate(zip(pairs(sigmas), _falling(order, len(sigmas) - 1))):
+        if b == 0:
+            yield row(a, mix(e=[1]))
+            continue
+        past, ends = np.log(sigmas[i::-1][:n]), np.log([a, b])
+        yield row(a, mix(x=1, e=_adams(past, *ends, weight=np.exp)), push=slope(a))
+
+
+def _adams(knots, start, end, weight=np.ones_like):
+    """Integrals of weight(t) from start to end, times the polynomial that is 1 at one knot only."""
+    t = (start + end) / 2 + (end - start) / 2 * NODES
+    w = (end - start) / 2 * WEIGHTS * weight(t)
+    others = [np.delete(knots, j) for j in range(len(knots))]
+    return np.array([w @ np.prod((t[:, None] - other) / (knot - other), axis=1)
+                     for knot, other in zip(knots, others)])
+
+
+def _falling(order, steps):
+    """The order of every step, falling to 1 at the end of fewer than 15 steps: diffusers."""
+    return np.minimum(order, np.arange(steps, 0, -1)) if steps < 15 else [order] * steps
+
+
+@table
+def plms(sigmas):
+    """Pseudo linear multistep (https://arxiv.org/abs/2202.09778); steps + 1 calls.
+
+    diffusers PNDMScheduler with skip_prk_steps. The first step is Heun's, whose second slope the
+    multistep formula leaves out: y keeps the first point, then the first slope.
+    """
+    for i, (a, b) in enumerate(pairs(sigmas)):
+        new, *past = (b - a) * _even(min(i + 1, HISTORY))
+        if i == 0:
+            yield row(a, mix(x=1, e=[new]), save=mix(x=1), push=slope(a))
+            if len(sigmas) > 2:
+                yield row(b, mix(y=1, e=[new / 2, new / 2]), save=mix(e=[0, 1]), push=slope(b))
+        elif i < HISTORY:
+            yield row(a, mix(x=1, y=past[-1], e=[new, *past[:-1]]), push=slope(a))
+        else:
+            yield row(a, mix(x=1, e=[new, *past]), push=slope(a))
+
+
+@table
+def ipndm(sigmas, order=4):
+    """Adams-Bashforth as if all steps were equal, the last to 0 first order; ComfyUI sample_ipndm.
+
+    order: at most, 1 to 4 (ComfyUI's max_order). https://arxiv.org/abs/2204.13902, appendix.
+    """
+    within('order', order, 1, HISTORY)
+    for i, (a, b) in enumerate(pairs(sigmas)):
+        yield _eps_step(a, b, _even(min(i + 1, order)))
+
+
+@table
+def ipndm_v(sigmas, order=4):
+    """ipndm for uneven steps, as ComfyUI's sample_ipndm_v and its ancestor diff-sampler compute it.
+
+    Their factors of the second and third differences are not those of Adams-Bashforth on uneven
+    sigmas (`lms` is), which costs accuracy and not stability; the pictures are theirs.
+    order: at most, 1 to 4 (ComfyUI's max_order).
+    """
+    within('order', order, 1, HISTORY)
+    for i, (a, b) in enumerate(pairs(sigmas)):
+        n = min(i + 1, order)
+        h, h1, h2, h3 = np.pad(np.diff(sigmas)[i::-1][:n], (0, 4 - n), 'edge')
+        third = (1 - h**2 / (3 * h1 * (h1 + h2))) / 2
+        fourth = (((1 - h / (3 * (h + h1))) / 2 + (1 - h / (2 * (h + h1))) * h
+                   / (6 * (h + h1 + h2))) * h * (h + h1) * (h + h1 + h2)
+                  / (h1 * (h1 + h2) * (h1 + h2 + h3)))
+        r, q = h1 / h2, h1 * (h1 + h2) / (h2 * (h2 + h3))
+        e = [np.array([1, 0, 0, 0]), h / h1 / 2 * np.array([1, -1, 0, 0]),
+             third * np.array([1, -1 - r, r, 0]),
+             fourth * np.array([1, -1 - r - q, r + q * (1 + h2 / h3), -q * r])]
+        yield _eps_step(a, b, sum(e[:n]))
+
+
+@table
+def gradient_estimation(sigmas, ge_gamma=2.0):
+    """Euler along the slope extrapolated by ge_gamma; ComfyUI sample_gradient_estimation.
+
+    https://openreview.net/pdf?id=o2ND9v0CeK
+    """
+    for i, (a, b) in enumerate(pairs(sigmas)):
+        yield _eps_step(a, b, [1] if i == 0 else [ge_gamma, 1 - ge_gamma])
+
+
+def _even(n):
+    """Adams-Bashforth of n equal steps of length 1: 1; 3/2, -1/2; 23/12, -16/12, 5/12; ..."""
+    return _adams(-np.arange(float(n)), 0, 1)
+
+
+def _eps_step(a, b, weights):
+    """A step from a to b along weighted slopes, newest first; to 0 it is first order."""
+    if b == 0:
+        return row(a, mix(e=[1]))
+    return row(a, mix(x=1, e=(b - a) * np.asarray(weights)), push=slope(a))
 
 
 @table
 def dpmpp_2m(sigmas):
     """DPM-Solver++(2M), algorithm 2 of https://arxiv.org/abs/2211.01095; first order to sigma 0."""
-    last = None
-    for a, b in pairs(sigmas):
-        c = 0.0
-        if last is not None and b > 0:
-            c = np.log(a / b) / np.log(last / a) / 2
-        yield row(a, mix(x=b / a, e=[(1 - b / a) * (1 + c), -(1 - b / a) * c]))
-        last = a
+    yield from _dpm_steps(sigmas, [2] * len(sigmas))
 
 
 @table
 def dpmpp_2m_sde(sigmas, eta=1.0, s_noise=1.0, solver_type='midpoint'):
     """DPM-Solver++(2M) for the SDE, 'midpoint' or 'heun'; k-diffusion sample_dpmpp_2m_sde."""
-    if solver_type not in ('midpoint', 'heun'):
-        raise unknown('solver_type', solver_type, ('midpoint', 'heun'))
-    last = None
-    for a, b in pairs(sigmas):
-        if b == 0:
-            yield row(a, mix(e=[1]))
-            continue
-        h = np.log(a / b)
-        gain = -np.expm1(-(1 + eta) * h)
-        c = 0.0
-        if last is not None:
-            half = gain / 2 if solver_type == 'midpoint' else 1 - gain / ((1 + eta) * h)
-            c = half * h / np.log(last / a)
-        yield row(a, mix(x=(b / a) ** (1 + eta), noise=sde_noise(a, b, eta, s_noise),
-                         e=[gain + c, -c]), path=(a, b))
-        last = a
+    yield from _dpm_steps(sigmas, [2] * len(sigmas), solver_type, eta, s_noise)
 
 
 @table
 def dpmpp_3m_sde(sigmas, eta=1.0, s_noise=1.0):
     """DPM-Solver++(3M) for the SDE; k-diffusion sample_dpmpp_3m_sde."""
-    for i, (a, b) in enumerate(pairs(sigmas)):
+    yield from _dpm_steps(sigmas, [3] * len(sigmas), 'heun', eta, s_noise)
+
+
+@table
+def dpm_solver_multistep(sigmas, order=2, algorithm='dpmsolver++', solver_type='midpoint'):
+    """Multistep DPM-Solver ('dpmsolver', on the noise) or DPM-Solver++ (on the picture).
+
+    Orders 1 to 3; solver_type 'midpoint' or 'heun' says how steps of order 2 are made.
+    diffusers DPMSolverMultistepScheduler (algorithm_type), which lowers the order at the end of
+    fewer than 15 steps. https://arxiv.org/abs/2206.00927, https://arxiv.org/abs/2211.01095
+    """
+    within('order', order, 1, 3)
+    noise = choose('algorithm', algorithm, {'dpmsolver': True, 'dpmsolver++': False})
+    orders = _falling(order, len(sigmas) - 1)
+    yield from _dpm_steps(sigmas, orders, solver_type, predict_noise=noise)
+
+
+def _dpm_steps(sigmas, orders, solver_type='midpoint', eta=0.0, s_noise=1.0, predict_noise=False):
+    """The rows of multistep DPM-Solver, an order for each step; first order to sigma 0."""
+    if solver_type not in ('midpoint', 'heun'):
+        raise unknown('solver_type', solver_type, ('midpoint', 'heun'))
+    for i, ((a, b), order) in enumerate(zip(pairs(sigmas), orders)):
         if b == 0:
             yield row(a, mix(e=[1]))
             continue
         h = np.log(a / b)
-        z = (1 + eta) * h
-        e = np.array([-np.expm1(-z), 0.0, 0.0])
-        phi2 = np.expm1(-z) / z + 1
-        if i > 0:
-            r0 = np.log(sigmas[i - 1] / a) / h
-            d0 = np.array([1, -1, 0]) / r0
-            slope1, slope2 = d0, 0.0
-            if i > 1:
-                r1 = np.log(sigmas[i - 2] / sigmas[i - 1]) / h
-                slope2 = (d0 - np.array([0, 1, -1]) / r1) / (r0 + r1)
-                slope1 = d0 + slope2 * r0
-            e = e + phi2 * slope1 - (phi2 / z - 0.5) * slope2
-        yield row(a, mix(x=np.exp(-z), noise=sde_noise(a, b, eta, s_noise), e=e), path=(a, b))
+        ages = np.log(sigmas[i::-1][1:order] / a) / h
+        if predict_noise:
+            yield row(a, mix(x=1, e=b * _dpm(-h, ages, solver_type)), push=slope(a))
+            continue
+        yield row(a, mix(x=(b / a) ** (1 + eta), noise=sde_noise(a, b, eta, s_noise),
+                         e=_dpm((1 + eta) * h, ages, solver_type)), path=(a, b))
+
+
+def _dpm(z, ages, solver_type='heun'):
+    """Weights of the outputs in one step of DPM-Solver, the newest first.
+
+    z: the step's length in the exponent: (1 + eta) log(a / b) for the picture, log(b / a) for the
+    noise. ages: of the outputs before the newest, in steps. The second divided difference has the
+    published weight, half of what third order would need.
+    """
+    gain = -np.expm1(-z)
+    phi2 = 1 - gain / z  # gain times the mean of s, the time since the step began in steps
+    slopes = np.diff(np.eye(3), axis=0)[:len(ages)] / -np.diff(ages, prepend=0)[:, None]
+    e = gain * np.eye(3)[0]
+    if len(ages) == 1:
+        e = e + (gain / 2 if solver_type == 'midpoint' else phi2) * slopes[0]
+    if len(ages) == 2:
+        curve = (slopes[0] - slopes[1]) / ages[1]
+        e = e + phi2 * (slopes[0] + curve * ages[0]) - (phi2 / z - 0.5) * curve
+    return e
+
+
+@table
+def res_multistep(sigmas):
+    """Exponential multistep of order 2 (https://arxiv.org/abs/2308.02157); ComfyUI."""
+    yield from _res(sigmas, 0.0, 1.0)
+
+
+@table
+def res_multistep_ancestral(sigmas, eta=1.0, s_noise=1.0):
+    """res_multistep down to `down`, then noise up to the next sigma; ComfyUI."""
+    yield from _res(sigmas, eta, s_noise)
+
+
+def _res(sigmas, eta, s_noise, cfg_pp=False):
+    """The rows of res_multistep; CFG++ steps with the unguided outputs, y being the last one.
+
+    An output's age counts from the sigma that the step before went down to.
+    """
+    arrived = 0
+    for i, (a, b) in enumerate(pairs(sigmas)):
+        down, up = ancestral(a, b, eta)
+        r, noise = down / a, s_noise * up
+        second = down > 0 and arrived > 0
+        h = np.log(a / down) if down > 0 else np.inf
+        e = _dpm(h, np.log(sigmas[i - 1:i] / arrived) / h if second else ())
+        to, save = mix(x=r, noise=noise, e=e), None
+        if cfg_pp:
+            guided = r if second else 1  # ComfyUI's
+            to = mix(x=r, y=e[1], noise=noise, e=[guided], uncond=e[0] - guided)
+            save = mix(uncond=1)
+        yield row(a, to, save=save, path=(a, b))
+        arrived = down
 
 
 @table
@@ -131,4 +272,112 @@ def _bh(sigmas, order, variant, corrector):
     return weights if corrector else weights[1:]
 
 
-SAMPLERS = (lms, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc)
+@table
+def er_sde(sigmas, order=3, s_noise=1.0):
+    """ER-SDE solver (https://arxiv.org/abs/2309.06169), orders 1 to 3; ComfyUI sample_er_sde.
+
+    order: ComfyUI's max_stage. The noise scaler and the integrals' 200 points are its defaults.
+    """
+    within('order', order, 1, 3)
+    e0, e1, e2 = np.eye(3)
+    for i, (a, b) in enumerate(pairs(sigmas)):
+        if b == 0:
+            yield row(a, mix(e=[1]))
+            continue
+        r, h = _er_scale(b) / _er_scale(a), (a - b) / 200
+        at = b + h * np.arange(200)
+        density = h * _er_scale(b) / _er_scale(at)
+        e = (1 - r) * e0
+        if min(i, order - 1) > 0:
+            first = (e0 - e1) / (a - sigmas[i - 1])
+            e = e + (b - a + density.sum()) * first
+        if min(i, order - 1) > 1:
+            before = (e1 - e2) / (sigmas[i - 1] - sigmas[i - 2])
+            second = 2 * (first - before) / (a - sigmas[i - 2])
+            e = e + ((b - a) ** 2 / 2 + density @ (at - a)) * second
+        yield row(a, mix(x=r, noise=s_noise * np.sqrt(b**2 - (a * r) ** 2), e=e), path=(a, b))
+
+
+def _er_scale(sigma):
+    """phi of the paper: how much noise the reverse SDE adds; ComfyUI's and the authors' default."""
+    return sigma * (np.exp(sigma**0.3) + 10)
+
+
+@table
+def sa_solver(sigmas, predictor_order=3, corrector_order=4, tau=1.0, s_tmin=0.5712, s_tmax=5.0924,
+              s_noise=1.0, simple_order_2=False):
+    """SA-Solver (https://arxiv.org/abs/2309.05019), one call a step; ComfyUI sample_sa_solver.
+
+    tau: stochasticity of the steps that end at s_tmin to s_tmax, 0 elsewhere (there ComfyUI's
+    default, 0.2 to 0.8 of Stable Diffusion's timesteps). corrector_order 0 corrects nothing.
+    simple_order_2: diffusers' formula at order 2. y is the step before without its outputs, noise
+    included, so that the corrector makes it again with the newest one.
+    """
+    within('predictor_order', predictor_order, 1, HISTORY)
+    within('corrector_order', corrector_order, 0, HISTORY)
+    k = 1.0  # 1 + tau^2 of the step before
+    for i, (a, b) in enumerate(pairs(sigmas)):
+        if b == 0:
+            yield row(a, mix(e=[1]))
+            continue
+        left = len(sigmas) - 2 - i if sigmas[-1] == 0 else HISTORY
+        past, corrected, n = sigmas[i::-1], mix(x=1), min(corrector_order, i + 1, left + 1)
+        if i > 0 and n > 0:
+            corrected = mix(y=1, e=_sa(past[:n], past[1], a, k, simple_order_2))
+        k = 1 + tau**2 * (s_tmin <= b <= s_tmax)
+        base = (b / a) ** k * corrected + mix(noise=sde_noise(a, b, k - 1, s_noise))
+        e = _sa(past[:min(predictor_order, left)], a, b, k, simple_order_2)
+        yield row(a, base + mix(e=e), save=base, path=(a, b))
+
+
+def _sa(knots, a, b, k, simple):
+    """Weights of the outputs at the knots in a step of SA-Solver from a to b, eqs. 15 and 18."""
+    if simple and len(knots) == 2:
+        start = np.array([knots[0] == a, knots[1] == a]) * 1.0
+        other = k * np.log(a / b) ** 2 / 2 / np.log(a / knots[start == 0])
+        return (1 - (b / a) ** k) * start + other * (1 - 2 * start)
+    return _adams(np.log(knots), np.log(a), np.log(b), lambda u: -k * np.exp(k * (np.log(b) - u)))
+
+
+# CFG++ (https://arxiv.org/abs/2406.08070): steps along the unguided slope to the guided picture.
+
+
+@table
+def dpmpp_2m_cfg_pp(sigmas):
+    """dpmpp_2m with CFG++; y is the last unguided output; ComfyUI sample_dpmpp_2m_cfg_pp."""
+    last = None
+    for a, b in pairs(sigmas):
+        r, c = b / a, 0.0
+        if last is not None and b > 0:
+            c = (1 - r) * np.log(a / b) / np.log(last / a) / 2
+        yield row(a, mix(x=r, y=-c, e=[1 + c], uncond=-r), save=mix(uncond=1))
+        last = a
+
+
+@table
+def res_multistep_cfg_pp(sigmas):
+    """res_multistep with CFG++; ComfyUI sample_res_multistep_cfg_pp."""
+    yield from _res(sigmas, 0.0, 1.0, cfg_pp=True)
+
+
+@table
+def res_multistep_ancestral_cfg_pp(sigmas, eta=1.0, s_noise=1.0):
+    """res_multistep_ancestral with CFG++; ComfyUI sample_res_multistep_ancestral_cfg_pp."""
+    yield from _res(sigmas, eta, s_noise, cfg_pp=True)
+
+
+@table
+def gradient_estimation_cfg_pp(sigmas, ge_gamma=2.0):
+    """gradient_estimation with CFG++; y is the last unguided slope; ComfyUI."""
+    for i, (a, b) in enumerate(pairs(sigmas)):
+        extra = (ge_gamma - 1) * (b - a) if i > 0 and b > 0 else 0.0
+        along = (b + extra) / a
+        yield row(a, mix(x=along, y=-extra, e=[1], uncond=-along),
+                  save=mix(x=1 / a, uncond=-1 / a))
+
+
+SAMPLERS = (
+    lms, plms, ipndm, ipndm_v, deis, gradient_estimation, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde,
+    dpm_solver_multistep, unipc, res_multistep, res_multistep_ancestral, er_sde, sa_solver,
+    dpmpp_2m_cfg_pp, res_multistep_cfg_pp, res_multistep_ancestral_cfg_pp,
+    gradient_estimation_cfg_pp)
