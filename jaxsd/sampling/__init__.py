@@ -1,5 +1,6 @@
 """Samplers as data: `schedule` gives noise levels, `plan` a table, `sample` runs any table."""
 
+from .adaptive import Adaptive, Steps
 from .denoise import denoiser, guided, pair, timestep
 from .levels import alphas_cumprod, betas, model_sigmas, sigma_to_t, t_to_sigma
 from .noise import draw, fresh, initial, keys
@@ -11,8 +12,8 @@ from .tables import HISTORY, Row, Rows
 from .walk import CONVENTIONS, DISCARD_PENULTIMATE, known_schedule, schedule
 
 __all__ = [
-    'CONVENTIONS', 'Call', 'DISCARD_PENULTIMATE', 'HISTORY', 'Row', 'Rows', 'SAMPLERS',
-    'SCHEDULES', 'State', 'alphas_cumprod', 'betas', 'bucket', 'calls', 'denoiser', 'draw',
+    'Adaptive', 'CONVENTIONS', 'Call', 'DISCARD_PENULTIMATE', 'HISTORY', 'Row', 'Rows', 'SAMPLERS',
+    'SCHEDULES', 'State', 'Steps', 'alphas_cumprod', 'betas', 'bucket', 'calls', 'denoiser', 'draw',
     'fresh', 'guided', 'init', 'initial', 'keys', 'known_schedule', 'log_probability',
     'model_sigmas', 'pad', 'pair', 'plan', 'sample', 'schedule', 'sigma_to_t', 'stack', 'step',
     't_to_sigma', 'timestep', 'write_schedule',

@@ -2,15 +2,17 @@
 
 import numpy as np
 
-from . import first_order, multistep, singlestep
+from . import adaptive, first_order, multistep, singlestep
 from .choice import call, choose
 
 SAMPLERS = {f.__name__: f for f in (
-    *first_order.SAMPLERS, *singlestep.SAMPLERS, *multistep.SAMPLERS)}
+    *first_order.SAMPLERS, *singlestep.SAMPLERS, *multistep.SAMPLERS, adaptive.dpm_adaptive)}
 
 
 def plan(name, sigmas, **options):
     """The table of a sampler -> Rows of float64 numpy arrays, one row per model call.
+
+    dpm_adaptive has none: it gives an Adaptive, which `stack` and `sample` take as well.
 
     name: a key of SAMPLERS. sigmas: [steps + 1], strictly decreasing, usually ending in 0.
     options: those of the sampler function (eta, s_noise, order, ...).
@@ -22,7 +24,7 @@ def plan(name, sigmas, **options):
         raise ValueError(f'sigmas of shape {sigmas.shape}: expected [steps + 1], at least 2')
     if not np.isfinite(sigmas).all() or np.any(np.diff(sigmas) >= 0) or sigmas[-1] < 0:
         raise ValueError(f'sigmas {sigmas}: expected finite, strictly decreasing, none below 0')
-    for key in ('eta', 's_noise', 's_churn'):
+    for key in ('eta', 's_noise', 's_churn', 'tau'):
         if not 0 <= options.get(key, 0) < np.inf:
             raise ValueError(f'{key}={options[key]}: expected a finite number, 0 or greater')
     return call('sampler', name, function, sigmas, **options)

@@ -1,4 +1,4 @@
-"""Run any table of rows: one `lax.scan`, one model call in its body."""
+"""Run any table of rows: one `lax.scan`, one model call in its body (Adaptive: a while loop)."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .adaptive import Adaptive, solve
 from .tables import NOISE, Row
 
 
@@ -43,10 +44,14 @@ class Call(NamedTuple):
 
 def init(x, rows):
     """The state before the first row. Low precision is lifted to float32, float64 stays."""
-    x = jnp.asarray(x)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = _lift(x)
     zero = jnp.zeros_like(x)
     return State(x, zero, (zero,) * (rows.mix.shape[-1] - 4))
+
+
+def _lift(x):
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def step(state, row, denoised, noise, uncond=None):
@@ -63,11 +68,11 @@ def sample(denoise, x, rows, noise, on_call=None, info=None, memory=None):
     that CFG++ samplers use; sigma is [] for shared rows and [B] for rows per image, i the index of
     the row. Traced once, whatever the table holds.
     x: [B,...] at the table's first sigma (pure noise times that sigma, or x0 + sigma * noise).
-    rows: from `plan`, shared by all images, or from `stack`, one table per image.
+    rows: from `plan`, shared by all images, or from `stack`, one table per image; or Adaptive.
     noise(i) -> array like x, standard normal; drawn only where a row asks for it.
     on_call(i): optional host function, called after the model call of row i (jax.debug.callback).
     info(Call): optional; whatever it returns is stacked on a leading axis of rows, and the result
-    is (x, stacked).
+    is (x, stacked). Of an Adaptive walk it is called once, at the end, with adaptive.Steps.
     memory: optional; a pytree that denoise takes as a fourth argument and returns, changed, beside
     its output: guidance with momentum.
 
@@ -75,8 +80,26 @@ def sample(denoise, x, rows, noise, on_call=None, info=None, memory=None):
     others of its batch stays as it is, bit for bit. Gradients through the walk recompute each row
     (jax.checkpoint): memory grows with the rows by one state each, not by the model's activations.
     """
+    x = _lift(x)
+    dtype = x.dtype
+
+    def model(x, sigma, i, memory):
+        # An idle image gets a sigma at which any denoiser is finite; its weights are 0.
+        sigma = jnp.where(sigma > 0, sigma, 1)
+        if memory is None:
+            out = denoise(x, sigma, i)
+        else:
+            out, memory = denoise(x, sigma, i, memory)
+        if on_call is not None:
+            out, done = lax.optimization_barrier((out, i))  # not before the model is through
+            jax.debug.callback(on_call, done)
+        denoised, uncond = out if isinstance(out, tuple) else (out, out)
+        return jnp.asarray(denoised, dtype), jnp.asarray(uncond, dtype), memory
+
+    if isinstance(rows, Adaptive):
+        x, steps = solve(model, x, rows, noise, memory)
+        return x if info is None else (x, info(steps))
     state = init(x, rows)
-    dtype = state.x.dtype
     rows = Row(*(jnp.asarray(field, dtype) for field in rows))
     # Both are reduced over images here, once, so that a sharded batch does so outside the loop.
     images = tuple(range(1, rows.sigma.ndim))
@@ -86,22 +109,9 @@ def sample(denoise, x, rows, noise, on_call=None, info=None, memory=None):
     def body(carry, xs):
         state, memory = carry
         i, row, active, noisy = xs
-
-        def model(memory):
-            # An idle image gets a sigma at which any denoiser is finite; its weights are 0.
-            sigma = jnp.where(row.sigma > 0, row.sigma, 1)
-            if memory is None:
-                out = denoise(state.x, sigma, i)
-            else:
-                out, memory = denoise(state.x, sigma, i, memory)
-            if on_call is not None:
-                out, done = lax.optimization_barrier((out, i))  # not before the model is through
-                jax.debug.callback(on_call, done)
-            denoised, uncond = out if isinstance(out, tuple) else (out, out)
-            return jnp.asarray(denoised, dtype), jnp.asarray(uncond, dtype), memory
-
         denoised, uncond, memory = lax.cond(
-            active, model, lambda memory: (state.x, state.x, memory), memory)
+            active, lambda memory: model(state.x, row.sigma, i, memory),
+            lambda memory: (state.x, state.x, memory), memory)
         fresh = lax.cond(noisy, lambda: jnp.asarray(noise(i), dtype),
                          lambda: jnp.zeros_like(state.x))
         after = step(state, row, denoised, fresh, uncond)
@@ -147,7 +157,16 @@ def pad(rows, length):
 
 
 def stack(tables, length=None):
-    """One table per image -> Rows [length, B, ...], padded; length: `bucket` of the longest."""
+    """One table per image -> Rows [length, B, ...], padded; length: `bucket` of the longest.
+
+    Several Adaptive give an Adaptive [B]; with tables they do not mix: ValueError.
+    """
+    adaptive = [isinstance(rows, Adaptive) for rows in tables]
+    if all(adaptive):
+        return Adaptive(*map(np.stack, zip(*tables)))
+    if any(adaptive):
+        raise ValueError(f'{sum(adaptive)} of {len(tables)} images are dpm_adaptive, which has no '
+                         'table: expected all or none; run them in batches of their own')
     length = length or bucket(max(len(rows.sigma) for rows in tables))
     return Row(*(np.stack(fields, axis=1) for fields in zip(*(pad(t, length) for t in tables))))
 
