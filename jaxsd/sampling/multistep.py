@@ -79,8 +79,8 @@ def ipndm(sigmas, order=4):
 def ipndm_v(sigmas, order=4):
     """ipndm for uneven steps, as ComfyUI's sample_ipndm_v and its ancestor diff-sampler compute it.
 
-    Their factors of the second and third differences are not those of Adams-Bashforth on uneven
-    sigmas (`lms` is), which costs accuracy and not stability; the pictures are theirs.
+    Theirs are not the second and third differences of Adams-Bashforth on uneven sigmas (`lms` has
+    those): it is of second order on smooth schedules; with order=4, first where steps jump.
     order: at most, 1 to 4 (ComfyUI's max_order).
     """
     within('order', order, 1, HISTORY)
