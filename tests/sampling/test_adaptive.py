@@ -167,6 +167,12 @@ def test_what_sample_offers_elsewhere():
     assert end.dtype == jnp.float32 and sorted(seen) == list(range(int(steps.calls[0])))
 
 
+def test_fresh_noise_is_drawn_by_the_number_of_the_call():
+    keys, one = sampling.keys([1, 2]), sampling.plan('dpm_adaptive', [10.0, 0.1], eta=1.0)
+    noise = sampling.fresh(keys, sampling.stack([one, one]), (3,))
+    np.testing.assert_array_equal(noise(7), sampling.draw(keys, 7, (3,)))
+
+
 @pytest.mark.parametrize('sigmas, options, match', [
     ([3, 1], {'order': 4}, 'order=4: expected a whole number from 2 to 3'),
     ([3, 1], {'rtol': 0}, 'rtol=0: expected a finite number above 0'),
