@@ -1,5 +1,7 @@
 """What the files in configs/ have in common. No heavy imports: `--help` must be quick."""
 
+import ast
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -20,7 +22,29 @@ def recipe(checkpoint, size, **changes):
         steps=25,
         guidance=7.0,
         eta=placeholder(float),  # noise of ddim and the ancestral samplers
+        # Written like Python's arguments: --config.sampler_options="order=3, solver_type=heun"
+        sampler_options='',
+        schedule_options='',
+        guidance_options='',
         tile=0,  # decode in tiles of this many pixels per side: less memory; 0: in one piece
     ))
     config.update(changes)
     return config.lock()
+
+
+def options(text):
+    """'order=3, solver_type=heun, interval=(0.2, 0.8)' -> a dict; bare words are strings.
+
+    Raises ValueError for anything but names with literal values.
+    """
+    try:
+        call = ast.parse(f'dict({text})', mode='eval').body
+        names = [word.arg for word in call.keywords]
+        if (call.args or not isinstance(call.func, ast.Name) or None in names
+                or len(set(names)) < len(names)):
+            raise ValueError
+        return {word.arg: word.value.id if isinstance(word.value, ast.Name)
+                else ast.literal_eval(word.value) for word in call.keywords}
+    except (AttributeError, SyntaxError, ValueError):
+        raise ValueError(f'options {text!r}: expected names with values, for example '
+                         '"order=3, solver_type=heun"') from None

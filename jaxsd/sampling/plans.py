@@ -1,5 +1,7 @@
 """All samplers by name: `plan(name, sigmas)` gives the table."""
 
+import inspect
+
 import numpy as np
 
 from . import adaptive, first_order, multistep, singlestep
@@ -9,12 +11,13 @@ SAMPLERS = {f.__name__: f for f in (
     *first_order.SAMPLERS, *singlestep.SAMPLERS, *multistep.SAMPLERS, adaptive.dpm_adaptive)}
 
 
-def plan(name, sigmas, **options):
+def plan(name, sigmas, config=None, **options):
     """The table of a sampler -> Rows of float64 numpy arrays, one row per model call.
 
     dpm_adaptive has none: it gives an Adaptive, which `stack` and `sample` take as well.
 
     name: a key of SAMPLERS. sigmas: [steps + 1], strictly decreasing, usually ending in 0.
+    config: ScheduleConfig, for the samplers that need to know the timesteps (tcd).
     options: those of the sampler function (eta, s_noise, order, ...).
     Raises ValueError for an unknown name or option and for sigmas that do not decrease.
     """
@@ -27,13 +30,11 @@ def plan(name, sigmas, **options):
     for key in ('eta', 's_noise', 's_churn', 'tau'):
         if not 0 <= options.get(key, 0) < np.inf:
             raise ValueError(f'{key}={options[key]}: expected a finite number, 0 or greater')
+    if 'config' in inspect.signature(function).parameters:
+        options['config'] = config
     return call('sampler', name, function, sigmas, **options)
 
 
 def calls(rows):
-    """Number of model calls -> int, or int [B] when per image.
-
-    Two-call samplers make their last step in one call, so that after `done` calls exactly
-    `done * steps // calls(rows)` steps are finished: what a progress bar needs.
-    """
+    """Number of model calls -> int, or int [B] when per image."""
     return (np.asarray(rows.sigma) > 0).sum(axis=0)
