@@ -1,0 +1,269 @@
+"""Samplers against converged references: many pictures as one packed run, and what they show.
+
+An error is the root mean square of final latent less reference, the same seed, prompt and guidance
+(`target` says which reference). Latents have about unit scale; no decoder blurs what is measured.
+"""
+
+import concurrent.futures
+import itertools
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+
+from jaxsd import sampling
+from jaxsd.lab.ode import denoiser
+from jaxsd.prompt import conditioning
+from jaxsd.run import Request, denoise_latents, inputs, resolve
+from jaxsd.run.generate import decode
+from jaxsd.sampling.tables import NOISE
+
+REFERENCE = {'sampler': 'dpmpp_2m', 'sampler_options': {}, 'eta': None}  # of the ODE
+UNCOND = -1  # the column of Row.mix that weighs the unguided output
+GRID = {'schedule': 'karras', 'schedule_options': {}}  # on which every reference is computed
+
+
+class Line(NamedTuple):
+    """One sampler on one schedule with one guidance, over its numbers of steps (tuples)."""
+
+    sampler: str
+    schedule: str
+    guidance: float
+    steps: tuple
+    calls: tuple
+    errors: tuple  # geometric mean over prompts and seeds; nan: nothing to converge to
+    seconds: tuple  # per picture, mean
+    top1: tuple  # part of the pictures whose nearest emoji is the right one; nan: not measured
+    order: float  # see `order`
+    needed: float  # fewest calls from which on the error stays within the tolerance; inf: more
+
+
+class Shot(NamedTuple):
+    """One picture of a sweep."""
+
+    index: int  # of its request
+    calls: int
+    seconds: float  # its share of its microbatch's time, in proportion to model calls
+    error: float  # nan where there is nothing to converge to
+    latent: np.ndarray  # [h,w,L]
+    target: np.ndarray | None  # [h,w,L] the reference
+
+
+def expand(samplers, schedules, steps, guidances, prompts, seeds, **fields):
+    """A Request for every combination; samplers and schedules are pairs (name, options)."""
+    return [
+        Request(sampler=sampler, sampler_options=dict(sampler_options), schedule=schedule,
+                schedule_options=dict(schedule_options), steps=count, guidance=guidance,
+                prompt=prompt, seed=seed, **fields)
+        for guidance, prompt, seed, (schedule, schedule_options), (sampler, sampler_options), count
+        in itertools.product(guidances, prompts, seeds, schedules, samplers, steps)]
+
+
+def label(name, options):
+    """('unipc', {'order': 3}) -> 'unipc(order=3)', the way it is written on the command line."""
+    text = ', '.join(f'{key}={value}' for key, value in options.items())
+    return f'{name}({text})' if text else name
+
+
+def kind(rows):
+    """What the pictures of a table converge to with ever more steps.
+
+    'ode': the probability-flow ODE's. 'own': an SDE's along the image's Brownian path. 'none':
+    nothing, because noise is drawn independently, or because CFG++ (the unguided output) adds the
+    whole of the guidance in every step, so that more steps guide more.
+    """
+    if not isinstance(rows, sampling.Row):  # Adaptive: its noise, if any, is drawn independently
+        return 'none' if np.any(rows.eta > 0) else 'ode'
+    noisy = rows.mix[..., NOISE] != 0  # [calls,...,2]
+    free = (rows.path[..., 0] == rows.path[..., 1])[..., None]
+    if (noisy & free).any() or rows.mix[..., UNCOND].any():
+        return 'none'
+    return 'own' if noisy.any() else 'ode'
+
+
+def target(request, kind, steps):
+    """The request whose picture this one should approach, or None.
+
+    The same sampler for kind 'own', DPM++ 2M for 'ode'; both with so many steps of karras over the
+    model's whole range of noise.
+    """
+    if kind == 'none':
+        return None
+    return request.replace(steps=steps, **GRID, **(REFERENCE if kind == 'ode' else {}))
+
+
+def sweep(model, requests, batch_size=16, reference_steps=1000, on_step=None):
+    """Draw requests and their references as one packed run; yields lists of Shot, in any order.
+
+    Requests are sorted by model calls and cut into microbatches of batch_size, the last one padded,
+    in which samplers, schedules, steps and guidance mix: one compilation per step bucket. Nothing
+    of a microbatch is kept but the references. All requests have one size; a single device is used.
+    on_step(done, total): called as model calls (of a whole microbatch) finish.
+    """
+    requests = resolve(requests, model.config)
+    seen = {}
+
+    def look(request):  # (calls, 0 if it has no table; kind), once per table
+        key = _key(request.replace(prompt='', negative_prompt='', seed=0, guidance=1.0))
+        if key not in seen:
+            rows = inputs(model, [request]).rows
+            table = isinstance(rows, sampling.Row)
+            seen[key] = int(sampling.calls(rows)[0]) if table else 0, kind(rows)
+        return seen[key]
+
+    goals = [target(r, look(r)[1], reference_steps) for r in requests]
+    references = [*{_key(goal): goal for goal in goals if goal is not None}.values()]
+    first, then = _pack(references, look, batch_size), _pack(requests, look, batch_size)
+    total = (sum(look(references[part[0]])[0] for part in first)
+             + sum(look(requests[part[0]])[0] for part in then))
+    run = _runner(model, batch_size, total, on_step)
+    latents = {}
+    for part in first:
+        part = [references[i] for i in part]
+        latents.update(zip(map(_key, part), run(part)[0]))
+    for part in then:
+        yield [_shot(i, *shot, latents.get(_key(goals[i])))
+               for i, *shot in zip(part, *run([requests[i] for i in part]))]
+
+
+def _shot(index, latent, calls, seconds, target):
+    error = np.nan if target is None else rms(latent - target)
+    return Shot(index, int(calls), float(seconds), error, latent, target)
+
+
+def _key(request):
+    """Requests hold dicts, so they cannot be keys themselves."""
+    return repr(request)
+
+
+def _pack(requests, look, size):
+    """Requests -> microbatches of their indices, with like numbers of model calls, longest first;
+    those without a table on their own."""
+    ordered = sorted(range(len(requests)),
+                     key=lambda i: (-look(requests[i])[0], requests[i].sampler))
+    groups = ([i for i in ordered if bool(look(requests[i])[0]) == table]
+              for table in (True, False))
+    return [group[i:i + size] for group in groups for i in range(0, len(group), size)]
+
+
+def _runner(model, batch_size, total, on_step):
+    """A function from a microbatch to latents [n,h,w,L], calls [n] and seconds [n]."""
+    config, done, programs = model.config, itertools.count(1), {}
+    worker = concurrent.futures.ThreadPoolExecutor(1)
+
+    def heard(_):
+        on_step(next(done), total)
+
+    def tell(i, out):
+        out, i = lax.optimization_barrier((out, i))
+        jax.debug.callback(heard, i)
+        return out
+
+    def walk(params, data, shape):
+        keys = jax.random.wrap_key_data(data.keys, impl='threefry2x32')
+        x = sampling.initial(keys, shape) * data.sigma[:, None, None, None]
+        noise = sampling.fresh(keys, data.rows, shape)
+        if not isinstance(data.rows, sampling.Row):
+            return sampling.sample(denoiser(params, config, data), x, data.rows, noise,
+                                   info=lambda steps: steps.calls)
+        conditioned = conditioning.encode(params, config, data.tokens, data.ids, data.zero)
+        return denoise_latents(params, config, x, conditioned, data.guidance, data.rows, noise,
+                               on_step and tell), (data.rows.sigma > 0).sum(0)
+
+    def run(part):
+        data = inputs(model, part + part[-1:] * (batch_size - len(part)))
+        size = data.rows[0].shape
+        if size not in programs:  # compiled beforehand, so that no picture's time includes it
+            factor = config.vae.factor
+            shape = (part[0].height // factor, part[0].width // factor, config.vae.latent_channels)
+            programs[size] = jax.jit(walk, static_argnums=2).lower(
+                model.params, data, shape).compile()
+        start = time.perf_counter()
+        # Not in this thread, because nobody hears a Ctrl-C inside of XLA.
+        latent, calls = worker.submit(
+            lambda: [np.asarray(a) for a in programs[size](model.params, data)]).result()
+        took = time.perf_counter() - start
+        return [a[:len(part)] for a in (latent, calls, took * calls / calls.sum())]
+
+    return run
+
+
+def rms(x):
+    """Root mean square of an array."""
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+def painter(model, batch_size):
+    """A function from latents [N,h,w,L] to pictures uint8 [N,H,W,3], batch_size at a time."""
+    program = jax.jit(lambda params, latent: decode(params, model.config, latent)[0])
+
+    def pictures(latents):
+        done = []
+        for start in range(0, len(latents), batch_size):
+            part = np.stack(latents[start:start + batch_size])
+            extra = batch_size - len(part)
+            padded = np.pad(part, [(0, extra)] + [(0, 0)] * (part.ndim - 1), mode='edge')
+            done.append(np.asarray(program(model.params, padded))[:len(part)])
+        return np.concatenate(done)
+
+    return pictures
+
+
+def order(calls, errors, floor=0.0, points=3):
+    """Measured convergence order: minus the slope of log error against log calls.
+
+    Least squares over the last `points` whose error is above 3 times the floor, the reference's own
+    error; nan where fewer than two are, or where some steps have nothing to converge to.
+    """
+    calls, errors = np.asarray(calls, np.float64), np.asarray(errors, np.float64)
+    good = np.flatnonzero(np.isfinite(errors) & (errors > 3 * floor))[-points:]
+    if len(good) < 2 or np.isnan(errors).any():
+        return np.nan
+    return float(-np.polyfit(np.log(calls[good]), np.log(errors[good]), 1)[0])
+
+
+def record(request, shot, rank=None):
+    """One row of results; rank: retrieval's, 0 if the right emoji is nearest, or None."""
+    return {'sampler': label(request.sampler, request.sampler_options),
+            'schedule': label(request.schedule, request.schedule_options),
+            'guidance': request.guidance, 'steps': request.steps, 'prompt': request.prompt,
+            'seed': request.seed, 'calls': shot.calls, 'error': shot.error,
+            'seconds': shot.seconds, 'rank': rank}
+
+
+def needed(calls, errors, tolerance):
+    """The fewest calls from which on every error is within the tolerance; inf if none are."""
+    close = np.asarray(errors) <= tolerance * (1 + 1e-9)  # a mean may miss it by rounding
+    stays = np.logical_and.accumulate(close[::-1])[::-1]
+    return float(np.asarray(calls, np.float64)[stays].min(initial=np.inf))
+
+
+def mean_error(errors):
+    """Geometric mean, the mean of a log plot; nan errors stay nan."""
+    with np.errstate(divide='ignore'):
+        return float(np.exp(np.mean(np.log(errors))))
+
+
+def lines(results, floor, tolerance):
+    """Results -> a Line per sampler, schedule and guidance, in the results' order.
+
+    results: dicts, see `record`. floor: the reference's own error. tolerance: see `needed`.
+    """
+    found = {}
+    for result in results:
+        key = result['sampler'], result['schedule'], result['guidance']
+        found.setdefault(key, {}).setdefault(result['steps'], []).append(result)
+    made = []
+    for key, points in found.items():
+        groups = [points[steps] for steps in sorted(points)]
+        calls = tuple(np.mean([r['calls'] for r in group]) for group in groups)
+        errors = tuple(mean_error([r['error'] for r in group]) for group in groups)
+        made.append(Line(
+            *key, tuple(sorted(points)), calls, errors,
+            tuple(np.mean([r['seconds'] for r in group]) for group in groups),
+            tuple(np.mean([np.nan if r['rank'] is None else r['rank'] == 0 for r in group])
+                  for group in groups),
+            order(calls, errors, floor), needed(calls, errors, tolerance)))
+    return made
