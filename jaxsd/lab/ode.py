@@ -25,26 +25,38 @@ PROBES = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}
 
 
 def problem(model, requests):
-    """Requests (prompt, negative prompt, seed, guidance; all of one size) -> run.Inputs.
+    """Requests of one size -> run.Inputs, for walks over other levels than the requests' own.
 
-    Its noise is what the requests' seeds start from, standard normal; its rows are not used.
+    Prompts and guidance are the requests', the noise what their seeds start from, standard normal;
+    sampler, schedule and steps do not matter. Raises ValueError for guidance that changes on the
+    way, whose steps would be others.
     """
-    config, requests = model.config, resolve(requests, model.config)
+    config = model.config
+    requests = [r.replace(sampler='euler', sampler_options={}, eta=None)
+                for r in resolve(requests, config)]
     shape = (requests[0].height // config.vae.factor, requests[0].width // config.vae.factor,
              config.vae.latent_channels)
     noise = sampling.initial(sampling.keys([r.seed for r in requests]), shape)
-    return inputs(model, requests, noise)
+    data = inputs(model, requests, noise)
+    called = data.rows.sigma > 0
+    if any((leaf != leaf[:1])[called].any() for leaf in jax.tree.leaves(data.guidance)):
+        raise ValueError('guidance that changes over the steps: expected the same at all levels')
+    return data._replace(guidance=data.guidance.at(0))
 
 
 def denoiser(params, config, data):
-    """A model's guided denoise(x, sigma, i) for the images of `problem`; to be called under jit."""
+    """A model's guided denoise(x, sigma, i) for the images of Inputs; to be called under jit.
+
+    i: the row whose guidance holds. Guidance with a memory begins anew in every call.
+    """
     conditioned = conditioning.encode(params, config, data.tokens, data.ids, data.zero)
 
     def denoise(x, sigma, i=None):
         sigma = jnp.asarray(sigma, x.dtype)[None]
         rows = sampling.Row(*(jnp.broadcast_to(field, (*sigma.shape, *field.shape))
                               for field in CALL))._replace(sigma=sigma)
-        return denoise_latents(params, config, x, conditioned, data.guidance, rows,
+        guidance = data.guidance.at(0 if i is None else i)
+        return denoise_latents(params, config, x, conditioned, guidance, rows,
                                lambda i: jnp.zeros_like(x))
 
     return denoise
