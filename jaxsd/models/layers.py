@@ -103,6 +103,13 @@ def attention(q, k, v, heads, causal=False):
     return out.reshape(B, heads, T, D).swapaxes(1, 2).reshape(B, T, C)
 
 
+def attention_received(q, k, heads):
+    """What each position receives: scores summed over queries, mean over heads -> float32 [B,S]."""
+    q, k = (a.reshape(*a.shape[:2], heads, -1).astype(jnp.float32) for a in (q, k))
+    scores = jnp.einsum('btnd,bsnd->bnts', q, k) / math.sqrt(q.shape[-1])
+    return jax.nn.softmax(scores).sum(2).mean(1)
+
+
 def timestep_embedding(t, dim, period=10000.0):
     """Sinusoids of t [...] -> [..., dim] float32, cosines first (Ho et al. 2020; diffusers'
     flip_sin_to_cos=True, freq_shift=0)."""

@@ -4,8 +4,11 @@ Rombach et al. 2022 (latent diffusion), Podell et al. 2023 (SDXL). The structure
 parameters; the config adds what arrays cannot say (heads, groups, eps).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsd.models.layers import (
     attention,
@@ -21,11 +24,14 @@ from jaxsd.models.layers import (
 )
 
 
-def apply(params, cfg, x, t, context, added=None, class_labels=None):
+def apply(params, cfg, x, t, context, added=None, class_labels=None, hook=None, freeu=None):
     """x [B,H,W,C], t [B], context [B,T,D] -> the network's output [B,H,W,cfg.out_channels].
 
     t: training timesteps, 0 to 999, whole or not. added [B,A]: SDXL's pooled text ++ sinusoids of
     the time ids. class_labels int [B]: rows of the class embedding, for models that have one.
+    hook(place, heads, q, k, v): called at every self-attention, place its name in the checkpoint
+    ('mid_block.attentions.0.transformer_blocks.0.attn1'), q, k, v [B,T,C]; returns the attention's
+    output, or None to go on as usual. freeu: (b1, b2, s1, s2), each [] or [B].
     Computes in the parameters' dtype and returns x's.
     """
     p, dtype = params, params['conv_in']['weight'].dtype
@@ -49,7 +55,8 @@ def apply(params, cfg, x, t, context, added=None, class_labels=None):
         for i, layer in enumerate(children(block['resnets'])):
             x = resnet(layer, x, cfg.norm_num_groups, cfg.norm_eps, time)
             if 'attentions' in block:
-                x = _transformer(block['attentions'][str(i)], cfg, level, x, context)
+                x = _transformer(block['attentions'][str(i)], cfg, level, x, context, hook,
+                                 f'down_blocks.{level}.attentions.{i}')
             skips.append(x)
         if 'downsamplers' in block:
             x = conv(block['downsamplers']['0']['conv'], x, stride=2)  # [B,H,W,C] -> [B,H/2,W/2,C]
@@ -57,15 +64,19 @@ def apply(params, cfg, x, t, context, added=None, class_labels=None):
 
     mid = p['mid_block']
     x = resnet(mid['resnets']['0'], x, cfg.norm_num_groups, cfg.norm_eps, time)
-    x = _transformer(mid['attentions']['0'], cfg, -1, x, context)
+    x = _transformer(mid['attentions']['0'], cfg, -1, x, context, hook, 'mid_block.attentions.0')
     x = resnet(mid['resnets']['1'], x, cfg.norm_num_groups, cfg.norm_eps, time)
 
     for level, block in enumerate(children(p['up_blocks'])):
         for i, layer in enumerate(children(block['resnets'])):
-            x = jnp.concatenate([x, skips.pop()], -1)
+            skip = skips.pop()
+            if freeu is not None and level < 2:
+                x, skip = _freeu(x, skip, freeu[level], freeu[level + 2])
+            x = jnp.concatenate([x, skip], -1)
             x = resnet(layer, x, cfg.norm_num_groups, cfg.norm_eps, time)
             if 'attentions' in block:
-                x = _transformer(block['attentions'][str(i)], cfg, -1 - level, x, context)
+                x = _transformer(block['attentions'][str(i)], cfg, -1 - level, x, context, hook,
+                                 f'up_blocks.{level}.attentions.{i}')
         if 'upsamplers' in block:
             x = upsample(block['upsamplers']['0'], x, skips[-1].shape[1:3])
 
@@ -78,15 +89,36 @@ def _embed(p, x):
     return linear(p['linear_2'], jax.nn.silu(linear(p['linear_1'], x)))
 
 
-def _transformer(p, cfg, level, x, context):
+def _freeu(x, skip, b, s):
+    """FreeU (https://arxiv.org/abs/2309.11497) as in diffusers: the first half of the channels of x
+    times b, the lowest frequencies of the skip connection times s; b, s [] or [B].
+
+    Lowest are 0 and -1 along each axis. Projecting on them takes two small matrices per axis and
+    leaves the skip as it is, exactly, where s is 1.
+    """
+    b, s = (jnp.reshape(a, (-1, 1, 1, 1)) for a in (b, s))
+    half = jnp.arange(x.shape[-1]) < x.shape[-1] // 2
+    f, low = skip.astype(jnp.float32), 0
+    for sign, wave in ((1, lambda angle: 1 + np.cos(angle)), (-1, np.sin)):
+        rows, columns = (wave(2 * np.pi * np.subtract.outer(np.arange(n), np.arange(n)) / n) / n
+                         for n in f.shape[1:3])
+        low = low + sign * jnp.einsum(
+            'ih,bhwc,jw->bijc', rows.astype(np.float32), f, columns.astype(np.float32),
+            precision='highest')
+    return (jnp.where(half, b, 1) * x).astype(x.dtype), (f + (s - 1) * low).astype(skip.dtype)
+
+
+def _transformer(p, cfg, level, x, context, hook, place):
     """Self-attention, cross-attention and a gated MLP over the pixels of x [B,H,W,C]."""
     B, H, W, C = x.shape
     h = group_norm(p['norm'], x, cfg.norm_num_groups, 1e-6)
     h = pointwise(p['proj_in'], h).reshape(B, H * W, C)
-    for block in children(p['transformer_blocks']):
+    for i, block in enumerate(children(p['transformer_blocks'])):
         n = layer_norm(block['norm1'], h)
-        h = h + _attend(block['attn1'], cfg.heads[level], n,
-                        context if cfg.only_cross_attention[level] else n)
+        crossed = cfg.only_cross_attention[level]
+        here = None if crossed or hook is None else functools.partial(
+            hook, f'{place}.transformer_blocks.{i}.attn1')
+        h = h + _attend(block['attn1'], cfg.heads[level], n, context if crossed else n, here)
         h = h + _attend(block['attn2'], cfg.heads[level], layer_norm(block['norm2'], h), context)
         n = linear(block['ff']['net']['0']['proj'], layer_norm(block['norm3'], h))
         value, gate = jnp.split(n, 2, -1)  # GEGLU (Shazeer 2020), exact gelu
@@ -94,8 +126,9 @@ def _transformer(p, cfg, level, x, context):
     return x + pointwise(p['proj_out'], h.reshape(B, H, W, C))
 
 
-def _attend(p, heads, x, context):
+def _attend(p, heads, x, context, hook=None):
     """Queries from x [B,T,C], keys and values from context [B,S,D] -> [B,T,C]."""
-    out = attention(linear(p['to_q'], x), linear(p['to_k'], context), linear(p['to_v'], context),
-                    heads)
+    q, k, v = linear(p['to_q'], x), linear(p['to_k'], context), linear(p['to_v'], context)
+    out = None if hook is None else hook(heads, q, k, v)
+    out = attention(q, k, v, heads) if out is None else out
     return linear(p['to_out']['0'], out)

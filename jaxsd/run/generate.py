@@ -1,6 +1,7 @@
 """`generate`: requests -> pictures, by one compiled program in which everything is data."""
 
 import functools
+import inspect
 import itertools
 from typing import NamedTuple
 
@@ -13,21 +14,34 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxsd import sampling
 from jaxsd.config import TEXT_ENCODERS
 from jaxsd.models import unet, vae
+from jaxsd.models.layers import attention, attention_received
 from jaxsd.prompt import conditioning
 from jaxsd.run.request import resolve
+from jaxsd.sampling.guidance import Guidance, stack, table
 
 
 class Inputs(NamedTuple):
     """Everything about a batch but its shape; the leading axis is images, for rows the second."""
 
-    tokens: dict  # {text encoder: int32 [B,2,T]}, the negative prompt first
-    ids: np.ndarray | None  # [B,2,N] SDXL's time ids
+    tokens: dict  # {text encoder: int32 [B,P,T]}, negative prompt, prompt, perp_neg's negatives
+    ids: np.ndarray | None  # [B,P,N] SDXL's time ids
     zero: np.ndarray  # bool [B]: the negative conditioning is zeros
-    guidance: np.ndarray  # [B]
+    guidance: Guidance  # of [calls,B]
     keys: np.ndarray  # uint32 [B,2]: threefry key data
     sigma: np.ndarray  # [B]: the noise level to start from
-    rows: sampling.Rows  # [calls,B,...]
+    rows: sampling.Rows  # [calls,B,...]; or sampling.Adaptive [B]
     noise: np.ndarray | None = None  # [B,h,w,L] to start from; None: drawn from the keys
+
+    @property
+    def axes(self):
+        """Which axis is images, for each field."""
+        return Inputs(*(0,) * len(self))._replace(
+            guidance=1, rows=int(isinstance(self.rows, sampling.Row)))
+
+
+# Where attention is perturbed, and where it is watched: diffusers' choices.
+PAG_PLACES = 'mid_block.'
+SAG_PLACE = 'mid_block.attentions.0.transformer_blocks.0.attn1'
 
 
 def generate(model, requests, on_step=None, tile=None, noise=None):
@@ -35,8 +49,9 @@ def generate(model, requests, on_step=None, tile=None, noise=None):
 
     The requests of a call share their size; prompts, seeds, samplers, schedules, steps and
     guidance may all differ. Only a new model config, dtype, size, batch size or step bucket
-    (64 model calls, then powers of two) compiles. With several local devices the batch is spread
-    over them; a picture does not depend on its neighbours.
+    (64 model calls, then powers of two), or a kind of guidance switched on or off, compiles.
+    With several local devices the batch is spread over them; a picture does not depend on its
+    neighbours.
 
     on_step(done, total): called as model calls finish.
     tile: decode in tiles of this many pixels per side, for less memory; None: in one piece.
@@ -61,9 +76,8 @@ def generate(model, requests, on_step=None, tile=None, noise=None):
     devices = -(-count // each)
     mesh = _mesh(devices)
     pad = functools.partial(_pad, count=devices * each)
-    data = data._replace(**{
-        name: jax.tree.map(functools.partial(pad, axis=int(name == 'rows')), value)
-        for name, value in data._asdict().items()})
+    data = Inputs(*(jax.tree.map(functools.partial(pad, axis=axis), value)
+                    for axis, value in zip(data.axes, data)))
     params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
 
     ticket = np.uint32(next(_tickets) % 2**32)
@@ -100,14 +114,14 @@ def inputs(model, requests, noise=None):
         if getattr(config, name) is not None and name not in model.tokenizers:
             raise ValueError(f'model.tokenizers: expected one for {name!r}, '
                              f'found {sorted(model.tokenizers)}')
-    tokens = conditioning.tokens(model.tokenizers, [r.negative_prompt for r in requests],
-                                 [r.prompt for r in requests])
+    tokens = conditioning.tokens(model.tokenizers, *_texts(requests))
     for name, ids in tokens.items():
         size = getattr(config, name).vocab_size
         if ids.max() >= size:
             raise ValueError(f'{name}: token {ids.max()} is outside its vocabulary of {size}; '
                              'the tokenizer belongs to another model')
     sigmas, tables = zip(*(_plan(request, config.schedule) for request in requests))
+    rows = sampling.stack(tables)
     if noise is not None:
         factor = config.vae.factor
         shape = (len(requests), requests[0].height // factor, requests[0].width // factor,
@@ -117,12 +131,12 @@ def inputs(model, requests, noise=None):
         noise = np.asarray(noise, np.float32)
     return Inputs(
         tokens=tokens,
-        ids=_ids(config, requests),
+        ids=_ids(config, requests, len(_texts(requests))),
         zero=np.array([config.zero_negative and not r.negative_prompt for r in requests]),
-        guidance=np.array([r.guidance for r in requests], np.float32),
+        guidance=_guidance(requests, sigmas, rows),
         keys=np.array([divmod(r.seed, 2**32) for r in requests], np.uint32),
         sigma=np.array([s[0] for s in sigmas], np.float32),
-        rows=sampling.Rows(*(np.asarray(f, np.float32) for f in sampling.stack(tables))),
+        rows=jax.tree.map(np.float32, rows),
         noise=noise)
 
 
@@ -135,27 +149,60 @@ def pipeline(params, inputs, config, height, width, tile=None, on_call=None):
     shape = (height // config.vae.factor, width // config.vae.factor, config.vae.latent_channels)
     keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
     start = sampling.initial(keys, shape) if inputs.noise is None else inputs.noise
+    if isinstance(inputs.rows, sampling.Adaptive):
+        def noise(i):
+            return sampling.draw(keys, i, shape)
+    else:
+        noise = sampling.fresh(keys, inputs.rows, shape)
     latent = denoise_latents(
         params, config, start * inputs.sigma[:, None, None, None], conditioned, inputs.guidance,
-        inputs.rows, sampling.fresh(keys, inputs.rows, shape), on_call)
+        inputs.rows, noise, on_call)
     return decode(params, config, latent, tile)
 
 
 def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_call=None):
     """Walk latents x [B,h,w,L], at the rows' first noise level, to the last one.
 
-    conditioned: Conditioning, [B,2,...]; guidance [] or [B]; rows: of the batch or per image;
-    noise(i): standard normal, like x; on_call(i, out): sees every model output and returns it.
+    conditioned: Conditioning, [B,P,...]; guidance: [] or [B], or a Guidance, and P its texts; rows:
+    of the batch or per image; noise(i): standard normal, like x; on_call(i, out): sees every model
+    output and returns it.
     """
-    # The batch and the pair (negative, positive) become one axis of 2B, image after image.
-    context, added = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), conditioned)
+    if not isinstance(guidance, Guidance):
+        guidance = Guidance(guidance)
+    if guidance.pag is not None:  # the perturbed picture hears the prompt
+        conditioned = jax.tree.map(lambda a: jnp.concatenate([a, a[:, 1:2]], 1), conditioned)
+    kind = config.schedule.prediction_type
 
-    def net(x, t, i):
-        out = unet.apply(params['unet'], config.unet, x, t, context, added)
-        return out if on_call is None else on_call(i, out)
+    def model(conditioned, pag=None, sag=None):
+        parts = conditioned.context.shape[1]
+        # Images and their parts become one axis, image after image.
+        context, added = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), conditioned)
 
-    denoise = sampling.guided(sampling.denoiser(net, config.schedule), guidance)
-    return sampling.sample(denoise, x, rows, noise)
+        def net(x, t, i):
+            received = []
+
+            def hook(place, heads, q, k, v):
+                if sag is not None and place == SAG_PLACE:
+                    received.append(attention_received(q, k, heads))
+                if pag is not None and place.startswith(PAG_PLACES):  # the identity, not attention
+                    last = (np.arange(len(q)) % parts == parts - 1)[:, None, None]
+                    return jnp.where(last, v, attention(q, k, v, heads))
+
+            freeu = guidance.at(i).freeu
+            if freeu is not None:
+                freeu = [jnp.repeat(jnp.broadcast_to(a, len(x) // parts), parts) for a in freeu]
+            out = unet.apply(params['unet'], config.unet, x, t, context, added, hook=hook,
+                             freeu=freeu)
+            out = out if on_call is None else on_call(i, out)
+            return (out, *received) if received else out
+
+        return sampling.denoiser(net, config.schedule)
+
+    unguided = model(jax.tree.map(lambda a: a[:, :1], conditioned))
+    denoise = sampling.guided(model(conditioned, guidance.pag, guidance.sag), guidance, kind,
+                              unguided)
+    return sampling.sample(denoise, x, rows, noise,
+                           memory=jnp.zeros_like(x) if guidance.momentum else None)
 
 
 def decode(params, config, latent, tile=None):
@@ -181,7 +228,7 @@ def _program(params, data, ticket, *, config, height, width, tile, mesh, report)
         return pipeline(params, data, config, height, width, tile, on_call)
 
     images = PartitionSpec('data')
-    specs = Inputs(*(images,) * len(Inputs._fields))._replace(rows=PartitionSpec(None, 'data'))
+    specs = Inputs(*(PartitionSpec(None, 'data') if axis else images for axis in data.axes))
     return jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), specs, PartitionSpec()),
                          out_specs=images, check_vma=False)(params, data, ticket)
 
@@ -206,10 +253,35 @@ def _plan(request, schedule):
     options = dict(request.sampler_options)
     if request.eta is not None:
         options['eta'] = request.eta
+    if 'config' in inspect.signature(sampling.SAMPLERS[request.sampler]).parameters:
+        options.setdefault('config', schedule)
     return sigmas, sampling.plan(request.sampler, sigmas, **options)
 
 
-def _ids(config, requests):
+def _guidance(requests, sigmas, rows):
+    """The batch's Guidance of [calls,B]; of [1,B] for adaptive steps, which have no rows."""
+    levels = getattr(rows, 'sigma', np.stack([s[:1] for s in sigmas], 1))
+    for r in requests:
+        varied = [name for name, value in (('guidance', r.guidance), *r.guidance_options.items())
+                  if name not in ('freeu', 'perp_neg') and isinstance(value, tuple)]
+        if isinstance(rows, sampling.Adaptive) and varied:
+            raise ValueError(f'{varied[0]} over the steps: expected a constant with '
+                             f'{r.sampler}, which chooses its own steps')
+    return jax.tree.map(np.float32, stack([
+        table(r.guidance, r.guidance_options, s, levels[:, i])
+        for i, (r, s) in enumerate(zip(requests, sigmas))]))
+
+
+def _texts(requests):
+    """Negative prompts, prompts, and perp_neg's negatives, '' where an image has fewer: lists of B.
+    """
+    more = [[text for text, _ in r.guidance_options.get('perp_neg', ())] for r in requests]
+    return [[r.negative_prompt for r in requests], [r.prompt for r in requests],
+            *map(list, itertools.zip_longest(*more, fillvalue=''))]
+
+
+def _ids(config, requests, parts):
+    """SDXL's time ids [B,P,N]; further negatives have those of the negative prompt."""
     if not config.unet.added_dim:
         return None
     found = []
@@ -221,7 +293,8 @@ def _ids(config, requests):
                                                     r.negative_aesthetic))
         else:
             found.append(conditioning.time_ids(original, r.crop, r.target_size or size))
-    return np.stack(found)
+    found = np.stack(found)  # [B,2,N]
+    return found[:, [0, 1] + [0] * (parts - 2)]
 
 
 # Progress. The listener of a run is found by a ticket that is data too: a function in the program
@@ -247,7 +320,10 @@ class _Progress:
     """Row numbers, from several devices and in any order -> on_step(done, total), rising."""
 
     def __init__(self, rows, on_step):
-        self.calls = np.cumsum((rows.sigma > 0).any(1))  # model calls up to each row
+        if isinstance(rows, sampling.Adaptive):  # how many calls it takes, nobody knows
+            self.calls = np.arange(1, 1 + int(np.max(rows.max_calls)))
+        else:
+            self.calls = np.cumsum((rows.sigma > 0).any(1))  # model calls up to each row
         self.done, self.on_step = 0, on_step
 
     def __call__(self, i):

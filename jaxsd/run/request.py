@@ -9,13 +9,15 @@ from typing import Any
 
 from jaxsd.sampling import SAMPLERS, SCHEDULES
 from jaxsd.sampling.choice import choose
+from jaxsd.sampling.guidance import check, per_step
 
 MAX_SEED = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One picture. Everything except its size is data: no field but width and height recompiles.
+    """One picture. Everything except its size is data: no field but width and height recompiles,
+    nor any value of guidance_options; using a kind of guidance that the last batch did not, does.
 
     Raises ValueError, at construction, for values that no model could serve.
     """
@@ -26,12 +28,13 @@ class Request:
     sampler: str = 'dpmpp_2m'
     schedule: str = 'karras'
     steps: int = 25
-    guidance: float = 7.0  # classifier-free guidance scale; 1: none
+    guidance: Any = 7.0  # classifier-free guidance scale, or one for each step; 1: none
     width: int | None = None  # pixels; None: the model's native size
     height: int | None = None
     eta: float | None = None  # noise of ddim and the ancestral samplers; None: the sampler's own
     sampler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     schedule_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    guidance_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see docs
     original_size: tuple | None = None  # SDXL: (height, width); None: the picture's
     crop: tuple = (0, 0)  # SDXL: (top, left)
     target_size: tuple | None = None  # SDXL base: (height, width); None: the picture's
@@ -49,7 +52,10 @@ class Request:
         for name in ('width', 'height'):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1)
-        for name in ('guidance', 'eta', 'aesthetic', 'negative_aesthetic'):
+        for name, value in (('guidance', per_step('guidance', self.guidance, self.steps)),
+                            ('guidance_options', check(self.guidance_options, self.steps))):
+            object.__setattr__(self, name, value)
+        for name in ('eta', 'aesthetic', 'negative_aesthetic'):
             value = getattr(self, name)
             if name == 'eta' and value is None:
                 continue

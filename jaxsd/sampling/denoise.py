@@ -1,10 +1,13 @@
 """From a network's raw prediction to `denoise(x, sigma, i)`, and guidance around it."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from .choice import unknown
+from .guidance import Guidance, blur_where, combine, zero_init, zero_prediction
+from .scan import spread
 from .schedules import model_sigmas
 
 PREDICTIONS = ('epsilon', 'v_prediction', 'sample')
@@ -14,7 +17,8 @@ def denoiser(net, config):
     """Wrap a network as `denoise(x, sigma, i) -> denoised`, all [B,...], sigma [] or [B].
 
     net(x_in, t, i) -> prediction: x_in [B,...] has unit scale (the training convention), t [B] is
-    the float timestep, i the row's index. config: ScheduleConfig, whose prediction_type says what
+    the float timestep, i the row's index; it may return (prediction, more), then denoise returns
+    (denoised, more). config: ScheduleConfig, whose prediction_type says what
     the network predicts:
         epsilon:       x0 = x - sigma eps
         v_prediction:  x0 = x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) v
@@ -32,12 +36,14 @@ def denoiser(net, config):
         sigma = sigma.reshape(-1, *(1,) * (x.ndim - 1))
         norm = jnp.hypot(sigma, 1)  # does not overflow where sigma^2 would
         x_in = x / norm
-        out = net(x_in, t, i).astype(x.dtype)
+        out = net(x_in, t, i)
+        out, *more = out if isinstance(out, tuple) else (out,)
+        out = out.astype(x.dtype)
         if kind == 'epsilon':
-            return x - sigma * out
-        if kind == 'v_prediction':
-            return x_in / norm - sigma / norm * out
-        return out
+            out = x - sigma * out
+        elif kind == 'v_prediction':
+            out = x_in / norm - sigma / norm * out
+        return (out, *more) if more else out
 
     return denoise
 
@@ -55,26 +61,46 @@ def timestep(sigma, config):
     return t + jnp.where(jnp.abs(gap) < 1e-3, gap, 0)
 
 
-def pair(uncond, cond):
-    """Two arrays [B,...] -> [2B,...] as uncond 0, cond 0, uncond 1, cond 1, ...
+def pair(*parts):
+    """Arrays [B,...], uncond, cond and maybe more -> [P*B,...] as uncond 0, cond 0, uncond 1, ...
 
     Image after image, so that a batch sharded over devices stays where it is; concatenating all
     of uncond and all of cond would move it.
     """
-    return jnp.stack([uncond, cond], axis=1).reshape(-1, *uncond.shape[1:])
+    return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
-def guided(denoise, guidance):
+def guided(denoise, guidance, prediction_type='epsilon', unguided=None):
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): uncond + g (cond - uncond).
 
-    denoise: takes 2B images in `pair`'s order. guidance: g, [] or [B], data.
-    -> denoise(x, sigma, i) for B images, which gives (guided, uncond).
+    denoise: takes `parts` pictures per image in `pair`'s order: uncond, cond, then perp_neg's
+    negatives and the perturbed one, where there are any. guidance: g, [] or [B], or a Guidance,
+    data. prediction_type: of the network, for the kinds that act on its prediction.
+    unguided: the denoiser of the unconditional pictures alone, for self-attention guidance;
+    denoise then returns (denoised, attention received per position [P*B,T]).
+    -> denoise(x, sigma, i) for B images, which gives (guided, uncond); with momentum
+    denoise(x, sigma, i, memory), memory [B,...] zeros at first, which gives that and the memory.
     """
-    def guide(x, sigma, i=None):
+    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    parts = guidance.parts
+
+    def guide(x, sigma, i=None, memory=None):
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
-        both = denoise(pair(x, x), pair(sigma, sigma), i).reshape(-1, 2, *x.shape[1:])
-        uncond, cond = both[:, 0], both[:, 1]
-        g = jnp.asarray(guidance, both.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-        return uncond + g * (cond - uncond), uncond
+        out = denoise(pair(*[x] * parts), pair(*[sigma] * parts), i)
+        out, *received = out if isinstance(out, tuple) else (out,)
+        out = out.reshape(-1, parts, *x.shape[1:])
+        uncond, cond, *more = (out[:, k] for k in range(parts))
+        row = jax.tree.map(lambda a: spread(jnp.asarray(a, out.dtype), x.ndim), guidance.at(i))
+        perturbed = None if row.pag is None else more.pop()
+        origin = None
+        if row.rescale is not None or row.zero_star is not None:
+            origin = zero_prediction(x, spread(sigma, x.ndim), prediction_type)
+        result, memory = combine(row, uncond, cond, more, perturbed, origin, memory)
+        if row.sag is not None:
+            blurred = blur_where(uncond, received[0][::parts])
+            again = unguided(x + blurred - uncond, sigma, i)
+            result = result + row.sag * (blurred - again)
+        result = zero_init(row, result, origin)
+        return (result, uncond) if memory is None else ((result, uncond), memory)
 
     return guide

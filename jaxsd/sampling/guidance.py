@@ -1,0 +1,414 @@
+"""Guidance: small functions on denoised pictures, and their strengths as data.
+
+A field of `Guidance` that is None is absent from the compiled program; a field that is there is an
+array, so that every image and every row may have its own value. All of it happens on the denoised
+picture x0, which is the network's prediction but for an affine map: where a method depends on which
+of the two it acts on, its function says so.
+"""
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .choice import choose
+from .scan import spread
+
+
+class Threshold(NamedTuple):
+    """Dynamic thresholding, see `threshold`."""
+
+    mimic: Any  # the guidance scale whose range of values is kept
+    percentile: Any  # 0 to 1, of the absolute values; what lies above is clamped
+    weight: Any  # 0: off
+
+
+class ZeroStar(NamedTuple):
+    """CFG-Zero*, see `zero_star`."""
+
+    weight: Any  # of the optimised scale; 0: off
+    init: Any  # 1 in the rows whose prediction is zero
+
+
+class Projection(NamedTuple):
+    """Adaptive projected guidance, see `project`."""
+
+    eta: Any  # share of the part parallel to the conditional picture; 1: off
+    norm: Any  # the longest difference allowed; infinity: off
+    momentum: Any = None  # of the running sum of differences; needs `sample(..., memory=)`
+    gain: Any = 1.0  # weight of the newest difference: 0, with momentum 1, keeps the sum
+
+
+class Guidance(NamedTuple):
+    """How an image is guided: numbers, or arrays [B] or [calls,B] (a value per row and image)."""
+
+    scale: Any = 1.0  # classifier-free guidance
+    rescale: Any = None  # phi
+    threshold: Threshold | None = None
+    zero_star: ZeroStar | None = None
+    apg: Projection | None = None
+    perp_neg: tuple | None = None  # a weight for each further negative
+    pag: Any = None  # scale of perturbed-attention guidance
+    sag: Any = None  # scale of self-attention guidance
+    freeu: tuple | None = None  # b1, b2, s1, s2: for `unet.apply`
+
+    @property
+    def parts(self):
+        """Pictures that the network sees per image: uncond, cond, negatives, perturbed."""
+        return 2 + len(self.perp_neg or ()) + (self.pag is not None)
+
+    @property
+    def momentum(self):
+        """Whether it remembers something from call to call."""
+        return self.apg is not None and self.apg.momentum is not None
+
+    def at(self, i):
+        """The values in row i, [] or [B]."""
+        return jax.tree.map(lambda a: a[i] if jnp.ndim(a) == 2 else a, self)
+
+
+def combine(guidance, uncond, cond, negatives, perturbed, origin, memory=None):
+    """Denoised pictures [B,...] -> the guided one, and memory.
+
+    guidance: of one row, values [] or [B,1,...]. negatives: a list; perturbed: or None. origin: the
+    picture that a prediction of zero means, or None where neither rescale nor zero_star is on.
+    """
+    g, target = guidance, uncond
+    if g.zero_star is not None:
+        target = zero_star(g.zero_star.weight, target, cond, origin)
+    difference = cond - target
+    if negatives:
+        difference = perpendicular(g.perp_neg, difference, [n - target for n in negatives])
+    if g.apg is not None:
+        target, difference, memory = project(g.apg, target + difference, difference, memory)
+
+    def at(scale):
+        out = target + scale * difference
+        return out if perturbed is None else out + g.pag * (cond - perturbed)
+
+    out = at(g.scale)
+    if g.threshold is not None:
+        out = threshold(g.threshold, out, at(g.threshold.mimic))
+    if g.rescale is not None:
+        out = rescale(g.rescale, out, cond, origin)
+    return out, memory
+
+
+def zero_init(guidance, out, origin):
+    """CFG-Zero*'s first steps: a prediction of zero where `init` is 1."""
+    if guidance.zero_star is None:
+        return out
+    return jnp.where(guidance.zero_star.init > 0, origin, out)
+
+
+def zero_star(weight, uncond, cond, origin):
+    """CFG-Zero* (https://arxiv.org/abs/2503.18886, eq. 10): uncond by its best scale.
+
+    The projection of the conditional prediction onto the unconditional one, as in diffusers on the
+    network's own prediction (made for velocities; defined for any).
+    """
+    u, c = uncond - origin, cond - origin
+    best = _dot(c, u) / jnp.maximum(_dot(u, u), 1e-12)
+    return uncond + weight * (best - 1) * u
+
+
+def perpendicular(weights, positive, negatives):
+    """Perp-Neg (https://arxiv.org/abs/2304.04968, algorithm 1): negatives cannot undo the positive.
+
+    All are differences to the unconditional picture; of each negative only the part perpendicular
+    to the positive counts. ComfyUI's PerpNegGuider, for several negatives and per image.
+    """
+    length = jnp.maximum(_dot(positive, positive), 1e-12)
+    return positive - sum(w * (n - _dot(n, positive) / length * positive)
+                          for w, n in zip(weights, negatives))
+
+
+def project(apg, cond, difference, memory=None):
+    """APG (https://arxiv.org/abs/2410.02416, algorithm 1) -> start, direction, memory.
+
+    Guidance is start + scale * direction = cond + (scale - 1) * direction. Acts on denoised
+    pictures, as the paper does; memory [B,...] is the running sum, None without momentum.
+    """
+    if apg.momentum is not None:
+        difference = memory = apg.gain * difference + apg.momentum * memory
+    length = jnp.sqrt(_dot(difference, difference))
+    difference = difference * jnp.minimum(1, apg.norm / jnp.maximum(length, 1e-12))
+    along = _dot(difference, cond) / jnp.maximum(_dot(cond, cond), 1e-24) * cond
+    direction = difference + (apg.eta - 1) * along
+    return cond - direction, direction, memory
+
+
+def threshold(to, out, mimic):
+    """Dynamic thresholding in latents: keep the range that a lower guidance scale has.
+
+    Per image and channel, around the mean: values beyond s = max(percentile of |out|,
+    max |mimic|) are clamped, then s shrinks to max |mimic|. Imagen's (https://arxiv.org/abs/
+    2205.11487, section 2.3) with the pixel range replaced by that of `mimic`; the extension
+    sd-dynamic-thresholding with its defaults (mean, per channel, absolute values).
+    """
+    pixels = tuple(range(1, out.ndim - 1))
+    mean = out.mean(pixels, keepdims=True)
+    centred = out - mean
+    limit = jnp.abs(mimic - mimic.mean(pixels, keepdims=True)).max(pixels, keepdims=True)
+    s = jnp.maximum(_quantile(jnp.abs(centred), to.percentile), limit)
+    kept = mean + jnp.clip(centred, -s, s) * (limit / jnp.maximum(s, 1e-12))
+    return out + to.weight * (kept - out)
+
+
+def rescale(phi, out, cond, origin):
+    """Rescaled guidance (https://arxiv.org/abs/2305.08891, section 3.4): keep cond's deviation.
+
+    diffusers' rescale_noise_cfg: of the network's own prediction, whatever its type (ComfyUI's
+    RescaleCFG always takes v).
+    """
+    prediction = out - origin
+    ratio = _deviation(cond - origin) / jnp.maximum(_deviation(prediction), 1e-12)
+    return out + phi * (ratio - 1) * prediction
+
+
+def zero_prediction(x, sigma, prediction_type):
+    """The denoised picture that a prediction of zero means; x [B,...], sigma like x or [B,1,...].
+
+    A prediction is a multiple of (denoised - this), so that ratios of predictions are ratios of
+    these differences.
+    """
+    share = {'epsilon': 1.0, 'v_prediction': 1 / jnp.square(jnp.hypot(sigma, 1)), 'sample': 0.0}
+    return x * share[prediction_type]
+
+
+def blur_where(x0, received, deviation=1.0, size=9):
+    """Blur x0 [B,H,W,C] where it is attended to most; received [B,T], attention per position.
+
+    Self-attention guidance (https://arxiv.org/abs/2210.00939, eq. 13 to 15) as in diffusers: the
+    T positions are x0 at a coarser resolution, those that receive more than the mean 1 are blurred
+    by a Gaussian of `size` x `size` taps.
+    """
+    H, W = shape = x0.shape[1:3]
+    while shape[0] * shape[1] > received.shape[1]:
+        shape = tuple(-(-n // 2) for n in shape)
+    mask = (received > 1).reshape(-1, *shape)  # [B,h,w] -> [B,H,W], the nearest position
+    mask = mask[:, np.arange(H) * shape[0] // H][:, :, np.arange(W) * shape[1] // W]
+    taps = np.arange(size) - size // 2
+    kernel = np.exp(-np.square(taps / deviation) / 2)
+    kernel /= kernel.sum()
+    edge = size // 2
+    blurred = jnp.pad(x0, ((0, 0), (edge, edge), (edge, edge), (0, 0)), mode='reflect')
+    blurred = sum(float(k) * blurred[:, i:i + H] for i, k in enumerate(kernel))
+    blurred = sum(float(k) * blurred[:, :, i:i + W] for i, k in enumerate(kernel))
+    return jnp.where(mask[..., None], blurred, x0)
+
+
+def autoguided(denoise, weak, scale):
+    """Autoguidance (https://arxiv.org/abs/2406.02507): away from a weaker model's output.
+
+    denoise, weak: two denoisers (x, sigma, i) -> denoised; scale: [], [B] or [calls,B], 1: none.
+    -> a denoiser like them: weak + scale (denoise - weak).
+    """
+    def guide(x, sigma, i=None):
+        good, bad = denoise(x, sigma, i), weak(x, sigma, i)
+        return bad + spread(Guidance(scale).at(i).scale, x.ndim) * (good - bad)
+
+    return guide
+
+
+def steered(denoise, log_prob, scale=1.0):
+    """Classifier guidance: sample from p(x0) times exp(log_prob(x0)), by its gradient.
+
+    denoise(x, sigma, i) -> denoised [B,...], or (denoised, uncond) as `guided` gives. log_prob(x0)
+    -> [B], in nats: any differentiable log p(y | x0), of a classifier, a loss on a decoded picture.
+    scale: [], [B] or [calls,B]. -> a denoiser like the given one.
+
+    The score of p(y | x) at a noisy x is taken to be grad_x log_prob(denoised(x)), through the
+    denoiser (https://arxiv.org/abs/2105.05233 with the estimate of https://arxiv.org/abs/2209.14687,
+    eq. 10; exact where log_prob is linear), and by Tweedie's formula a score moves the denoised
+    picture by sigma^2 times itself.
+    """
+    def steer(x, sigma, i=None):
+        def value(x):
+            out = denoise(x, sigma, i)
+            return log_prob(out[0] if isinstance(out, tuple) else out).sum(), out
+
+        gradient, out = jax.grad(value, has_aux=True)(x)
+        factor = spread(Guidance(scale).at(i).scale, x.ndim) * jnp.square(spread(sigma, x.ndim))
+        if isinstance(out, tuple):
+            return out[0] + factor * gradient, out[1]
+        return out + factor * gradient
+
+    return steer
+
+
+def _dot(a, b):
+    """Inner product of each image, [B,1,...]."""
+    return (a * b).sum(tuple(range(1, a.ndim)), keepdims=True)
+
+
+def _deviation(a):
+    centred = a - a.mean(tuple(range(1, a.ndim)), keepdims=True)
+    return jnp.sqrt(_dot(centred, centred))
+
+
+def _quantile(a, q):
+    """jnp.quantile over the pixels of a [B,H,W,C] with a q for each image -> [B,1,1,C]."""
+    ordered = jnp.sort(a.reshape(a.shape[0], -1, a.shape[-1]), axis=1)  # [B,H*W,C]
+    last = ordered.shape[1] - 1
+    place = jnp.broadcast_to(q, (len(a), *(1,) * (a.ndim - 1))).reshape(-1, 1, 1) * last
+    low = jnp.clip(jnp.floor(place), 0, last).astype(jnp.int32)
+    below, above = (jnp.take_along_axis(ordered, jnp.minimum(k, last), 1) for k in (low, low + 1))
+    value = below + (place - low) * (above - below)
+    return value.reshape(len(a), *(1,) * (a.ndim - 2), -1)
+
+
+# On the host: what a user writes, and from it a table, as for the samplers.
+
+OFF = Guidance(1.0, 0.0, Threshold(1.0, 1.0, 0.0), ZeroStar(0.0, 0.0),
+               Projection(1.0, np.inf, 0.0, 1.0), (), 0.0, 0.0, (1.0, 1.0, 1.0, 1.0))
+
+
+def table(scale, options, sigmas, levels):
+    """One image's guidance -> Guidance of [calls]; what `options` does not name stays None.
+
+    scale: a number or one per step; options: from `check`; sigmas [steps + 1]; levels [calls]: the
+    noise level of each row, 0 where it calls no model. A value per step holds from the step's sigma
+    down to the next one's, so that both calls of a two-call sampler find theirs.
+    """
+    levels, steps = np.asarray(levels), len(sigmas) - 1
+    reached = np.asarray(sigmas)[:, None] >= levels * (1 - 1e-9)  # rounding of the levels
+    step = np.clip(reached.sum(0) - 1, 0, steps - 1)
+
+    def rows(value):
+        value = np.asarray(value, np.float64)
+        return value[np.minimum(step, len(value) - 1)] if value.ndim else np.full(step.shape, value)
+
+    scale = rows(scale)
+    if 'interval' in options:  # diffusers' rounding
+        start, stop = (int(fraction * steps) for fraction in options['interval'])
+        scale = np.where((start <= step) & (step < stop), scale, 1)
+    if 'interval_sigma' in options:
+        low, high = options['interval_sigma']
+        scale = np.where((low < levels) & (levels <= high), scale, 1)
+    found = {name: rows(options[name]) for name in ('rescale', 'pag', 'sag') if name in options}
+    if 'threshold' in options:
+        found['threshold'] = Threshold(**jax.tree.map(
+            rows, options['threshold'], is_leaf=lambda v: isinstance(v, tuple)))
+    if 'cfg_zero_star' in options:
+        found['zero_star'] = ZeroStar(
+            rows(1), (step < options['cfg_zero_star']['init_steps']).astype(np.float64))
+    if 'apg' in options:
+        eta, norm, momentum = (rows(options['apg'][name]) for name in ('eta', 'norm', 'momentum'))
+        live = levels > 0
+        found['apg'] = Projection(eta, norm, np.where(live, momentum, 1), live.astype(np.float64))
+    if 'perp_neg' in options:
+        found['perp_neg'] = tuple(rows(weight) for _, weight in options['perp_neg'])
+    if 'freeu' in options:
+        found['freeu'] = tuple(map(rows, options['freeu']))
+    return Guidance(scale, **found)
+
+
+def stack(tables):
+    """One Guidance of [calls] per image -> one of [calls,B].
+
+    A kind that some image uses is there for all; for the others its values change nothing.
+    """
+    negatives = max(len(t.perp_neg or ()) for t in tables)
+    off = jax.tree.map(lambda value: np.full(tables[0].scale.shape, value),
+                       OFF._replace(perp_neg=(0.0,) * negatives))
+    used = [any(field is not None for field in fields) for fields in zip(*tables)]
+
+    def fill(t):
+        weights = t.perp_neg and (*t.perp_neg, *off.perp_neg[len(t.perp_neg):])
+        return Guidance(*((neutral if field is None else field) if use else None for field, neutral,
+                          use in zip(t._replace(perp_neg=weights), off, used)))
+
+    return jax.tree.map(lambda *values: np.stack(values, 1), *map(fill, tables))
+
+
+def check(options, steps):
+    """Guidance options as a user writes them -> the same, complete, tuples for sequences.
+
+    Every number may be a sequence of `steps` numbers instead, but for the intervals and init_steps:
+        rescale         phi, 0 to 1
+        interval        (start, stop), fractions of the steps: outside it guidance is 1
+                        (https://arxiv.org/abs/2404.07724)
+        interval_sigma  (low, high): the same, in sigma
+        threshold       {mimic: guidance scale (1), percentile: 0 to 1 (1), weight: 0 to 1 (1)}
+        cfg_zero_star   {init_steps (1)}: the first steps have a prediction of zero
+        apg             {eta (0), norm (15), momentum (-0.5)}
+        perp_neg        ((text, weight), ...)
+        pag, sag        scale
+        freeu           (b1, b2, s1, s2) (https://arxiv.org/abs/2309.11497)
+    Raises ValueError for an unknown name and for values that are out of range.
+    """
+    if not isinstance(options, Mapping):
+        raise ValueError(f'guidance_options={options!r}: expected a mapping from names to values')
+    return {name: choose('guidance option', name, CHECKS)(f'guidance option {name}', value, steps)
+            for name, value in options.items()}
+
+
+def per_step(name, value, steps, low=-np.inf, high=np.inf):
+    """Check a number, or a sequence of one for each step -> float or tuple of floats."""
+    if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) == 1:
+        if len(value) != steps:
+            raise ValueError(f'{name}: expected a number or {steps} of them, one per step; '
+                             f'found {len(value)}')
+        return tuple(per_step(name, v, steps, low, high) for v in value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f'{name}={value!r}: expected a finite number')
+    if not low <= value <= high:
+        raise ValueError(f'{name}={value}: expected {low} to {high}')
+    return value
+
+
+def _scale(low=-np.inf, high=np.inf):
+    return lambda name, value, steps: per_step(name, value, steps, low, high)
+
+
+def _several(count, low, high, rising):
+    """`count` numbers; rising: the first below the second, both fixed over the steps."""
+    def check(name, value, steps):
+        if not isinstance(value, (list, tuple, np.ndarray)) or len(value) != count:
+            raise ValueError(f'{name}={value!r}: expected {count} numbers')
+        found = tuple(per_step(name, v, None if rising else steps, low, high) for v in value)
+        if rising and not found[0] < found[1]:
+            raise ValueError(f'{name}={value!r}: expected the first to be below the second')
+        return found
+    return check
+
+
+def _fields(**fields):
+    """A mapping; fields: name = (default, low, high)."""
+    def check(name, value, steps):
+        if not isinstance(value, Mapping):
+            raise ValueError(f'{name}={value!r}: expected a mapping, of {", ".join(fields)}')
+        for field in value:
+            choose(f'field of {name}', field, fields)
+        return {field: per_step(f'{name}.{field}', value.get(field, default), steps, low, high)
+                for field, (default, low, high) in fields.items()}
+    return check
+
+
+def _negatives(name, value, steps):
+    try:
+        pairs = tuple((text, per_step(name, weight, steps)) for text, weight in value)
+    except TypeError:
+        pairs = ((None, None),)
+    if not pairs or not all(isinstance(text, str) for text, _ in pairs):
+        raise ValueError(f'{name}={value!r}: expected pairs of a text and its weight')
+    return pairs
+
+
+CHECKS = {
+    'rescale': _scale(0, 1),
+    'interval': _several(2, 0, 1, rising=True),
+    'interval_sigma': _several(2, 0, np.inf, rising=True),
+    'threshold': _fields(mimic=(1.0, -np.inf, np.inf), percentile=(1.0, 0, 1), weight=(1.0, 0, 1)),
+    'cfg_zero_star': _fields(init_steps=(1, 0, np.inf)),
+    'apg': _fields(eta=(0.0, -np.inf, np.inf), norm=(15.0, 0, np.inf), momentum=(-0.5, -1, 1)),
+    'perp_neg': _negatives,
+    'pag': _scale(),
+    'sag': _scale(),
+    'freeu': _several(4, 0, np.inf, rising=False),
+}
