@@ -161,12 +161,13 @@ def plan(lab):
     from jaxsd import sampling
     recipe = FLAGS.config
     rest = (FLAGS.guidance or sorted({1.0, recipe.guidance}), FLAGS.prompt, FLAGS.seeds)
-    size = {'width': recipe.width, 'height': recipe.height}
+    more = {'width': recipe.width, 'height': recipe.height,
+            'guidance_options': options(recipe.guidance_options)}
     requests = lab.expand(
         settings(FLAGS.samplers, sampling.SAMPLERS), settings(FLAGS.schedules, sampling.SCHEDULES),
-        FLAGS.steps, *rest, **size)
+        FLAGS.steps, *rest, **more)
     half = lab.expand([(lab.REFERENCE['sampler'], {})], [(lab.GRID['schedule'], {})],
-                      [FLAGS.reference_steps // 2], *rest, **size)
+                      [FLAGS.reference_steps // 2], *rest, **more)
     return requests, half
 
 
@@ -264,7 +265,8 @@ def trace():
         raise ValueError(f'--out={path}: expected a name that ends in .png')
     fields = {name: recipe[name] for name in (
         'sampler', 'schedule', 'steps', 'guidance', 'eta', 'width', 'height')}
-    fields |= {name: options(recipe[name]) for name in ('sampler_options', 'schedule_options')}
+    fields |= {name: options(recipe[name]) for name in (
+        'sampler_options', 'schedule_options', 'guidance_options')}
     request = Request(prompt=FLAGS.prompt, seed=FLAGS.seed, **fields)
     picture.check_folder(path.parent)
     model, name, _ = load()
@@ -287,7 +289,8 @@ def schedule():
         raise ValueError(f'--out={path}: expected a name that ends in .json')
     more = options(FLAGS.options)
     requests = [Request(prompt=prompt, seed=seed, guidance=recipe.guidance, width=recipe.width,
-                        height=recipe.height) for prompt in FLAGS.prompt for seed in FLAGS.seeds]
+                        height=recipe.height, guidance_options=options(recipe.guidance_options))
+                for prompt in FLAGS.prompt for seed in FLAGS.seeds]
     picture.check_folder(path.parent)
     model, name, _ = load()
     found = search.search(model, requests, FLAGS.steps, FLAGS.method, **more)

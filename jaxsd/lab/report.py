@@ -218,7 +218,8 @@ def _panels(lines, field, label, floor=0.0, tolerance=None):
     rows = -(-len(samplers) // COLUMNS)
     figure, axes = _axes(rows, COLUMNS, 11, 1.9 * rows + 0.8)
     for axis, sampler in zip(axes.flat, samplers):
-        axis.plot([n for n, _ in points], best, color='0.55', linewidth=3, alpha=0.5)
+        axis.plot([n for n, _ in points], best, color='0.55', linewidth=3, alpha=0.5,
+                  drawstyle='steps-post')
         for line in lines:
             if line.sampler == sampler:
                 axis.plot(line.calls, getattr(line, field), label=line.schedule,

@@ -174,16 +174,16 @@ def _runner(model, batch_size, total, on_step):
 
     def run(part):
         data = inputs(model, part + part[-1:] * (batch_size - len(part)))
-        size = data.rows[0].shape
-        if size not in programs:  # compiled beforehand, so that no picture's time includes it
+        key = jax.tree.structure(data), *(a.shape for a in jax.tree.leaves(data))
+        if key not in programs:  # compiled beforehand, so that no picture's time includes it
             factor = config.vae.factor
             shape = (part[0].height // factor, part[0].width // factor, config.vae.latent_channels)
-            programs[size] = jax.jit(walk, static_argnums=2).lower(
+            programs[key] = jax.jit(walk, static_argnums=2).lower(
                 model.params, data, shape).compile()
         start = time.perf_counter()
         # Not in this thread, because nobody hears a Ctrl-C inside of XLA.
         latent, calls = worker.submit(
-            lambda: [np.asarray(a) for a in programs[size](model.params, data)]).result()
+            lambda: [np.asarray(a) for a in programs[key](model.params, data)]).result()
         took = time.perf_counter() - start
         return [a[:len(part)] for a in (latent, calls, took * calls / calls.sum())]
 

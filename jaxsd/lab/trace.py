@@ -37,6 +37,7 @@ def trace(model, request):
     """Draw one picture and keep what every model call saw and said -> Trace.
 
     The noise is latents of unit scale like pictures are, so the decoder shows it as it is.
+    Guidance with a memory begins anew in every call.
     Raises ValueError for samplers without a table and for those that use the unguided output.
     """
     request, = resolve([request], model.config)
