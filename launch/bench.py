@@ -3,6 +3,9 @@
 `python -m launch.bench --version=sd15`: seeded random weights of full size, the same on both
 sides; prints the median time of a call, torch's divided by ours (above 1: ours is faster), and
 the largest difference of the outputs relative to their deviation.
+
+`python -m launch.bench --parts=mixed`: a batch of 16 different samplers against 16 times one, on
+the emoji model, the same number of model calls.
 """
 
 import json
@@ -21,7 +24,7 @@ FLAGS = flags.FLAGS
 def define_flags():
     """Not at import: other mains have flags of these names."""
     flags.DEFINE_string('version', 'sd15', 'A released version, see jaxsd.versions().')
-    flags.DEFINE_list('parts', ['text', 'unet', 'vae'], 'What to time.')
+    flags.DEFINE_list('parts', ['text', 'unet', 'vae'], 'What to time: text, unet, vae, mixed.')
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Of both sides.')
     flags.DEFINE_integer('batch', 1, 'Pictures; the U-Net sees two latents for each.',
                          lower_bound=1)
@@ -132,6 +135,39 @@ def peer(component, config, params, inputs, dtype):
     return run
 
 
+def alternate(sides):
+    """Call functions in turn -> {name: median seconds}, {name: what the first call gave}."""
+    first = {name: call() for name, call in sides.items()}
+    times = {name: [] for name in sides}
+    for _ in range(FLAGS.rounds):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in times.items()}, first
+
+
+def measure_mixed(count=16, steps=12):
+    """One row of results: whole pictures in a batch of different samplers, and of one."""
+    import jaxsd
+    from configs import emoji
+    from jaxsd import sampling
+    model = jaxsd.load(emoji.CHECKPOINT)
+    config = model.config.schedule
+    sigmas = sampling.schedule('karras', steps, config)
+    tables = {name: sampling.plan(name, sigmas, config=config) for name in sampling.SAMPLERS}
+    names = [name for name, rows in tables.items()
+             if isinstance(rows, sampling.Rows) and sampling.calls(rows) == steps]
+
+    def pictures(names):
+        return lambda: jaxsd.generate(model, [
+            jaxsd.Request('red apple', seed=i, sampler=name, steps=steps)
+            for i, name in enumerate(names)])
+
+    row, _ = alternate({'mixed': pictures(names[:count]), 'one': pictures(['dpmpp_2m'] * count)})
+    return {**row, 'ratio': row['mixed'] / row['one']}
+
+
 def measure(component, ours, inputs, config):
     """One row of results: both sides called in turn, ours first."""
     import jax
@@ -147,14 +183,7 @@ def measure(component, ours, inputs, config):
     if FLAGS.against != 'none':
         sides['torch'] = peer(component, config, params,
                               {k: np.asarray(v) for k, v in inputs.items()}, FLAGS.dtype)
-    first = {name: call() for name, call in sides.items()}
-    times = {name: [] for name in sides}
-    for _ in range(FLAGS.rounds):
-        for name, call in sides.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    row = {name: statistics.median(found) for name, found in times.items()}
+    row, first = alternate(sides)
     if 'torch' in first:
         row['ratio'] = row['torch'] / row['jaxsd']
         a, b = np.asarray(first['jaxsd'], np.float32), first['torch'].float().cpu().numpy()
@@ -172,13 +201,15 @@ def run():
         raise ValueError(f'--version={FLAGS.version}: expected one of {jaxsd.versions()}')
     config = jaxsd.read_config(FLAGS.version)
     found = cases(config, FLAGS.batch)
-    if unknown := set(FLAGS.parts) - set(found):
-        raise ValueError(f'--parts={",".join(sorted(unknown))}: expected some of {sorted(found)}')
+    known = [*found, 'mixed']
+    if unknown := set(FLAGS.parts) - set(known):
+        raise ValueError(f'--parts={",".join(sorted(unknown))}: expected some of {known}')
     print(f'{FLAGS.version}, {FLAGS.dtype}, batch {FLAGS.batch}, {jax.devices()[0].device_kind} '
           f'({platform.machine()}), jax {jax.__version__}, against: {FLAGS.against}')
     results = {}
     for part in FLAGS.parts:
-        results[part] = row = measure(*found[part], config)
+        results[part] = row = (
+            measure_mixed() if part == 'mixed' else measure(*found[part], config))
         print(f'{part:5}' + ''.join(f'  {k} {v:.3g}' for k, v in row.items()), flush=True)
     if FLAGS.out:
         with open(FLAGS.out, 'w') as file:

@@ -15,6 +15,8 @@ import warnings
 from absl import app, flags
 from ml_collections import config_flags
 
+from launch.recipe import options
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 FLAGS = flags.FLAGS
@@ -25,7 +27,8 @@ def define_flags():
     config_flags.DEFINE_config_file(
         'config', None,
         'Recipe (configs/emoji.py if left out); its fields are flags too: --config.steps, '
-        '.guidance, .sampler, .schedule, .eta, .width, .height, .dtype, .tile, .prediction.')
+        '.guidance, .sampler, .schedule, .eta, .width, .height, .dtype, .tile, .prediction, and '
+        '.sampler_options="order=3, solver_type=heun", .schedule_options, .guidance_options.')
     flags.DEFINE_multi_string('prompt', None, 'What to draw; repeat for several pictures.')
     flags.DEFINE_string('negative_prompt', '', 'What to keep out of the pictures.')
     flags.DEFINE_integer('num_images', 1, 'Pictures per prompt; their seeds count up.',
@@ -97,6 +100,8 @@ def _requests(recipe):
     seed = random_seed() if FLAGS.seed == -1 else FLAGS.seed
     fields = {name: recipe[name] for name in (
         'sampler', 'schedule', 'steps', 'guidance', 'eta', 'width', 'height')}
+    fields |= {name: options(recipe[name]) for name in (
+        'sampler_options', 'schedule_options', 'guidance_options')}
     first = Request(negative_prompt=FLAGS.negative_prompt, seed=seed, **fields)
     return [first.replace(prompt=prompt, seed=(seed + i) % (MAX_SEED + 1))
             for prompt in prompts for i in range(FLAGS.num_images)]

@@ -1,7 +1,6 @@
 """`generate`: requests -> pictures, by one compiled program in which everything is data."""
 
 import functools
-import inspect
 import itertools
 from typing import NamedTuple
 
@@ -51,7 +50,7 @@ def generate(model, requests, on_step=None, tile=None, noise=None):
     guidance may all differ. Only a new model config, dtype, size, batch size or step bucket
     (64 model calls, then powers of two), or a kind of guidance switched on or off, compiles.
     With several local devices the batch is spread over them; a picture does not depend on its
-    neighbours.
+    neighbours. Pictures of dpm_adaptive are made in a batch of their own, after the others.
 
     on_step(done, total): called as model calls finish.
     tile: decode in tiles of this many pixels per side, for less memory; None: in one piece.
@@ -69,6 +68,12 @@ def generate(model, requests, on_step=None, tile=None, noise=None):
         if tile < config.vae.factor or tile % config.vae.factor:
             raise ValueError(f'tile={tile}: expected a multiple of {config.vae.factor} pixels')
         tile //= config.vae.factor
+    adaptive = np.array([r.sampler == 'dpm_adaptive' for r in requests])
+    if adaptive.any() and not adaptive.all():  # it has no table, so a batch of its own
+        parts = np.flatnonzero(~adaptive), np.flatnonzero(adaptive)
+        images = [generate(model, [requests[i] for i in part], on_step, tile,
+                           None if noise is None else np.asarray(noise)[part]) for part in parts]
+        return np.concatenate(images)[np.argsort(np.concatenate(parts))]
     data = inputs(model, requests, noise)
 
     count = len(requests)
@@ -149,14 +154,9 @@ def pipeline(params, inputs, config, height, width, tile=None, on_call=None):
     shape = (height // config.vae.factor, width // config.vae.factor, config.vae.latent_channels)
     keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
     start = sampling.initial(keys, shape) if inputs.noise is None else inputs.noise
-    if isinstance(inputs.rows, sampling.Adaptive):
-        def noise(i):
-            return sampling.draw(keys, i, shape)
-    else:
-        noise = sampling.fresh(keys, inputs.rows, shape)
     latent = denoise_latents(
         params, config, start * inputs.sigma[:, None, None, None], conditioned, inputs.guidance,
-        inputs.rows, noise, on_call)
+        inputs.rows, sampling.fresh(keys, inputs.rows, shape), on_call)
     return decode(params, config, latent, tile)
 
 
@@ -253,9 +253,7 @@ def _plan(request, schedule):
     options = dict(request.sampler_options)
     if request.eta is not None:
         options['eta'] = request.eta
-    if 'config' in inspect.signature(sampling.SAMPLERS[request.sampler]).parameters:
-        options.setdefault('config', schedule)
-    return sigmas, sampling.plan(request.sampler, sigmas, **options)
+    return sigmas, sampling.plan(request.sampler, sigmas, config=schedule, **options)
 
 
 def _guidance(requests, sigmas, rows):

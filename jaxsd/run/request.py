@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from jaxsd.sampling import SAMPLERS, SCHEDULES
+from jaxsd.sampling import SAMPLERS, known_schedule
 from jaxsd.sampling.choice import choose
 from jaxsd.sampling.guidance import check, per_step
 
@@ -26,7 +26,7 @@ class Request:
     negative_prompt: str = ''
     seed: int = -1  # 0 to 2^64 - 1; -1: picked at random by `resolve`
     sampler: str = 'dpmpp_2m'
-    schedule: str = 'karras'
+    schedule: Any = 'karras'  # a name, the path of a schedule file (.json), or the levels, a list
     steps: int = 25
     guidance: Any = 7.0  # classifier-free guidance scale, or one for each step; 1: none
     width: int | None = None  # pixels; None: the model's native size
@@ -42,11 +42,11 @@ class Request:
     negative_aesthetic: float = 2.5
 
     def __post_init__(self):
-        for name in ('prompt', 'negative_prompt', 'sampler', 'schedule'):
+        for name in ('prompt', 'negative_prompt', 'sampler'):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f'{name}={getattr(self, name)!r}: expected a string')
         choose('sampler', self.sampler, SAMPLERS)
-        choose('schedule', self.schedule, SCHEDULES)
+        known_schedule(self.schedule)
         _integer('seed', self.seed, -1, MAX_SEED)
         _integer('steps', self.steps, 1)
         for name in ('width', 'height'):

@@ -59,14 +59,29 @@ def test_pictures_are_data(tiny_model):
         dict(steps=7), dict(schedule='normal'), dict(sampler='euler_ancestral', eta=0.3),
         dict(sampler='heun', steps=3),
     ]
-    changes += [dict(sampler=name, steps=2) for name in sampling.SAMPLERS]
+    changes += [dict(sampler=name, steps=2) for name in sampling.SAMPLERS if name != 'dpm_adaptive']
     changes += [dict(schedule=name, steps=3) for name in sampling.SCHEDULES if name != 'karras']
+    changes += [dict(schedule=[9.0, 2.0, 0.5, 0.0], steps=3), dict(schedule='9,2,0.5,0', steps=3)]
     with compilations() as count:
         for change in changes:
             other = jaxsd.generate(model, [first.replace(**change)])
             assert _far(image, other) > 0, change
         np.testing.assert_array_equal(jaxsd.generate(model, [first]), image)
     assert not count
+
+
+def test_adaptive_steps_beside_tables(tiny_model):
+    """dpm_adaptive has no table: its pictures are made apart, and come back in their places."""
+    model = tiny_model('sd1')
+    requests = [Request('a', seed=i, steps=3, sampler=name, sampler_options=options)
+                for i, (name, options) in enumerate([
+                    ('dpm_adaptive', {}), ('euler', {}), ('dpm_adaptive', {'rtol': 0.5}),
+                    ('heun', {})])]
+    seen = []
+    images = jaxsd.generate(model, requests, on_step=lambda *at: seen.append(at))
+    assert images.shape == (4, 64, 64, 3) and (5, 5) in seen
+    for request, image in zip(requests, images):
+        assert _far(jaxsd.generate(model, [request])[0], image) <= 1
 
 
 @pytest.mark.parametrize('devices', [1, 4])

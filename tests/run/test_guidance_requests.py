@@ -1,0 +1,99 @@
+"""Guidance through `generate`: data, mixed batches, several devices, errors."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from run.test_generate import _far, compilations
+
+import jaxsd
+from jaxsd import Request, sampling
+from jaxsd.run import picture
+from jaxsd.run.generate import _plan, inputs
+from jaxsd.run.request import resolve
+from jaxsd.sampling.guidance import Guidance
+
+KINDS = {
+    'rescale': 0.7, 'threshold': {'mimic': 2.0}, 'cfg_zero_star': {},
+    'apg': {'norm': 5.0, 'momentum': -0.3}, 'perp_neg': (('dog', 1.0), ('a red', 0.5)),
+    'pag': 3.0, 'sag': 0.75, 'freeu': (1.3, 1.4, 0.9, 0.2),
+}
+OTHER = {
+    'rescale': (0.1, 0.2, 0.3), 'threshold': {'percentile': 0.9}, 'cfg_zero_star': {'init_steps': 0},
+    'apg': {'eta': 0.5}, 'perp_neg': (('apple', 2.0), ('', 1.0)), 'pag': 1.0, 'sag': 0.1,
+    'freeu': (1.1, 1.2, 0.8, (0.5, 0.6, 0.7)),
+}
+PLAIN = Request('cat', seed=1, steps=3)
+
+
+def test_a_mixed_batch_equals_solo_runs_and_values_are_data(tiny_model):
+    """All kinds at once beside an image without any, which must not notice; then other values."""
+    model = tiny_model('sd1')
+    batch = [PLAIN, Request('red apple', seed=2, steps=3, guidance=(2.0, 5.0, 3.0),
+                            guidance_options=KINDS),
+             Request('dog', seed=3, steps=2, sampler='heun', guidance_options={'pag': 2.0}),
+             PLAIN.replace(seed=4, sampler='euler', sampler_options={'s_churn': 1.0},
+                           guidance_options={'apg': {}})]
+    images = jaxsd.generate(model, batch)
+    for image, request in zip(images, batch):
+        assert _far(image, jaxsd.generate(model, [request])[0]) <= 1, request
+    changed = [r.replace(guidance_options=OTHER if r is batch[1] else r.guidance_options,
+                         guidance=4.0) for r in batch]
+    with compilations() as count:
+        again = jaxsd.generate(model, changed)
+    assert not count
+    assert _far(again[1], images[1]) > 1
+
+
+def test_every_kind_is_heard(tiny_model):
+    """From the same inputs as `generate`: each kind changes the Guidance and the parts it needs."""
+    model = tiny_model('sdxl')
+    for kind, value in KINDS.items():
+        request = PLAIN.replace(guidance_options={kind: value})
+        data = inputs(model, resolve([PLAIN, request], model.config))
+        used = [name for name, field in zip(Guidance._fields, data.guidance) if field is not None]
+        assert used == ['scale', {'cfg_zero_star': 'zero_star'}.get(kind, kind)]
+        texts = 4 if kind == 'perp_neg' else 2
+        assert data.ids.shape == (2, texts, 6)
+        assert {t.shape[1] for t in data.tokens.values()} == {texts}
+        assert {a.shape for a in jax.tree.leaves(data.guidance)} == {(64, 2)}
+
+
+def test_requests_survive_json():
+    request = Request(steps=3, guidance=[1.0, 2.0, 3.0], guidance_options=KINDS)
+    found = json.loads(picture.record(request))['request']
+    assert Request(**{**found, 'crop': (0, 0)}) == request
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(guidance=[1.0, 2.0]), 'guidance: expected a number or 25 of them, one per step; found 2'),
+    (dict(guidance=True), 'guidance=True: expected a finite number'),
+    (dict(guidance_options={'pga': 3}), "unknown guidance option 'pga': did you mean 'pag'"),
+    (dict(guidance_options=[('pag', 3)]), 'guidance_options=.*: expected a mapping'),
+])
+def test_refused_at_construction(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Request(**fields)
+
+
+def test_adaptive_steps_take_constants_only(tiny_model):
+    model = tiny_model('sd1')
+    request = PLAIN.replace(sampler='dpm_adaptive')
+    assert inputs(model, resolve([request], model.config)).guidance.scale.shape == (1, 1)
+    for fields in (dict(guidance=(1.0, 2.0, 3.0)), dict(guidance_options={'interval': (0, 0.5)})):
+        with pytest.raises(ValueError, match='expected a constant with dpm_adaptive'):
+            inputs(model, resolve([request.replace(**fields)], model.config))
+
+
+def test_samplers_that_ask_for_the_config_get_the_models(tiny_model, monkeypatch):
+    config = tiny_model('sd1').config.schedule
+    given = []
+
+    def curious(sigmas, config=None):
+        given.append(config)
+        return sampling.plan('euler', sigmas)
+
+    monkeypatch.setitem(sampling.SAMPLERS, 'curious', curious)
+    _plan(Request(sampler='curious', steps=3), config)
+    assert given == [config]
