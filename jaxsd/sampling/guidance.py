@@ -68,7 +68,7 @@ class Guidance(NamedTuple):
 
     def at(self, i):
         """The values in row i, [] or [B]."""
-        return jax.tree.map(lambda a: a[i] if jnp.ndim(a) == 2 else a, self)
+        return jax.tree.map(lambda a: jnp.asarray(a)[i] if np.ndim(a) == 2 else a, self)
 
 
 def combine(guidance, uncond, cond, negatives, perturbed, origin, memory=None):
@@ -349,12 +349,12 @@ def check(options, steps):
 
 
 def per_step(name, value, steps, low=-np.inf, high=np.inf):
-    """Check a number, or a sequence of one for each step -> float or tuple of floats."""
-    if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) == 1:
+    """Check a number, or (unless steps is None) one for each step -> a number or a tuple."""
+    if steps is not None and isinstance(value, (list, tuple, np.ndarray)):
         if len(value) != steps:
             raise ValueError(f'{name}: expected a number or {steps} of them, one per step; '
                              f'found {len(value)}')
-        return tuple(per_step(name, v, steps, low, high) for v in value)
+        return tuple(per_step(name, v, None, low, high) for v in value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f'{name}={value!r}: expected a finite number')
     if not low <= value <= high:
@@ -378,26 +378,25 @@ def _several(count, low, high, rising):
     return check
 
 
-def _fields(**fields):
-    """A mapping; fields: name = (default, low, high)."""
+def _fields(varies=True, **fields):
+    """A mapping; fields: name = (default, low, high); varies: may be one per step."""
     def check(name, value, steps):
         if not isinstance(value, Mapping):
             raise ValueError(f'{name}={value!r}: expected a mapping, of {", ".join(fields)}')
         for field in value:
             choose(f'field of {name}', field, fields)
-        return {field: per_step(f'{name}.{field}', value.get(field, default), steps, low, high)
+        return {field: per_step(f'{name}.{field}', value.get(field, default),
+                                steps if varies else None, low, high)
                 for field, (default, low, high) in fields.items()}
     return check
 
 
 def _negatives(name, value, steps):
-    try:
-        pairs = tuple((text, per_step(name, weight, steps)) for text, weight in value)
-    except TypeError:
-        pairs = ((None, None),)
-    if not pairs or not all(isinstance(text, str) for text, _ in pairs):
+    if not isinstance(value, (list, tuple)) or not value or not all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
+            for pair in value):
         raise ValueError(f'{name}={value!r}: expected pairs of a text and its weight')
-    return pairs
+    return tuple((text, per_step(name, weight, steps)) for text, weight in value)
 
 
 CHECKS = {
@@ -405,7 +404,7 @@ CHECKS = {
     'interval': _several(2, 0, 1, rising=True),
     'interval_sigma': _several(2, 0, np.inf, rising=True),
     'threshold': _fields(mimic=(1.0, -np.inf, np.inf), percentile=(1.0, 0, 1), weight=(1.0, 0, 1)),
-    'cfg_zero_star': _fields(init_steps=(1, 0, np.inf)),
+    'cfg_zero_star': _fields(varies=False, init_steps=(1, 0, np.inf)),
     'apg': _fields(eta=(0.0, -np.inf, np.inf), norm=(15.0, 0, np.inf), momentum=(-0.5, -1, 1)),
     'perp_neg': _negatives,
     'pag': _scale(),
