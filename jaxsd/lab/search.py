@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from jaxsd import sampling
-from jaxsd.lab.ode import denoiser, problem
+from jaxsd.lab.ode import problem
 from jaxsd.prompt import conditioning
 from jaxsd.run import denoise_latents
 from jaxsd.sampling.choice import call, choose
@@ -46,8 +46,8 @@ def gits(model, requests, steps, levels=60, schedule='karras', teacher='dpmpp_2m
     rows = sampling.plan(teacher, sigmas)
     if len(rows.sigma) != levels:
         raise ValueError(f'teacher {teacher!r}: expected a sampler of one call a step')
-    x, (points, denoised) = _trace(model.params, data, rows, _start(data, sigmas),
-                                   config=model.config)
+    x, (points, denoised) = _walk(model.params, data, rows, _start(data, sigmas),
+                                  config=model.config, info=_seen)
     points = np.append(points, x[None], axis=0)  # [levels + 1,B,...]
     cost = jumps(points, np.asarray(denoised), sigmas) / np.hypot(1, sigmas / spread)
     paths = shortest(cost, steps, coeff)
@@ -179,11 +179,15 @@ def _start(data, sigmas):
     return data.noise * np.float32(sigmas[0])
 
 
-@functools.partial(jax.jit, static_argnames='config')
-def _walk(params, data, rows, x, *, config):
+@functools.partial(jax.jit, static_argnames=('config', 'info'))
+def _walk(params, data, rows, x, *, config, info=None):
     conditioned = conditioning.encode(params, config, data.tokens, data.ids, data.zero)
     return denoise_latents(params, config, x, conditioned, data.guidance, rows,
-                           lambda i: jnp.zeros_like(x))
+                           lambda i: jnp.zeros_like(x), info=info)
+
+
+def _seen(call):
+    return call.x, call.denoised
 
 
 @functools.partial(jax.jit, static_argnames='config')
@@ -195,13 +199,6 @@ def _slope(params, data, rows, x, target, *, config):
 
     rows = jax.tree.map(lambda field: jnp.asarray(field, jnp.float32), rows)
     return jax.value_and_grad(loss)(rows)
-
-
-@functools.partial(jax.jit, static_argnames='config')
-def _trace(params, data, rows, x, *, config):
-    """Walk, and all x and denoised on the way."""
-    return sampling.sample(denoiser(params, config, data), x, rows, lambda i: jnp.zeros_like(x),
-                           info=lambda call: (call.x, call.denoised))
 
 
 METHODS = {'gits': gits, 'learn': learned}

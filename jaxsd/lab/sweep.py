@@ -14,10 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxsd import sampling
-from jaxsd.lab.ode import denoiser
-from jaxsd.prompt import conditioning
-from jaxsd.run import Request, denoise_latents, inputs, resolve
-from jaxsd.run.generate import decode
+from jaxsd.run import Request, decode, inputs, latents, resolve
 from jaxsd.sampling.tables import NOISE
 
 REFERENCE = {'sampler': 'dpmpp_2m', 'sampler_options': {}, 'eta': None}  # of the ODE
@@ -119,12 +116,12 @@ def sweep(model, requests, batch_size=16, reference_steps=1000, on_step=None):
     total = (sum(look(references[part[0]])[0] for part in first)
              + sum(look(requests[part[0]])[0] for part in then))
     run = _runner(model, batch_size, total, on_step)
-    latents = {}
+    ends = {}
     for part in first:
         part = [references[i] for i in part]
-        latents.update(zip(map(_key, part), run(part)[0]))
+        ends.update(zip(map(_key, part), run(part)[0]))
     for part in then:
-        yield [_shot(i, *shot, latents.get(_key(goals[i])))
+        yield [_shot(i, *shot, ends.get(_key(goals[i])))
                for i, *shot in zip(part, *run([requests[i] for i in part]))]
 
 
@@ -161,31 +158,24 @@ def _runner(model, batch_size, total, on_step):
         jax.debug.callback(heard, i)
         return out
 
-    def walk(params, data, shape):
-        keys = jax.random.wrap_key_data(data.keys, impl='threefry2x32')
-        x = sampling.initial(keys, shape) * data.sigma[:, None, None, None]
-        noise = sampling.fresh(keys, data.rows, shape)
+    def walk(params, data, height, width):
         if not isinstance(data.rows, sampling.Row):
-            return sampling.sample(denoiser(params, config, data), x, data.rows, noise,
-                                   info=lambda steps: steps.calls)
-        conditioned = conditioning.encode(params, config, data.tokens, data.ids, data.zero)
-        return denoise_latents(params, config, x, conditioned, data.guidance, data.rows, noise,
-                               on_step and tell), (data.rows.sigma > 0).sum(0)
+            return latents(params, data, config, height, width, info=lambda steps: steps.calls)
+        return (latents(params, data, config, height, width, on_step and tell),
+                (data.rows.sigma > 0).sum(0))
 
     def run(part):
         data = inputs(model, part + part[-1:] * (batch_size - len(part)))
         key = jax.tree.structure(data), *(a.shape for a in jax.tree.leaves(data))
         if key not in programs:  # compiled beforehand, so that no picture's time includes it
-            factor = config.vae.factor
-            shape = (part[0].height // factor, part[0].width // factor, config.vae.latent_channels)
-            programs[key] = jax.jit(walk, static_argnums=2).lower(
-                model.params, data, shape).compile()
+            programs[key] = jax.jit(walk, static_argnums=(2, 3)).lower(
+                model.params, data, part[0].height, part[0].width).compile()
         start = time.perf_counter()
         # Not in this thread, because nobody hears a Ctrl-C inside of XLA.
-        latent, calls = worker.submit(
+        ends, calls = worker.submit(
             lambda: [np.asarray(a) for a in programs[key](model.params, data)]).result()
         took = time.perf_counter() - start
-        return [a[:len(part)] for a in (latent, calls, took * calls / calls.sum())]
+        return [a[:len(part)] for a in (ends, calls, took * calls / calls.sum())]
 
     return run
 
@@ -199,10 +189,10 @@ def painter(model, batch_size):
     """A function from latents [N,h,w,L] to pictures uint8 [N,H,W,3], batch_size at a time."""
     program = jax.jit(lambda params, latent: decode(params, model.config, latent)[0])
 
-    def pictures(latents):
+    def pictures(ends):
         done = []
-        for start in range(0, len(latents), batch_size):
-            part = np.stack(latents[start:start + batch_size])
+        for start in range(0, len(ends), batch_size):
+            part = np.stack(ends[start:start + batch_size])
             extra = batch_size - len(part)
             padded = np.pad(part, [(0, extra)] + [(0, 0)] * (part.ndim - 1), mode='edge')
             done.append(np.asarray(program(model.params, padded))[:len(part)])

@@ -8,10 +8,8 @@ import jax
 import numpy as np
 
 from jaxsd import sampling
-from jaxsd.lab.ode import denoiser
 from jaxsd.lab.report import matplotlib
-from jaxsd.run import inputs, resolve
-from jaxsd.run.generate import decode
+from jaxsd.run import decode, inputs, latents, resolve
 
 ROWS = {  # field of Trace: what it says at the left
     'noisy': 'the noisy picture $x$\n(as the network sees it,\n$x / \\sqrt{1 + \\sigma^2}$)',
@@ -37,20 +35,15 @@ def trace(model, request):
     """Draw one picture and keep what every model call saw and said -> Trace.
 
     The noise is latents of unit scale like pictures are, so the decoder shows it as it is.
-    Guidance with a memory begins anew in every call.
-    Raises ValueError for samplers without a table and for those that use the unguided output.
+    Raises ValueError for samplers without a table.
     """
     request, = resolve([request], model.config)
     data = inputs(model, [request])
     if not isinstance(data.rows, sampling.Row):
         raise ValueError(f'sampler {request.sampler!r} has no table, so its steps are not known '
                          'beforehand; trace another one')
-    if data.rows.mix[..., -1].any():
-        raise ValueError(f'sampler {request.sampler!r} mixes in the unguided output, which the '
-                         'trace does not show; trace another one')
-    factor = model.config.vae.factor
-    shape = (request.height // factor, request.width // factor, model.config.vae.latent_channels)
-    final, seen = _walk(model.params, data, config=model.config, shape=shape)
+    final, seen = _walk(model.params, data, config=model.config, height=request.height,
+                        width=request.width)
     called = data.rows.sigma[:, 0] > 0
     x, eps, denoised = (np.asarray(field)[called, 0] for field in seen)  # [calls,h,w,L]
     sigma = data.rows.sigma[called, 0].astype(np.float64)
@@ -119,13 +112,10 @@ def picture(trace, request, columns=7):
     return png.getvalue()
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'shape'))
-def _walk(params, data, *, config, shape):
-    keys = jax.random.wrap_key_data(data.keys, impl='threefry2x32')
-    x = sampling.initial(keys, shape) * data.sigma[:, None, None, None]
-    return sampling.sample(denoiser(params, config, data), x, data.rows,
-                           sampling.fresh(keys, data.rows, shape),
-                           info=lambda call: (call.x, call.eps, call.denoised))
+@functools.partial(jax.jit, static_argnames=('config', 'height', 'width'))
+def _walk(params, data, *, config, height, width):
+    return latents(params, data, config, height, width,
+                   info=lambda call: (call.x, call.eps, call.denoised))
 
 
 @functools.partial(jax.jit, static_argnames='config')

@@ -150,22 +150,27 @@ def pipeline(params, inputs, config, height, width, tile=None, on_call=None):
 
     -> images uint8 [B,height,width,3] and finite, bool [B].
     """
+    return decode(params, config, latents(params, inputs, config, height, width, on_call), tile)
+
+
+def latents(params, inputs, config, height, width, on_call=None, info=None):
+    """`pipeline` up to its decoder: text -> latents [B,h,w,L]. on_call, info: `denoise_latents`."""
     conditioned = conditioning.encode(params, config, inputs.tokens, inputs.ids, inputs.zero)
     shape = (height // config.vae.factor, width // config.vae.factor, config.vae.latent_channels)
     keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
     start = sampling.initial(keys, shape) if inputs.noise is None else inputs.noise
-    latent = denoise_latents(
+    return denoise_latents(
         params, config, start * inputs.sigma[:, None, None, None], conditioned, inputs.guidance,
-        inputs.rows, sampling.fresh(keys, inputs.rows, shape), on_call)
-    return decode(params, config, latent, tile)
+        inputs.rows, sampling.fresh(keys, inputs.rows, shape), on_call, info)
 
 
-def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_call=None):
+def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_call=None,
+                    info=None):
     """Walk latents x [B,h,w,L], at the rows' first noise level, to the last one.
 
     conditioned: Conditioning, [B,P,...]; guidance: [] or [B], or a Guidance, and P its texts; rows:
     of the batch or per image; noise(i): standard normal, like x; on_call(i, out): sees every model
-    output and returns it.
+    output and returns it; info: as for `sampling.sample`.
     """
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
@@ -201,7 +206,7 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
     unguided = model(jax.tree.map(lambda a: a[:, :1], conditioned))
     denoise = sampling.guided(model(conditioned, guidance.pag, guidance.sag), guidance, kind,
                               unguided)
-    return sampling.sample(denoise, x, rows, noise,
+    return sampling.sample(denoise, x, rows, noise, info=info,
                            memory=jnp.zeros_like(x) if guidance.momentum else None)
 
 

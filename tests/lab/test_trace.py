@@ -37,9 +37,15 @@ def test_samplers_of_two_calls_repeat_a_step(model):
     assert found.step.tolist() == [1, 1, 2, 2, 3, 3, 4]
 
 
-def test_samplers_that_cannot_be_shown(model):
-    with pytest.raises(ValueError, match="'euler_cfg_pp' mixes in the unguided output"):
-        trace.trace(model, REQUEST.replace(sampler='euler_cfg_pp'))
+def test_samplers_that_mix_in_the_unguided_output(model):
+    request = REQUEST.replace(sampler='euler_cfg_pp', guidance=1.5)
+    found, alone = trace.trace(model, request), jaxsd.generate(model, [request])[0]
+    assert abs(found.final.astype(int) - alone).max() <= 1
+
+
+def test_a_sampler_without_a_table_cannot_be_shown(model):
+    with pytest.raises(ValueError, match="'dpm_adaptive' has no table"):
+        trace.trace(model, REQUEST.replace(sampler='dpm_adaptive'))
 
 
 def test_picture_is_a_png_of_the_shown_columns(model):

@@ -81,8 +81,9 @@ ORDERS = [  # where it is not the published order, docs/samplers.md says why
     ('ipndm_v', {'order': 1}, 1), ('ipndm_v', {'order': 2}, 2),
     ('deis', {'order': 1}, 1), ('deis', {'order': 2}, 2), ('deis', {'order': 3}, 3),
     ('gradient_estimation', {}, 1), ('gradient_estimation', {'ge_gamma': 1.5}, 2),
-    ('gradient_estimation_cfg_pp', {}, 1), ('res_multistep', {}, 2), ('res_multistep_cfg_pp', {}, 2),
-    ('res_multistep_ancestral', {'eta': 0}, 2), ('res_multistep_ancestral_cfg_pp', {'eta': 0}, 2),
+    ('gradient_estimation_cfg_pp', {}, 1), ('res_multistep', {}, 2),
+    ('res_multistep_cfg_pp', {}, 2), ('res_multistep_ancestral', {'eta': 0}, 2),
+    ('res_multistep_ancestral_cfg_pp', {'eta': 0}, 2),
     ('unipc', {'order': 1}, 2), ('unipc', {'order': 2}, 3),
     ('unipc', {'order': 2, 'variant': 'bh1'}, 3), ('unipc', {'order': 3}, 4),
     *(('sa_solver', {'tau': 0, 'predictor_order': p, 'corrector_order': 0}, p)
