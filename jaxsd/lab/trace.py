@@ -106,7 +106,7 @@ def picture(trace, request, columns=7):
         figure.text(0.2 / width, 1 - 0.25 / height, f'“{request.prompt}”', fontsize=16, va='top')
         figure.text(1 - 0.2 / width, 1 - 0.3 / height, ha='right', va='top', color='0.4', s=(
             f'{request.sampler}, {request.schedule}, {request.steps} steps, '
-            f'guidance {request.guidance:g}, seed {request.seed}'))
+            f'guidance {np.ravel(request.guidance)[0]:g}, seed {request.seed}'))
         png = io.BytesIO()
         figure.savefig(png, format='png', metadata={'Software': None})
     return png.getvalue()

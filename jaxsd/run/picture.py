@@ -18,23 +18,31 @@ SAMPLERS = {
     'dpm_2_ancestral': 'DPM2 a', 'lms': 'LMS', 'ddim': 'DDIM', 'ddpm': 'DDPM',
     'dpmpp_2m': 'DPM++ 2M', 'dpmpp_2m_sde': 'DPM++ 2M SDE', 'dpmpp_sde': 'DPM++ SDE',
     'dpmpp_2s_ancestral': 'DPM++ 2S a', 'dpmpp_3m_sde': 'DPM++ 3M SDE', 'unipc': 'UniPC',
+    'dpm_fast': 'DPM fast', 'dpm_adaptive': 'DPM adaptive', 'restart': 'Restart', 'lcm': 'LCM',
+    'plms': 'PLMS',
 }
 SCHEDULES = {
     'normal': 'Normal', 'karras': 'Karras', 'exponential': 'Exponential',
     'sgm_uniform': 'SGM Uniform', 'simple': 'Simple', 'ddim_uniform': 'DDIM',
+    'polyexponential': 'Polyexponential', 'kl_optimal': 'KL Optimal', 'ays': 'Align Your Steps',
+    'beta': 'Beta',
 }
 
 
 def parameters(request, model=''):
     """The `parameters` text that A1111 writes into its PNG files.
 
-    Prompt, then `Negative prompt:` if there is one, then one line of `Key: value` pairs.
+    Prompt, then `Negative prompt:` if there is one, then one line of `Key: value` pairs. A guidance
+    for each step is told by its first: `record` has them all.
     """
+    schedule = request.schedule
+    if not isinstance(schedule, str):  # the noise levels themselves
+        schedule = ','.join(f'{level:g}' for level in schedule)
     pairs = {
         'Steps': request.steps,
         'Sampler': SAMPLERS.get(request.sampler, request.sampler),
-        'Schedule type': SCHEDULES.get(request.schedule, request.schedule),
-        'CFG scale': f'{request.guidance:g}',
+        'Schedule type': SCHEDULES.get(schedule, schedule),
+        'CFG scale': f'{np.ravel(request.guidance)[0]:g}',
         'Seed': request.seed,
         'Size': f'{request.width}x{request.height}',
         'Model': model,

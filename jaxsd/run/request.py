@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import os
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -47,6 +48,10 @@ class Request:
                 raise ValueError(f'{name}={getattr(self, name)!r}: expected a string')
         choose('sampler', self.sampler, SAMPLERS)
         known_schedule(self.schedule)
+        if not isinstance(self.schedule, str):
+            plain = (os.fspath(self.schedule) if isinstance(self.schedule, os.PathLike)
+                     else tuple(map(float, self.schedule)))
+            object.__setattr__(self, 'schedule', plain)
         _integer('seed', self.seed, -1, MAX_SEED)
         _integer('steps', self.steps, 1)
         for name in ('width', 'height'):

@@ -30,6 +30,14 @@ def test_parameters_are_what_a1111_reads():
     assert 'Negative' not in picture.parameters(REQUEST.replace(negative_prompt=''))
 
 
+def test_levels_and_guidance_of_each_step():
+    request = REQUEST.replace(steps=3, guidance=[9, 5, 2], schedule=np.array([14.6, 1, 0.5, 0]))
+    text = picture.parameters(request)
+    assert 'Schedule type: "14.6,1,0.5,0", CFG scale: 9,' in text
+    found = json.loads(picture.record(request))['request']
+    assert found['guidance'] == [9, 5, 2] and found['schedule'] == [14.6, 1, 0.5, 0]
+
+
 def test_png_round_trip(tmp_path):
     image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     texts = {'parameters': picture.parameters(REQUEST), 'jaxsd': picture.record(REQUEST, dtype='x')}
