@@ -39,7 +39,8 @@ def test_pictures_from_prompts(checkpoint, tmp_path):
     code, stdout, stderr = _run(
         f'--checkpoint={checkpoint}', f'--out={out}', '--prompt=', f'--prompt={long}',
         '--num_images=2', '--seed=18446744073709551615', '--negative_prompt=cat',
-        '--config.steps=2', '--config.width=64', '--config.height=64')
+        '--config.steps=2', '--config.width=64', '--config.height=64', '--config.sampler=unipc',
+        '--config.sampler_options=order=1, variant=bh1', '--config.guidance_options=rescale=0.5')
     assert code == 0, stderr
     assert "warning: prompt too long: 15 tokens" in stderr and "dropped: 'dog'" in stderr
     assert re.search(r'sampling: 100%.*2/2.*it/s', stderr)
@@ -57,6 +58,8 @@ def test_pictures_from_prompts(checkpoint, tmp_path):
         assert f'Seed: {last}, Size: 64x64, Model: tiny' in first.text['parameters']
         found = json.loads(first.text['jaxsd'])['request']
         assert (found['seed'], found['negative_prompt'], found['steps']) == (last, 'cat', 2)
+        assert found['sampler_options'] == {'order': 1, 'variant': 'bh1'}
+        assert found['guidance_options'] == {'rescale': 0.5}
 
 
 @pytest.mark.parametrize('flags, message', [

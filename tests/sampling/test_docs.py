@@ -1,0 +1,32 @@
+"""What README.md and docs/samplers.md say about samplers."""
+
+import pathlib
+import re
+
+import numpy as np
+
+from jaxsd import sampling
+from jaxsd.config import ScheduleConfig
+from jaxsd.sampling import tables
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / 'README.md').read_text('utf-8')
+DOCS = (ROOT / 'docs' / 'samplers.md').read_text('utf-8')
+
+
+def test_the_sampler_in_the_readme_is_one():
+    code = re.search(r'```python\n(@table\ndef dpmpp_2m.*?)```', README, re.S)[1]
+    found = {**vars(tables), 'np': np}
+    exec(code, found)
+    sigmas = sampling.schedule('karras', 12, ScheduleConfig())
+    for ours, shown in zip(sampling.plan('dpmpp_2m', sigmas), found['dpmpp_2m'](sigmas)):
+        np.testing.assert_allclose(shown, ours, rtol=1e-13, atol=1e-15)
+    assert code.count('\n') <= 20
+
+
+def test_the_tables_list_what_there_is():
+    rows = re.findall(r'^\| ([\w, ]+) \|', DOCS, re.M)
+    names = {name for row in rows for name in row.split(', ')}
+    assert names >= {*sampling.SAMPLERS, *sampling.SCHEDULES}
+    assert 'forty samplers, nineteen schedules' in README
+    assert (len(sampling.SAMPLERS), len(sampling.SCHEDULES)) == (40, 19)
