@@ -46,9 +46,13 @@ def mix(x=0.0, y=0.0, noise=0.0, e=(), uncond=0.0):
 
 
 def row(sigma, to, save=None, push=DENOISED, path=(0.0, 0.0)):
-    """A model call at sigma: `to` makes the new x, `save` the new y (None: y stays)."""
-    save = mix(y=1) if save is None else save
-    return Row(np.float64(sigma), np.array(push), np.stack([to, save]), np.array(path, np.float64))
+    """A model call at sigma: `to` makes the new x, `save` the new y (None: y stays).
+
+    path: of the noise, if there is any.
+    """
+    both = np.stack([to, mix(y=1) if save is None else save])
+    path = path if both[:, NOISE].any() else (0, 0)
+    return Row(np.float64(sigma), np.array(push), both, np.array(path, np.float64))
 
 
 def table(sampler):
