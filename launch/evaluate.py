@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 import jaxsd
 from jaxsd.models import vae
 from jaxsd.run import picture
-from launch import plain_errors, retrieval
+from launch import plain_errors, recipe, retrieval
 
 FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).resolve().parent.parent
@@ -29,19 +29,18 @@ CELL = 128  # pixels per picture on the contact sheet
 
 def drawer(model, config, seed, batch, guidance=None):
     """A function from captions to pictures uint8 [N,H,W,3], drawn by the recipe's settings."""
-    fields = {key: config[key] for key in
-              ('sampler', 'schedule', 'steps', 'guidance', 'eta', 'width', 'height')}
+    asked = jaxsd.Request(seed=seed, **recipe.fields(config))
     if guidance is not None:
-        fields['guidance'] = guidance
+        asked = asked.replace(guidance=guidance)
 
     def draw(captions):
         images = []
         for start in range(0, len(captions), batch):
             part = list(captions[start:start + batch])
             padded = part + [''] * (batch - len(part))  # one batch size: one compilation
-            requests = [jaxsd.Request(prompt=caption, seed=seed, **fields) for caption in padded]
+            requests = [asked.replace(prompt=caption) for caption in padded]
             images.append(np.asarray(jaxsd.generate(model, requests))[:len(part)])
-            logging.info('guidance %g: %d of %d pictures', fields['guidance'],
+            logging.info('guidance %g: %d of %d pictures', asked.guidance,
                          start + len(part), len(captions))
         return np.concatenate(images)
 
@@ -129,8 +128,7 @@ def run():
     fixed = (lists / 'emoji_eval.txt').read_text().splitlines()
     plain = fixed if FLAGS.captions == 'fixed' else reference['captions'][reference['plain']]
     heldout = reference['captions'][reference['heldout']]
-    dtype = config.dtype if config.dtype != 'auto' else 'float32'
-    model = jaxsd.load(FLAGS.checkpoint or config.checkpoint, dtype=dtype)
+    model, _, _ = recipe.load(config, FLAGS.checkpoint)
 
     def scored(captions, guidance=None):
         return measure(drawer(model, config, FLAGS.seed, FLAGS.batch, guidance),

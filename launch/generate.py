@@ -15,7 +15,7 @@ import warnings
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch.recipe import options
+from launch.recipe import fields, load
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -44,14 +44,14 @@ def main(argv):
     warnings.showwarning = _warn
     try:
         if len(argv) > 1:
-            _fail(f'unexpected argument {argv[1]!r}: give prompts as --prompt="{argv[1]}"', 2)
+            fail(f'unexpected argument {argv[1]!r}: give prompts as --prompt="{argv[1]}"', 2)
         run()
     except (ValueError, OSError, ImportError) as error:
-        _fail(error)
+        fail(error)
     except RuntimeError as error:  # XLA's: most often memory
-        _fail(str(error).strip().splitlines()[0])
+        fail(str(error).strip().splitlines()[0])
     except KeyboardInterrupt:
-        _fail('interrupted', 130)
+        fail('interrupted', 130)
 
 
 def run():
@@ -67,15 +67,9 @@ def run():
 
     import jaxsd
     from jaxsd.run import replicated, resolve
-    dtype = recipe.dtype
-    if dtype == 'auto':
-        dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    source = FLAGS.checkpoint or recipe.checkpoint
-    model = jaxsd.load(source, dtype=dtype, prediction_type=recipe.prediction,
-                       device=replicated() if len(requests) > 1 else None)
+    model, name, dtype = load(recipe, FLAGS.checkpoint,
+                              replicated() if len(requests) > 1 else None)
     requests = resolve(requests, model.config)
-    name = source.removesuffix('.safetensors').rstrip('/')
-    name = pathlib.Path(name).name if os.path.exists(source) else name
     print(f'{name}: {model.config.version}, {dtype}, on {jax.local_device_count()} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
 
@@ -98,11 +92,7 @@ def _requests(recipe):
         raise ValueError('--prompt is missing: say what to draw, for example --prompt="red apple" '
                          '(--prompt="" draws without a prompt)')
     seed = random_seed() if FLAGS.seed == -1 else FLAGS.seed
-    fields = {name: recipe[name] for name in (
-        'sampler', 'schedule', 'steps', 'guidance', 'eta', 'width', 'height')}
-    fields |= {name: options(recipe[name]) for name in (
-        'sampler_options', 'schedule_options', 'guidance_options')}
-    first = Request(negative_prompt=FLAGS.negative_prompt, seed=seed, **fields)
+    first = Request(negative_prompt=FLAGS.negative_prompt, seed=seed, **fields(recipe))
     return [first.replace(prompt=prompt, seed=(seed + i) % (MAX_SEED + 1))
             for prompt in prompts for i in range(FLAGS.num_images)]
 
@@ -156,7 +146,8 @@ class Bar:
     decoding = property(lambda self: self.end - self.last)
 
 
-def _parse(argv):
+def parse(argv):
+    """absl's flags, with a recipe by default."""
     # First, because absl refuses --config.field before it; and not as the flag's default, because
     # absl would apply --config.field to that even beside another --config.
     if '--config' not in argv:
@@ -168,20 +159,21 @@ def _parse(argv):
         return flags.FLAGS(argv)
     except AttributeError as error:
         text = ' '.join(re.sub(r"\\n|[\"'\\]", ' ', str(error)).split())
-        _fail(f'the recipe has no such field: {text}', 2)
+        fail(f'the recipe has no such field: {text}', 2)
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
-        _fail(error, 2)
+        fail(error, 2)
 
 
 def _warn(message, category, filename, lineno, file=None, line=None):
     print(f'warning: {message}', file=sys.stderr)
 
 
-def _fail(message, code=1):
+def fail(message, code=1):
+    """End with one line."""
     print('error:', ' '.join(str(message).split()), file=sys.stderr)
     sys.exit(code)
 
 
 if __name__ == '__main__':
     define_flags()
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)

@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from launch import generate, plain_errors
-from launch.recipe import options
+from launch.recipe import fields, load, options
 
 FLAGS = flags.FLAGS
 DATA = pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'data'
@@ -105,20 +105,6 @@ def settings(text, known):
     return found
 
 
-def load():
-    """-> the model, its name and its dtype."""
-    import jax
-
-    import jaxsd
-    recipe = FLAGS.config
-    dtype = recipe.dtype
-    if dtype == 'auto':
-        dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    source = FLAGS.checkpoint or recipe.checkpoint
-    model = jaxsd.load(source, dtype=dtype, prediction_type=recipe.prediction)
-    return model, pathlib.Path(source.rstrip('/')).name, dtype
-
-
 def sweep():
     """Draw, measure, write three files."""
     from jaxsd.lab import report  # before all work: it needs matplotlib, which may be missing
@@ -127,7 +113,7 @@ def sweep():
     requests, half = plan(lab)
     ranks = ranker(requests) if FLAGS.retrieval else lambda indices, images: [None] * len(indices)
     out = picture.check_folder(FLAGS.out)
-    model, name, dtype = load()
+    model, name, dtype = load(FLAGS.config, FLAGS.checkpoint)
 
     shown = {r.prompt: r.seed for r in reversed(requests)}  # each prompt's first seed
     prompts = FLAGS.prompt[:FLAGS.grid_prompts]
@@ -263,13 +249,9 @@ def trace():
         raise ValueError('--prompt is missing: say what to draw, for example --prompt="red apple"')
     if path.suffix != '.png':
         raise ValueError(f'--out={path}: expected a name that ends in .png')
-    fields = {name: recipe[name] for name in (
-        'sampler', 'schedule', 'steps', 'guidance', 'eta', 'width', 'height')}
-    fields |= {name: options(recipe[name]) for name in (
-        'sampler_options', 'schedule_options', 'guidance_options')}
-    request = Request(prompt=FLAGS.prompt, seed=FLAGS.seed, **fields)
+    request = Request(prompt=FLAGS.prompt, seed=FLAGS.seed, **fields(recipe))
     picture.check_folder(path.parent)
-    model, name, _ = load()
+    model, name, _ = load(recipe, FLAGS.checkpoint)
     found = lab.trace(model, request)
     numbers = {'model': name, 'request': dataclasses.asdict(request), 'calls': [
         {'call': int(c), 'step': int(n), 'sigma': float(s), 'timestep': float(t)}
@@ -292,7 +274,7 @@ def schedule():
                         height=recipe.height, guidance_options=options(recipe.guidance_options))
                 for prompt in FLAGS.prompt for seed in FLAGS.seeds]
     picture.check_folder(path.parent)
-    model, name, _ = load()
+    model, name, _ = load(recipe, FLAGS.checkpoint)
     found = search.search(model, requests, FLAGS.steps, FLAGS.method, **more)
     sampling.write_schedule(path, found, model.config.schedule,
                             f'{FLAGS.method} for {name}, guidance {recipe.guidance:g}')
@@ -318,9 +300,9 @@ def parse(argv):
     if command not in COMMANDS:
         if command in ('-h', '--help', '-help'):
             return FLAGS(argv)
-        generate._fail(f'expected a command, {", ".join(COMMANDS)}; found {command!r}', 2)
+        generate.fail(f'expected a command, {", ".join(COMMANDS)}; found {command!r}', 2)
     define_flags(command)
-    return generate._parse([argv[0], *rest])
+    return generate.parse([argv[0], *rest])
 
 
 COMMANDS = {'sweep': sweep, 'trace': trace, 'schedule': schedule}

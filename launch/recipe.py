@@ -1,6 +1,8 @@
 """What the files in configs/ have in common. No heavy imports: `--help` must be quick."""
 
 import ast
+import os
+import pathlib
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -30,6 +32,27 @@ def recipe(checkpoint, size, **changes):
     ))
     config.update(changes)
     return config.lock()
+
+
+def fields(config):
+    """What a recipe says of a jaxsd.Request -> a dict of its arguments."""
+    plain = ('sampler', 'schedule', 'steps', 'guidance', 'eta', 'width', 'height')
+    written = ('sampler_options', 'schedule_options', 'guidance_options')
+    return {**{name: config[name] for name in plain},
+            **{name: options(config[name]) for name in written}}
+
+
+def load(config, checkpoint=None, device=None):
+    """A recipe's model, or another checkpoint in its dtype -> (model, its name, dtype)."""
+    import jax
+
+    import jaxsd
+    dtype, source = config.dtype, checkpoint or config.checkpoint
+    if dtype == 'auto':
+        dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    model = jaxsd.load(source, dtype=dtype, prediction_type=config.prediction, device=device)
+    name = source.removesuffix('.safetensors').rstrip('/')
+    return model, pathlib.Path(name).name if os.path.exists(source) else name, dtype
 
 
 def options(text):
