@@ -5,7 +5,8 @@
 From k_diffusion/sampling.py of https://github.com/crowsonkb/k-diffusion (commit given below).
 Only that file is loaded; its imports that the samplers do not use (torchdiffeq, torchsde and the
 package's own utilities, but for append_dims) are stubbed. Needs torch, scipy, tqdm. The cases and
-the denoiser are those of tests/sampling/golden_cases.py, shared with the test.
+the denoiser are those of tests/sampling/golden_cases.py, shared with the test, the noise levels
+those of tests/sampling/reference.py.
 """
 
 import importlib.util
@@ -19,7 +20,8 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests' / 'sampling')]
-from golden_cases import CASES, GRIDS, denoise, start  # noqa: E402
+from golden_cases import CASES, denoise, start  # noqa: E402
+from reference import WALKS  # noqa: E402
 
 COMMIT = '4601bf085320592473f681a62808ed873d17fad5'
 
@@ -47,7 +49,8 @@ def main(folder):
     reference = k_diffusion(folder)
     x, noises = start()
     out = {'commit': np.array(COMMIT)}
-    for (case, (name, options)), (grid, sigmas) in itertools.product(CASES.items(), GRIDS.items()):
+    for (case, (name, options)), ((schedule, steps), sigmas) in itertools.product(
+            CASES.items(), WALKS.items()):
         count = itertools.count()
         calls = 0
 
@@ -67,8 +70,8 @@ def main(folder):
             levels = (sigmas[-2], sigmas[0], len(sigmas) - 1)
         result = getattr(reference, f'sample_{name}')(
             model, torch.from_numpy(x * sigmas[0]), *levels, disable=True, **options, **extra)
-        out[f'{case}/{grid}/x'] = result.numpy()
-        out[f'{case}/{grid}/calls'] = np.array(calls)
+        out[f'{case}/{schedule}/{steps}/x'] = result.numpy()
+        out[f'{case}/{schedule}/{steps}/calls'] = np.array(calls)
     np.savez_compressed(pathlib.Path(__file__).with_name('sampling.npz'), **out)
 
 

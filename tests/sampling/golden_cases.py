@@ -31,19 +31,6 @@ CASES = {  # case: (sampler, options)
 }
 
 
-def _karras(steps, rho=7.0, first=14.6, last=0.03):
-    ramp = np.linspace(first ** (1 / rho), last ** (1 / rho), steps) ** rho
-    return np.append(ramp, 0.0)
-
-
-GRIDS = {
-    'karras5': _karras(5),
-    'karras20': _karras(20),
-    'exponential10': np.append(np.geomspace(14.6, 0.03, 10), 0.0),
-    'linear30': np.append(np.linspace(14.6, 0.03, 30), 0.0),
-}
-
-
 def denoise(x, sigma, lib):
     """The posterior mean of x0 in {-0.8, 0.8} + 0.3 N(0, 1), seen as x = x0 + sigma N(0, 1)."""
     total = sigma**2 + 0.3**2

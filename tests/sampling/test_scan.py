@@ -144,6 +144,76 @@ def test_gradients_pass_through_a_trajectory():
     assert abs(got - (end(0.1 + 1e-2) - end(0.1 - 1e-2)) / 2e-2) < 1e-3 * abs(got)
 
 
+def test_info_sees_every_row():
+    """What goes into a row and what comes out of it, stacked; Euler's step from these alone."""
+    sigmas = sampling.schedule('karras', 5, CONFIG)
+    rows = sampling.pad(sampling.plan('euler', sigmas), 8)
+    x = jnp.asarray(start([('euler', 'karras', 5, 3)])[0])
+    end, seen = sampling.sample(denoise, x, rows, lambda i: x, info=lambda call: dict(
+        x=call.x, denoised=call.denoised, eps=call.eps, sigma=call.sigma, after=call.after.x))
+    assert {field.shape for field in seen.values()} == {(8, 1, *SHAPE), (8,)}
+    np.testing.assert_allclose(seen['sigma'][:5], sigmas[:-1], rtol=1e-6)
+    np.testing.assert_array_equal(seen['x'][1:], seen['after'][:-1])
+    np.testing.assert_array_equal(seen['after'][-1], end)
+    for i, (a, b) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+        np.testing.assert_allclose(
+            seen['denoised'][i], denoise(seen['x'][i], jnp.float32(a), i), rtol=1e-6)
+        np.testing.assert_allclose(
+            seen['after'][i], seen['x'][i] + (b - a) * seen['eps'][i], atol=2e-5)
+    assert not seen['eps'][5:].any()  # rows without a model call
+    np.testing.assert_array_equal(sampling.sample(denoise, x, rows, lambda i: x), end)
+
+
+def test_log_probability_of_stochastic_steps():
+    """Of x' = mean + w noise given x: in closed form, and its gradient that of a score function."""
+    sigmas = np.array([9.0, 4.0, 1.5, 0.0])
+    rows = sampling.stack([sampling.plan('euler_ancestral', sigmas, eta=eta) for eta in (1.0, 0.0)],
+                          length=4)
+    x, pool = jnp.full((2, *SHAPE), 3.0), np.random.default_rng(0).normal(size=(4, 2, *SHAPE))
+
+    def walk(shift):
+        return sampling.sample(
+            lambda x, sigma, i: denoise(x, sigma, i) + shift, x, rows,
+            lambda i: jnp.asarray(pool, jnp.float32)[i],
+            info=lambda call: (sampling.log_probability(call), call.x, call.after.x, call.denoised))
+
+    logs, before, after, denoised = map(np.asarray, walk(0.0)[1])
+    assert logs.shape == (4, 2) and not logs[:, 1].any() and not logs[2:, 0].any()
+    for i in range(2):
+        mix = rows.mix[i, 0, 0]
+        mean = mix[0] * before[i, 0] + mix[3] * denoised[i, 0]
+        z = (after[i, 0] - mean) / mix[2]
+        expected = -(0.5 * z**2 + np.log(mix[2] * np.sqrt(2 * np.pi))).sum()
+        np.testing.assert_allclose(logs[i, 0], expected, rtol=1e-4)
+    # d log N / d shift at the first step: (x' - mean) / w^2 times d mean / d shift
+    gradient = jax.jacobian(lambda shift: walk(shift)[1][0][0, 0])(0.0)
+    mix = rows.mix[0, 0, 0]
+    np.testing.assert_allclose(gradient, mix[3] * pool[0, 0].sum() / mix[2], rtol=1e-3)
+
+
+def test_memory_goes_from_call_to_call():
+    """A denoiser that averages what it said; rows without a call leave its memory alone."""
+    rows = sampling.pad(table(('heun', 'karras', 4, 0)), 9)
+    x = jnp.ones((1, *SHAPE))
+
+    def averaged(x, sigma, i, memory):
+        memory = 0.5 * memory + 0.5 * denoise(x, sigma, i)
+        return memory, memory
+
+    end = sampling.sample(averaged, x, rows, lambda i: x, memory=jnp.zeros_like(x))
+    said = [np.zeros((1, *SHAPE))]
+
+    def by_hand(x, sigma, i):
+        said.append(0.5 * said[-1] + 0.5 * np.asarray(denoise(x, sigma, i)))
+        return said[-1]
+
+    state = sampling.init(x, rows)
+    for i in range(7):
+        row = sampling.Row(*(jnp.asarray(field[i], jnp.float32) for field in rows))
+        state = sampling.step(state, row, by_hand(state.x, row.sigma, i), jnp.zeros_like(x))
+    np.testing.assert_allclose(end, state.x, atol=1e-5)
+
+
 def test_bucket_and_pad():
     assert [sampling.bucket(n) for n in (1, 64, 65, 199)] == [64, 64, 128, 256]
     with pytest.raises(ValueError, match='5 rows do not fit a length of 3'):
