@@ -134,10 +134,10 @@ def sweep():
 
     floor = lab.mean_error(errors)
     lines = lab.lines(results, floor, FLAGS.tolerance)
-    grid = report.png(report.grid(cells(results, latents, paint), FLAGS.cell))
+    grid = report.grid(cells(results, latents, paint), FLAGS.cell)
     page = report.page(lines, grid, **words(lines, results, name, dtype, floor))
-    for file, data in (('results.csv', report.table(results)), ('grid.png', grid),
-                       ('report.html', page)):
+    for file, data in (('results.csv', report.table(results)),
+                       ('grid.png', report.encode(grid, optimize=True)), ('report.html', page)):
         report.write(out / file, data)
         print(out / file)
 
@@ -232,7 +232,8 @@ def words(lines, results, name, dtype, floor):
 
 def leader(lines, guidance):
     """A sentence: who is first at this guidance."""
-    best = min((line for line in lines if line.guidance == guidance), key=lambda line: line.needed)
+    from jaxsd.lab.sweep import placing
+    best = min((line for line in lines if line.guidance == guidance), key=placing)
     if best.needed == float('inf'):
         return f'Guidance {guidance:g}: none stays within an error of {FLAGS.tolerance:g}.'
     return (f'Guidance {guidance:g}: {best.sampler} on {best.schedule} comes within an error of '

@@ -17,6 +17,8 @@ import tempfile
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from jaxsd.lab.sweep import placing
+
 try:
     import matplotlib
 except ImportError:
@@ -38,10 +40,10 @@ def write(path, data):
         os.replace(part, path)
 
 
-def png(image):
-    """uint8 [H,W,3] -> the bytes of a PNG file."""
+def encode(image, kind='PNG', **options):
+    """uint8 [H,W,3] -> the bytes of a picture file, Pillow's kinds and options."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, 'PNG', optimize=True)
+    Image.fromarray(image).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -97,7 +99,7 @@ def grid(images, size):
 def page(lines, grid, alt, *, title, summary, method, command, versions, floor, tolerance):
     """The page of a sweep, HTML as bytes.
 
-    lines: sweep.Line. grid: bytes of a PNG, alt: what it shows. summary and versions: text;
+    lines: sweep.Line. grid: uint8 [H,W,3], alt: what it shows. summary and versions: text;
     method: paragraphs of text; command: to reproduce it. floor and tolerance: as for `sweep.lines`.
     """
     steps = sorted({n for line in lines for n in line.steps})
@@ -124,7 +126,8 @@ def page(lines, grid, alt, *, title, summary, method, command, versions, floor, 
     return template.substitute(
         title=_text(title), summary=_text(summary), head=head, body='\n'.join(body),
         figures='\n'.join(_figures(lines, floor, tolerance, scored)),
-        grid=base64.b64encode(grid).decode(), alt=_text(alt), command=_text(command),
+        grid=base64.b64encode(encode(grid, 'WEBP', quality=80)).decode(), alt=_text(alt),
+        command=_text(command),
         method='\n'.join(f'<p>{_text(words)}</p>' for words in method),
         versions=_text(versions)).encode()
 
@@ -146,7 +149,7 @@ def _figures(lines, floor, tolerance, scored):
         at = f'guidance {guidance:g}'
         yield f'<h2>Guidance {guidance:g}</h2>'
         best = sorted((line for line in some if math.isfinite(line.needed)),
-                      key=lambda line: line.needed)[:20]
+                      key=placing)[:20]
         if best:
             yield _figure(
                 _bars(best),

@@ -205,11 +205,11 @@ def order(calls, errors, floor=0.0, points=3):
     """Measured convergence order: minus the slope of log error against log calls.
 
     Least squares over the last `points` whose error is above 3 times the floor, the reference's own
-    error; nan where fewer than two are, or where some steps have nothing to converge to.
+    error; nan where these have not two numbers of calls, or some have nothing to converge to.
     """
     calls, errors = np.asarray(calls, np.float64), np.asarray(errors, np.float64)
     good = np.flatnonzero(np.isfinite(errors) & (errors > 3 * floor))[-points:]
-    if len(good) < 2 or np.isnan(errors).any():
+    if len({*calls[good]}) < 2 or np.isnan(errors).any():
         return np.nan
     return float(-np.polyfit(np.log(calls[good]), np.log(errors[good]), 1)[0])
 
@@ -228,6 +228,11 @@ def needed(calls, errors, tolerance):
     close = np.asarray(errors) <= tolerance * (1 + 1e-9)  # a mean may miss it by rounding
     stays = np.logical_and.accumulate(close[::-1])[::-1]
     return float(np.asarray(calls, np.float64)[stays].min(initial=np.inf))
+
+
+def placing(line):
+    """To sort lines by: the fewest calls that are needed, then the error there."""
+    return line.needed, dict(zip(line.calls, line.errors)).get(line.needed, np.inf)
 
 
 def mean_error(errors):

@@ -23,11 +23,14 @@ def _results():
             for steps in (5, 10, 20)]
 
 
+GRID = np.full((20, 30, 3), (200, 30, 30), np.uint8)
+
+
 @pytest.fixture(scope='module')
 def page():
     lines = sweep.lines(_results(), 0.0, 0.1)
     return report.page(
-        lines, b'PNG', 'the <grid>', title='T & t', summary='S', method=('M',), command='run "x"',
+        lines, GRID, 'the <grid>', title='T & t', summary='S', method=('M',), command='run "x"',
         versions='V', floor=1e-3, tolerance=0.1).decode()
 
 
@@ -59,7 +62,7 @@ def test_grid_puts_pictures_under_their_labels():
     red, blue = ((sheet == colour).all(-1) for colour in colours.values())
     assert (red.sum(), blue.sum()) == (3 * 16 * 16, 4 * 16 * 16)
     assert red.any(0).argmax() + 16 == blue.any(0).argmax()  # 5 left of 10
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(report.png(sheet)))), sheet)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(report.encode(sheet)))), sheet)
 
 
 class _Tags(html.parser.HTMLParser):
@@ -92,7 +95,9 @@ def test_page_is_sound_and_needs_no_network(page):
     ids = [attrs['id'] for _, attrs in tags.seen if 'id' in attrs]
     assert len(ids) == len(set(ids))
     assert {value[1:] for value in fetched if value[0] == '#'} <= set(ids)
-    assert base64.b64encode(b'PNG').decode() in page
+    inside = base64.b64decode(re.search('data:image/webp;base64,([^"]+)', page)[1])
+    with Image.open(io.BytesIO(inside)) as picture:
+        assert abs(np.asarray(picture.convert('RGB')).astype(int) - GRID).max() < 8
 
 
 def test_page_can_be_read_aloud_and_in_the_dark(page):

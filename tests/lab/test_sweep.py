@@ -39,6 +39,7 @@ def test_order_is_the_slope_of_the_last_points_above_the_floor():
     assert sweep.order(calls, bent) < 1.8
     assert np.isnan(sweep.order(calls, errors, floor=errors[0]))
     assert np.isnan(sweep.order([5, 10, 20], [1, np.nan, 0.1]))
+    assert np.isnan(sweep.order([39, 39, 39], [1, 1, 1]))  # adaptive steps
 
 
 def test_needed_is_the_first_of_calls_that_all_stay_within():
