@@ -20,10 +20,15 @@ from .tables import (
 @table
 def heun(sigmas, s_churn=0.0, s_tmin=0.0, s_tmax=np.inf, s_noise=1.0):
     """Karras et al. 2022, algorithm 2: Euler, then the mean of both slopes; two calls a step."""
-    hats, kicks = churn(sigmas, s_churn, s_tmin, s_tmax, s_noise)
+    yield from _churned(_heun, sigmas, s_churn, s_tmin, s_tmax, s_noise)
+
+
+def _churned(step, sigmas, *options):
+    """The rows of `step`, each step from a level that churn has raised."""
+    hats, kicks = churn(sigmas, *options)
     yield from noise_row(kicks[0])
     for a, b, kick in zip(hats, sigmas[1:], kicks[1:]):
-        yield from _heun(a, b, kick)
+        yield from step(a, b, kick)
 
 
 def _heun(a, b, noise):
@@ -108,10 +113,7 @@ def _karras(high, low, count):
 @table
 def dpm_2(sigmas, s_churn=0.0, s_tmin=0.0, s_tmax=np.inf, s_noise=1.0):
     """The midpoint rule, the midpoint taken in log sigma; k-diffusion sample_dpm_2."""
-    hats, kicks = churn(sigmas, s_churn, s_tmin, s_tmax, s_noise)
-    yield from noise_row(kicks[0])
-    for a, b, kick in zip(hats, sigmas[1:], kicks[1:]):
-        yield from _midpoint(a, b, kick)
+    yield from _churned(_midpoint, sigmas, s_churn, s_tmin, s_tmax, s_noise)
 
 
 @table

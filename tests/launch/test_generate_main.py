@@ -1,29 +1,20 @@
 """The command line, run as a user runs it, on a tiny checkpoint."""
 
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from mains import ROOT, run_main
 from PIL import Image
 
 import jaxsd
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if not p.stem.startswith('train'))
 
 
 def _run(*flags):
-    """-> exit code, stdout, stderr of `python -m launch.generate`."""
-    done = subprocess.run(
-        [sys.executable, '-m', 'launch.generate', *map(str, flags)], cwd=ROOT, text=True,
-        capture_output=True, timeout=600,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'})
-    return done.returncode, done.stdout, done.stderr
+    return run_main('-m', 'launch.generate', *flags)
 
 
 @pytest.fixture(scope='module')

@@ -2,29 +2,20 @@
 
 import csv
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+from mains import run_main
 from PIL import Image
 
 import jaxsd
 from jaxsd import sampling
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZE = '--config.width=64', '--config.height=64'
 
 
 def _run(*flags, start=('-m', 'launch.lab')):
-    """-> exit code, stdout, stderr of `python -m launch.lab`."""
-    done = subprocess.run(
-        [sys.executable, *start, *map(str, flags)], cwd=ROOT, text=True,
-        capture_output=True, timeout=600,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'})
-    return done.returncode, done.stdout, done.stderr
+    return run_main(*start, *flags)
 
 
 @pytest.fixture(scope='module')

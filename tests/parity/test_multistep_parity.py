@@ -4,19 +4,16 @@ diffusers keeps its tables in float32, hence 1e-5 here; test_multistep.py compar
 """
 
 import diffusers
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from analytic import LEADING, SD, denoise, ours
 from diffusers.schedulers import scheduling_sasolver
 
 from jaxsd import sampling
 
 pytestmark = pytest.mark.parity
 
-SD = {'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear'}
-LEADING = {'timestep_spacing': 'leading', 'steps_offset': 1}
 NOISE = {'algorithm_type': 'dpmsolver', 'final_sigmas_type': 'sigma_min'}
 PLUS = {'algorithm_type': 'dpmsolver++'}
 HEUN = {'solver_type': 'heun'}
@@ -35,18 +32,6 @@ SAMPLERS = [
     ('dpm_solver_multistep', {**HEUN, 'order': 3, 'algorithm': 'dpmsolver'}, 'DPMSolverMultistep',
      {'solver_order': 3, **NOISE, **HEUN}),
 ]
-
-
-def denoise(x, sigma, lib):
-    """The posterior mean of x0 in {-0.8, 0.8} + 0.3 N(0, 1)."""
-    total = sigma**2 + 0.3**2
-    return (0.3**2 * x + sigma**2 * 0.8 * lib.tanh(0.8 * x / total)) / total
-
-
-@jax.jit
-def ours(x, rows, pool):
-    return sampling.sample(
-        lambda x, sigma, i: denoise(x, sigma, jnp), x, rows, lambda i: pool[i])
 
 
 def levels(scheduler):

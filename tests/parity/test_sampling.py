@@ -7,11 +7,11 @@ float32 and casts to it inside, hence 1e-5 here and not 1e-12.
 import importlib
 
 import diffusers
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from analytic import LEADING, SD, denoise, ours
 
 from jaxsd import sampling
 from jaxsd.config import ScheduleConfig
@@ -19,8 +19,6 @@ from jaxsd.config import ScheduleConfig
 pytestmark = pytest.mark.parity
 
 CONFIG = ScheduleConfig()
-SD = {'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear'}
-LEADING = {'timestep_spacing': 'leading', 'steps_offset': 1}
 DDIM = {'clip_sample': False, **LEADING}
 TRAINING_CONVENTION = ('DDIM', 'DDPM', 'DPMSolverMultistep', 'UniPCMultistep')
 SDE = {'algorithm_type': 'sde-dpmsolver++'}
@@ -67,18 +65,6 @@ def sigmas_of(scheduler):
     last = 1.0 if scheduler.config.get('set_alpha_to_one', True) else abar[0]
     abar = np.append(abar[scheduler.timesteps.numpy()], last)
     return np.sqrt((1 - abar) / abar)
-
-
-def denoise(x, sigma, lib):
-    """The posterior mean of x0 in {-0.8, 0.8} + 0.3 N(0, 1)."""
-    total = sigma**2 + 0.3**2
-    return (0.3**2 * x + sigma**2 * 0.8 * lib.tanh(0.8 * x / total)) / total
-
-
-@jax.jit
-def ours(x, rows, pool):
-    return sampling.sample(
-        lambda x, sigma, i: denoise(x, sigma, jnp), x, rows, lambda i: pool[i])
 
 
 @pytest.mark.parametrize('steps', [5, 20])

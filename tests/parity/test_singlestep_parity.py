@@ -7,11 +7,10 @@ same samplers to 1e-12 of their loops.
 import importlib
 
 import diffusers
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from analytic import SD, denoise, ours
 
 from jaxsd import sampling
 from jaxsd.config import ScheduleConfig
@@ -19,7 +18,6 @@ from jaxsd.config import ScheduleConfig
 pytestmark = pytest.mark.parity
 
 CONFIG = ScheduleConfig()
-SD = {'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear'}
 MIN = {'final_sigmas_type': 'sigma_min'}
 
 # diffusers sets lower_order_final where the steps do not divide or the walk ends in 0; where a user
@@ -36,18 +34,6 @@ SAMPLERS = [
     *(('tcd', {'config': CONFIG, 'gamma': gamma}, 'TCD', {'clip_sample': False}, {'eta': gamma})
       for gamma in (0.0, 0.3, 0.7, 1.0)),
 ]
-
-
-def denoise(x, sigma, lib):
-    """The posterior mean of x0 in {-0.8, 0.8} + 0.3 N(0, 1)."""
-    total = sigma**2 + 0.3**2
-    return (0.3**2 * x + sigma**2 * 0.8 * lib.tanh(0.8 * x / total)) / total
-
-
-@jax.jit
-def ours(x, rows, pool):
-    return sampling.sample(
-        lambda x, sigma, i: denoise(x, sigma, jnp), x, rows, lambda i: pool[i])
 
 
 def sigmas_of(scheduler):
