@@ -72,7 +72,7 @@ def test_one_brownian_path_whatever_the_steps():
     draws = {}
     for every in (1, 8, 32):
         sigmas = fine[::every]
-        noise = sampling.fresh(keys, path(sigmas), (3, 5))
+        noise = jax.jit(sampling.fresh(keys, path(sigmas), (3, 5)))
         draws[every] = np.stack([noise(i) for i in range(len(sigmas) - 1)])
     for every in (8, 32):  # equal steps in log sigma: equal weights
         sums = draws[1].reshape(-1, every, 2, 3, 5).sum(1) / np.sqrt(every)
@@ -83,7 +83,7 @@ def test_one_brownian_path_whatever_the_steps():
 def test_brownian_noise_is_standard_normal_and_its_steps_independent():
     keys = sampling.keys([11])
     sigmas = np.geomspace(80, 0.002, 9) * np.array([1, 1.1, 1, 0.9, 1, 1.3, 1, 1, 1])
-    noise = sampling.fresh(keys, path(sigmas), (40_000,))
+    noise = jax.jit(sampling.fresh(keys, path(sigmas), (40_000,)))
     z = np.stack([np.asarray(noise(i))[0] for i in range(8)])
     np.testing.assert_allclose(z @ z.T / z.shape[1], np.eye(8), atol=0.025)
     np.testing.assert_allclose(z.mean(1), 0, atol=0.025)
@@ -95,9 +95,9 @@ def test_path_and_independent_noise_in_one_batch():
     keys = sampling.keys([5, 6])
     tables = [sampling.plan('euler_ancestral', [9.0, 4.0, 1.0, 0.0]),
               sampling.plan('euler', [9.0, 4.0, 1.0, 0.0], s_churn=1.0)]
-    noise = sampling.fresh(keys, sampling.stack(tables), (4,))
+    noise = jax.jit(sampling.fresh(keys, sampling.stack(tables), (4,)))
     np.testing.assert_array_equal(noise(1)[1], sampling.draw(keys, 1, (4,))[1])
-    solo = sampling.fresh(keys[:1], sampling.stack(tables[:1]), (4,))
+    solo = jax.jit(sampling.fresh(keys[:1], sampling.stack(tables[:1]), (4,)))
     for i in range(2):
         np.testing.assert_array_equal(noise(i)[0], solo(i)[0])
         assert np.abs(noise(i)[0] - sampling.draw(keys, i, (4,))[0]).max() > 0.1
