@@ -204,8 +204,9 @@ def run():
     known = [*found, 'mixed']
     if unknown := set(FLAGS.parts) - set(known):
         raise ValueError(f'--parts={",".join(sorted(unknown))}: expected some of {known}')
-    print(f'{FLAGS.version}, {FLAGS.dtype}, batch {FLAGS.batch}, {jax.devices()[0].device_kind} '
-          f'({platform.machine()}), jax {jax.__version__}, against: {FLAGS.against}')
+    print(f'{FLAGS.version}, {FLAGS.dtype}, batch {FLAGS.batch} (mixed: emoji, float32, 16), '
+          f'{jax.devices()[0].device_kind} ({platform.machine()}), jax {jax.__version__}, '
+          f'against: {FLAGS.against}')
     results = {}
     for part in FLAGS.parts:
         results[part] = row = (

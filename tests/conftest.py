@@ -121,3 +121,11 @@ def tiny_model(tokenizer_folder):
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope='session')
+def checkpoint(tiny_model, tmp_path_factory):
+    """A diffusers folder of TINY['sd1']."""
+    folder = tmp_path_factory.mktemp('checkpoints') / 'tiny'
+    jaxsd.save(tiny_model('sd1'), folder)
+    return folder

@@ -13,6 +13,7 @@ from jaxsd import sampling
 from jaxsd.prompt import conditioning
 from jaxsd.run import denoise_latents, inputs, resolve
 from jaxsd.sampling.choice import choose
+from jaxsd.sampling.scan import lift
 
 # Explicit Runge-Kutta methods in which each slope needs only the one before:
 # where each slope is taken, as a part of the step, and its weight.
@@ -78,7 +79,7 @@ def invert(denoise, x, sigmas, iterations=50, tolerance=None):
     Raises ValueError for sigmas that end in 0.
     """
     sigmas = _positive(sigmas)
-    x = _lift(x)
+    x = lift(x)
     tolerance = 10 * jnp.finfo(x.dtype).eps if tolerance is None else tolerance
 
     def up(x_b, step):
@@ -128,7 +129,7 @@ def log_likelihood(denoise, x, sigmas, keys, probes=1, method='heun', probe='rad
     sigmas = _positive(sigmas)
     if probes < 1:
         raise ValueError(f'probes={probes}: expected at least 1')
-    x = _lift(x)
+    x = lift(x)
     nodes, weights = (jnp.asarray(t, x.dtype) for t in choose('method', method, RUNGE_KUTTA))
     draw = choose('probe', probe, PROBES)
     v = jax.vmap(lambda key: draw(key, (probes, *x.shape[1:]), x.dtype), out_axes=1)(keys)
@@ -168,12 +169,6 @@ def _positive(sigmas):
         raise ValueError("sigmas end in 0, where the walk cannot be reversed: expected a last "
                          "sigma above 0; use final='sigma_min', or drop the 0")
     return sigmas
-
-
-def _lift(x):
-    """Low precision becomes float32, float64 stays, as in `sampling.init`."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _eps(denoise, x, sigma, i):

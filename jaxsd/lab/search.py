@@ -12,6 +12,7 @@ from jaxsd.lab.ode import problem
 from jaxsd.prompt import conditioning
 from jaxsd.run import denoise_latents
 from jaxsd.sampling.choice import call, choose
+from jaxsd.sampling.tables import NOISE
 
 
 def search(model, requests, steps, method='gits', **options):
@@ -170,7 +171,7 @@ def chain(slope, table, z, h=1e-5):
 def _table(sampler, sigmas, options):
     """A padded table, so that all numbers of steps share a program."""
     rows = sampling.plan(sampler, sigmas, **options)
-    if rows.mix[..., 2].any():
+    if rows.mix[..., NOISE].any():
         raise ValueError(f'sampler {sampler!r} with {options}: expected one without fresh noise')
     return sampling.pad(rows, sampling.bucket(len(rows.sigma)))
 

@@ -15,10 +15,9 @@ from jax import lax
 
 from jaxsd import sampling
 from jaxsd.run import Request, decode, inputs, latents, resolve
-from jaxsd.sampling.tables import NOISE
+from jaxsd.sampling.tables import NOISE, UNCOND
 
 REFERENCE = {'sampler': 'dpmpp_2m', 'sampler_options': {}, 'eta': None}  # of the ODE
-UNCOND = -1  # the column of Row.mix that weighs the unguided output
 GRID = {'schedule': 'karras', 'schedule_options': {}}  # on which every reference is computed
 
 

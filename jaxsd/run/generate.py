@@ -16,7 +16,8 @@ from jaxsd.models import unet, vae
 from jaxsd.models.layers import attention, attention_received
 from jaxsd.prompt import conditioning
 from jaxsd.run.request import resolve
-from jaxsd.sampling.guidance import Guidance, stack, table
+from jaxsd.sampling.guidance import Guidance
+from jaxsd.sampling.guidance_options import stack, table
 
 
 class Inputs(NamedTuple):
@@ -324,7 +325,7 @@ class _Progress:
 
     def __init__(self, rows, on_step):
         if isinstance(rows, sampling.Adaptive):  # how many calls it takes, nobody knows
-            self.calls = np.arange(1, 1 + int(np.max(rows.max_calls)))
+            self.calls = range(1, 1 + int(np.max(rows.max_calls)))
         else:
             self.calls = np.cumsum((rows.sigma > 0).any(1))  # model calls up to each row
         self.done, self.on_step = 0, on_step

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxsd.sampling import SAMPLERS, known_schedule
 from jaxsd.sampling.choice import choose
-from jaxsd.sampling.guidance import check, per_step
+from jaxsd.sampling.guidance_options import check, per_step
 
 MAX_SEED = 2**64 - 1
 
@@ -52,6 +52,9 @@ class Request:
             plain = (os.fspath(self.schedule) if isinstance(self.schedule, os.PathLike)
                      else tuple(map(float, self.schedule)))
             object.__setattr__(self, 'schedule', plain)
+        for name in ('sampler_options', 'schedule_options'):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f'{name}={getattr(self, name)!r}: expected a mapping')
         _integer('seed', self.seed, -1, MAX_SEED)
         _integer('steps', self.steps, 1)
         for name in ('width', 'height'):

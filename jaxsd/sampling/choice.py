@@ -1,7 +1,9 @@
-"""Look-up of samplers and schedules by name, with errors that help."""
+"""Look-up of samplers and schedules by name, and checks of their options: errors that help."""
 
 import difflib
 import inspect
+import math
+import numbers
 
 
 def unknown(what, name, known):
@@ -13,16 +15,40 @@ def unknown(what, name, known):
 
 def choose(what, name, known):
     """`known[name]`, or the error of `unknown`."""
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise unknown(what, name, known)
     return known[name]
 
 
+def number(option, value):
+    """The value, infinity included, or a ValueError if it is no number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f'{option}={value!r}: expected a number')
+    if math.isnan(value):
+        raise ValueError(f'{option}={value!r}: expected a finite number')
+    return value
+
+
+def flag(option, value):
+    """The value, or a ValueError if it is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{option}={value!r}: expected True or False')
+    return value
+
+
 def call(what, name, function, *args, **options):
-    """`function(*args, **options)`, or a ValueError that lists the options it takes."""
-    known = list(inspect.signature(function).parameters)[len(args):]
-    for option in options:
+    """`function(*args, **options)`, or a ValueError that lists the options it takes.
+
+    An option whose default is a number, or True or False, must be one too.
+    """
+    known = dict(list(inspect.signature(function).parameters.items())[len(args):])
+    for option, value in options.items():
         if option not in known:
             raise ValueError(f'{what} {name!r} has no option {option!r}; '
                              f'it takes: {", ".join(known) or "none"}')
+        default = known[option].default
+        if isinstance(default, bool):
+            flag(option, value)
+        elif isinstance(default, (int, float)):
+            number(option, value)
     return function(*args, **options)

@@ -5,7 +5,8 @@ import inspect
 import numpy as np
 
 from . import adaptive, first_order, multistep, singlestep
-from .choice import call, choose
+from .choice import call, choose, number
+from .tables import Row
 
 SAMPLERS = {f.__name__: f for f in (
     *first_order.SAMPLERS, *singlestep.SAMPLERS, *multistep.SAMPLERS, adaptive.dpm_adaptive)}
@@ -28,11 +29,16 @@ def plan(name, sigmas, config=None, **options):
     if not np.isfinite(sigmas).all() or np.any(np.diff(sigmas) >= 0) or sigmas[-1] < 0:
         raise ValueError(f'sigmas {sigmas}: expected finite, strictly decreasing, none below 0')
     for key in ('eta', 's_noise', 's_churn', 'tau'):
-        if not 0 <= options.get(key, 0) < np.inf:
+        if not 0 <= number(key, options.get(key, 0)) < np.inf:
             raise ValueError(f'{key}={options[key]}: expected a finite number, 0 or greater')
     if 'config' in inspect.signature(function).parameters:
         options['config'] = config
-    return call('sampler', name, function, sigmas, **options)
+    with np.errstate(all='ignore'):  # what is not finite has an error of its own
+        rows = call('sampler', name, function, sigmas, **options)
+    if isinstance(rows, Row) and not all(np.isfinite(field).all() for field in rows):
+        raise ValueError(f'sampler {name!r} with {options}: its table is not finite; use options '
+                         'nearer to the defaults')
+    return rows
 
 
 def calls(rows):

@@ -43,13 +43,14 @@ class Call(NamedTuple):
 
 
 def init(x, rows):
-    """The state before the first row. Low precision is lifted to float32, float64 stays."""
-    x = _lift(x)
+    """The state before the first row, see `lift`."""
+    x = lift(x)
     zero = jnp.zeros_like(x)
     return State(x, zero, (zero,) * (rows.mix.shape[-1] - 4))
 
 
-def _lift(x):
+def lift(x):
+    """Low precision becomes float32, float64 stays."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -80,7 +81,7 @@ def sample(denoise, x, rows, noise, on_call=None, info=None, memory=None):
     others of its batch stays as it is, bit for bit. Gradients through the walk recompute each row
     (jax.checkpoint): memory grows with the rows by one state each, not by the model's activations.
     """
-    x = _lift(x)
+    x = lift(x)
     dtype = x.dtype
 
     def model(x, sigma, i, memory):

@@ -7,7 +7,7 @@ A new schedule is one such function and one entry in SCHEDULES.
 
 import numpy as np
 
-from .choice import choose, unknown
+from .choice import choose, number, unknown
 from .levels import model_sigmas, sigma_to_t, t_to_sigma
 from .schedule_tables import AYS, GITS, nearest, resample
 
@@ -74,8 +74,8 @@ def linear_quadratic(steps, config, threshold_noise=0.025, linear_steps=None, si
     linear = steps // 2 if linear_steps is None else linear_steps
     if steps == 1:
         return np.array([first])
-    if not 1 <= linear < steps:
-        raise ValueError(f'linear_steps={linear}: expected a number from 1 to {steps - 1}')
+    if linear not in range(1, steps):
+        raise ValueError(f'linear_steps={linear}: expected a whole number from 1 to {steps - 1}')
     slope, rest = threshold_noise / linear, np.arange(steps - linear)
     bend = (1 - threshold_noise - slope * len(rest)) / len(rest) ** 2
     done = np.append(slope * np.arange(linear), threshold_noise + slope * rest + bend * rest**2)
@@ -159,7 +159,9 @@ def beta(steps, config, alpha=0.6, beta=0.6, space='timestep', sigma_min=None, s
     steps where two would be one); or 'sigma', of sigma from sigma_max to sigma_min (diffusers'
     use_beta_sigmas, A1111).
     """
-    _positive(alpha=alpha, beta=beta)
+    for option, value in (('alpha', alpha), ('beta', beta)):
+        if not 0 < value <= 100:
+            raise ValueError(f'{option}={value}: expected a number above 0, at most 100')
     if space not in ('timestep', 'sigma'):
         raise unknown('space', space, ('timestep', 'sigma'))
     if space == 'sigma':
@@ -231,8 +233,8 @@ SCHEDULES['lambda_uniform'] = exponential
 
 def _ends(table, sigma_min, sigma_max):
     """The first and last sigma: the options where given, else those of an ascending table."""
-    first = float(table[-1] if sigma_max is None else sigma_max)
-    last = float(table[0] if sigma_min is None else sigma_min)
+    first = table[-1] if sigma_max is None else number('sigma_max', sigma_max)
+    last = table[0] if sigma_min is None else number('sigma_min', sigma_min)
     if not 0 < last <= first < np.inf:
         raise ValueError(f'sigma_min={last}, sigma_max={first}: expected 0 < sigma_min <= '
                          'sigma_max, both finite')

@@ -215,15 +215,7 @@ def _from_noise(levels, weights):
 @table
 def dpmpp_2s_ancestral(sigmas, eta=1.0, s_noise=1.0):
     """DPM-Solver++(2S), ancestral, r = 1/2; k-diffusion sample_dpmpp_2s_ancestral."""
-    for a, b in pairs(sigmas):
-        down, up = ancestral(a, b, eta)
-        noise = s_noise * up
-        if down == 0:
-            yield row(a, mix(noise=noise, e=[1]), path=(a, b))
-            continue
-        mid = np.sqrt(a * down)
-        yield row(a, mix(x=mid / a, e=[1 - mid / a]), save=mix(x=1))
-        yield row(mid, mix(y=down / a, noise=noise, e=[1 - down / a]), path=(a, b))
+    yield from _two_stages(sigmas, eta, s_noise)
 
 
 @table
@@ -232,6 +224,11 @@ def dpmpp_2s_ancestral_cfg_pp(sigmas, eta=1.0, s_noise=1.0):
 
     ComfyUI sample_dpmpp_2s_ancestral_cfg_pp; https://arxiv.org/abs/2406.08070
     """
+    yield from _two_stages(sigmas, eta, s_noise, cfg_pp=True)
+
+
+def _two_stages(sigmas, eta, s_noise, cfg_pp=False):
+    """The rows of dpmpp_2s_ancestral; y, times down / a, adds CFG++'s guidance at the end."""
     for a, b in pairs(sigmas):
         down, up = ancestral(a, b, eta)
         noise = s_noise * up
@@ -239,9 +236,10 @@ def dpmpp_2s_ancestral_cfg_pp(sigmas, eta=1.0, s_noise=1.0):
             yield row(a, mix(noise=noise, e=[1]), path=(a, b))
             continue
         mid = np.sqrt(a * down)
-        yield row(a, mix(x=mid / a, uncond=1 - mid / a),  # y: so that down / a y adds the guidance
-                  save=mix(x=1, e=[a / down], uncond=-a / down))
-        yield row(mid, mix(y=down / a, noise=noise, uncond=1 - down / a), path=(a, b))
+        first, last = ({'uncond': w} if cfg_pp else {'e': [w]} for w in (1 - mid / a, 1 - down / a))
+        save = mix(x=1, e=[a / down], uncond=-a / down) if cfg_pp else mix(x=1)
+        yield row(a, mix(x=mid / a, **first), save=save)
+        yield row(mid, mix(y=down / a, noise=noise, **last), path=(a, b))
 
 
 @table

@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 Rows = Row
-NOISE = 2  # the column of Row.mix that weighs fresh noise
+NOISE, UNCOND = 2, -1  # the columns of Row.mix that weigh fresh noise and the unguided output
 DENOISED = (0.0, 1.0)  # push: e0 is the denoised picture
 
 

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from .choice import call, choose
+from .choice import call, choose, flag, number
 from .levels import model_sigmas
 from .schedule_tables import check_levels, read_schedule, tabled
 from .schedules import SCHEDULES, fit
@@ -62,11 +62,14 @@ def schedule(name, steps, config, final=None, discard_penultimate=False, denoise
     Raises ValueError for an unknown name or option, or steps that the model cannot give.
     """
     function = known_schedule(name)
+    flag('discard_penultimate', discard_penultimate)
     if rescale_betas_zero_snr is not None:
-        config = dataclasses.replace(config, rescale_betas_zero_snr=bool(rescale_betas_zero_snr))
+        config = dataclasses.replace(config, rescale_betas_zero_snr=flag(
+            'rescale_betas_zero_snr', rescale_betas_zero_snr))
     total, kept = _part(steps, config.num_train_timesteps, denoise, convention)
-    total += bool(discard_penultimate)
-    levels = call('schedule', _title(name), function, total, config, **options)
+    total += discard_penultimate
+    with np.errstate(all='ignore'):  # what is not finite has an error of its own
+        levels = call('schedule', _title(name), function, total, config, **options)
     sigmas = np.append(levels, 0.0)[:total + 1]
     if final is not None:
         sigmas[-1] = choose('final', final, {'zero': 0.0, 'sigma_min': model_sigmas(config)[0]})
@@ -86,9 +89,9 @@ def _title(name):
 
 def _part(steps, count, denoise, convention):
     """Check them -> steps of the whole schedule, and how many of its last ones are kept."""
-    if not 1 <= steps <= count or steps != int(steps):
+    if not 1 <= number('steps', steps) <= count or steps != int(steps):
         raise ValueError(f'steps={steps}: expected a whole number from 1 to {count}')
-    if not 0 < denoise <= 1:
+    if not 0 < number('denoise', denoise) <= 1:
         raise ValueError(f'denoise={denoise}: expected a number above 0, at most 1')
     total, kept = choose('convention', convention, CONVENTIONS)(int(steps), denoise)
     if total > count or kept < 1:

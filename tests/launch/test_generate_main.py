@@ -17,13 +17,6 @@ def _run(*flags):
     return run_main('-m', 'launch.generate', *flags)
 
 
-@pytest.fixture(scope='module')
-def checkpoint(tiny_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('checkpoints') / 'tiny'
-    jaxsd.save(tiny_model('sd1'), folder)
-    return folder
-
-
 def test_pictures_from_prompts(checkpoint, tmp_path):
     out = tmp_path / 'new' / 'out'
     long = 'red ' * 14 + 'dog'

@@ -18,13 +18,6 @@ def _run(*flags, start=('-m', 'launch.lab')):
     return run_main(*start, *flags)
 
 
-@pytest.fixture(scope='module')
-def checkpoint(tiny_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('checkpoints') / 'tiny'
-    jaxsd.save(tiny_model('sd1'), folder)
-    return folder
-
-
 def test_sweep_writes_its_three_files(checkpoint, tmp_path):
     code, stdout, stderr = _run(
         'sweep', f'--checkpoint={checkpoint}', *SIZE, '--samplers=euler, dpmpp_2m_sde(eta=0.5)',

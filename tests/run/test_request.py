@@ -17,6 +17,7 @@ from jaxsd.run.request import MAX_SEED, Request, resolve
     (dict(prompt=None), 'prompt=None: expected a string'),
     (dict(crop=(1, 2, 3)), 'crop=.*: expected two numbers'),
     (dict(sampler='dpmpp2m'), "unknown sampler 'dpmpp2m': did you mean 'dpmpp_2m'.*euler"),
+    (dict(sampler_options='order=3'), "sampler_options='order=3': expected a mapping"),
     (dict(schedule='karas'), "unknown schedule 'karas': did you mean 'karras'.*normal"),
 ])
 def test_refused(fields, message):

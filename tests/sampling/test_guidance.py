@@ -8,7 +8,8 @@ import pytest
 from jaxsd import sampling
 from jaxsd.config import ScheduleConfig
 from jaxsd.sampling import guidance as guiding
-from jaxsd.sampling.guidance import OFF, Guidance, Projection, Threshold, ZeroStar
+from jaxsd.sampling import guidance_options as written
+from jaxsd.sampling.guidance import Guidance, Projection, Threshold, ZeroStar
 
 CONFIG = ScheduleConfig()
 SIGMAS = sampling.schedule('karras', 10, CONFIG)
@@ -37,7 +38,7 @@ def test_every_kind_at_its_neutral_value_changes_nothing():
     expected, uncond = walk(Guidance(5.0))
     np.testing.assert_allclose(expected, 5 * PICTURES[1] - 4 * PICTURES[0], atol=1e-5)
     kinds = [name for name in Guidance._fields if name not in ('scale', 'sag', 'perp_neg')]
-    off = OFF._replace(scale=5.0, perp_neg=(0.0,), sag=None)
+    off = written.OFF._replace(scale=5.0, perp_neg=(0.0,), sag=None)
     for guidance in [off] + [Guidance(5.0)._replace(**{k: getattr(off, k)}) for k in kinds]:
         out, raw = walk(guidance)
         np.testing.assert_allclose(out, expected, atol=1e-5)
@@ -125,11 +126,11 @@ def test_momentum_goes_through_the_scan_and_skips_rows_without_a_call():
     tables = [sampling.plan('euler', sigmas), sampling.plan('euler', sigmas, s_churn=2.0)]
     assert len(tables[1].sigma) == len(tables[0].sigma) + 1  # its first row only adds noise
     rows = sampling.stack(tables)
-    options = guiding.check({'apg': {'eta': 0.2, 'norm': 3.0, 'momentum': -0.4}}, 3)
+    options = written.check({'apg': {'eta': 0.2, 'norm': 3.0, 'momentum': -0.4}}, 3)
 
     def run(images):
         table = sampling.Rows(*(field[:, images] for field in rows))
-        guidance = guiding.stack([guiding.table(4.0, options, sigmas, table.sigma[:, k])
+        guidance = written.stack([written.table(4.0, options, sigmas, table.sigma[:, k])
                                   for k in range(len(images))])
 
         def denoise(x, sigma, i):  # uncond and cond take turns
@@ -163,22 +164,22 @@ def test_tables_look_up_steps_by_sigma():
     """Heun's second call at the next sigma takes the next step's value; padding is neutral."""
     rows = sampling.plan('heun', SIGMAS[-4:])
     values = (2.0, 3.0, 4.0)
-    table = guiding.table(values, {}, SIGMAS[-4:], rows.sigma)
+    table = written.table(values, {}, SIGMAS[-4:], rows.sigma)
     assert table.scale.tolist() == [2, 3, 3, 4, 4] and table.parts == 2
-    options = guiding.check({'interval': (0.3, 0.7), 'rescale': tuple(np.arange(10) / 10)}, 10)
-    table = guiding.table(7.0, options, SIGMAS, SIGMAS[:-1])
+    options = written.check({'interval': (0.3, 0.7), 'rescale': tuple(np.arange(10) / 10)}, 10)
+    table = written.table(7.0, options, SIGMAS, SIGMAS[:-1])
     assert table.scale.tolist() == [1] * 3 + [7] * 4 + [1] * 3
     np.testing.assert_array_equal(table.rescale, np.arange(10) / 10)
-    options = guiding.check({'interval_sigma': (0.3, 5.0)}, 10)
-    table = guiding.table(7.0, options, SIGMAS, SIGMAS[:-1])
+    options = written.check({'interval_sigma': (0.3, 5.0)}, 10)
+    table = written.table(7.0, options, SIGMAS, SIGMAS[:-1])
     np.testing.assert_array_equal(table.scale == 7, (0.3 < SIGMAS[:-1]) & (SIGMAS[:-1] <= 5))
 
 
 def test_stacking_keeps_what_nobody_uses_absent():
-    options = [guiding.check(o, 10) for o in (
+    options = [written.check(o, 10) for o in (
         {}, {'pag': 3.0, 'perp_neg': (('dog', 1.0),)},
         {'perp_neg': (('dog', 2.0), ('cat', 3.0)), 'apg': {}})]
-    found = guiding.stack([guiding.table(7.0, o, SIGMAS, SIGMAS) for o in options])
+    found = written.stack([written.table(7.0, o, SIGMAS, SIGMAS) for o in options])
     assert found.parts == 5 and found.momentum
     assert (found.rescale, found.threshold, found.zero_star, found.sag, found.freeu) == (None,) * 5
     assert {a.shape for a in jax.tree.leaves(found)} == {(11, 3)}
@@ -273,4 +274,4 @@ def test_steering_keeps_the_unguided_output_and_has_a_scale():
 ])
 def test_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        guiding.check(options, 10)
+        written.check(options, 10)

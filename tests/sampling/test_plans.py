@@ -14,10 +14,13 @@ CALLS = {  # of n steps, where that is not n
     'seeds_3': lambda n: 3 * n - 2, 'heunpp2': lambda n: max(1, 3 * n - 3),
     'plms': lambda n: n + (n > 1)}
 # Those that reverse the diffusion: not lcm and tcd, which need a model distilled for them.
-STOCHASTIC = {
-    'euler_ancestral', 'dpm_2_ancestral', 'ddpm', 'dpmpp_2m_sde', 'dpmpp_sde', 'dpmpp_2s_ancestral',
-    'dpmpp_3m_sde', 'seeds_2', 'seeds_3', 'restart', 'euler_ancestral_cfg_pp', 'er_sde',
-    'dpmpp_2s_ancestral_cfg_pp', 'res_multistep_ancestral', 'res_multistep_ancestral_cfg_pp'}
+STOCHASTIC = [
+    *((name, {}) for name in (
+        'euler_ancestral', 'dpm_2_ancestral', 'ddpm', 'dpmpp_2m_sde', 'dpmpp_sde', 'seeds_2',
+        'dpmpp_2s_ancestral', 'dpmpp_3m_sde', 'seeds_3', 'restart', 'euler_ancestral_cfg_pp',
+        'er_sde', 'sa_solver', 'dpmpp_2s_ancestral_cfg_pp', 'res_multistep_ancestral',
+        'res_multistep_ancestral_cfg_pp')),
+    ('ddim', {'eta': 1.0}), ('dpm_fast', {'eta': 1.0})]
 
 
 def walk(rows, denoise, x, fresh=None):
@@ -125,8 +128,8 @@ def test_convergence_order(name, options, order):
     assert abs(measured - order) < 0.2, measured
 
 
-@pytest.mark.parametrize('name', sorted(STOCHASTIC))
-def test_variance_on_gaussian_data(name):
+@pytest.mark.parametrize('name, options', STOCHASTIC)
+def test_variance_on_gaussian_data(name, options):
     """Data N(0, 0.5^2) must come out with that variance; it is computed, not sampled.
 
     All is linear, so the end is a weighted sum of the initial and the fresh noises; pushing unit
@@ -134,7 +137,7 @@ def test_variance_on_gaussian_data(name):
     """
     s2 = 0.5**2
     sigmas = np.append(np.geomspace(80, 0.002, 400), 0)
-    rows = sampling.plan(name, sigmas)
+    rows = sampling.plan(name, sigmas, **options)
     count = int((rows.mix[:, 0, 2] != 0).sum())
     basis = iter(np.eye(count + 1)[1:])
     start = np.eye(count + 1)[0] * np.sqrt(s2 + sigmas[0] ** 2)

@@ -1,0 +1,160 @@
+"""Guidance on the host: what a user writes, and from it a table, as for the samplers."""
+
+import math
+import numbers
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from .choice import choose
+from .guidance import Guidance, Projection, Threshold, ZeroStar
+
+# Every kind at the value that changes nothing.
+OFF = Guidance(1.0, 0.0, Threshold(1.0, 1.0, 0.0), ZeroStar(0.0, 0.0),
+               Projection(1.0, np.inf, 0.0, 1.0), (), 0.0, 0.0, (1.0, 1.0, 1.0, 1.0))
+
+
+def table(scale, options, sigmas, levels):
+    """One image's guidance -> Guidance of [calls]; what `options` does not name stays None.
+
+    scale: a number or one per step; options: from `check`; sigmas [steps + 1]; levels [calls]: the
+    noise level of each row, 0 where it calls no model. A value per step holds from the step's sigma
+    down to the next one's, so that both calls of a two-call sampler find theirs.
+    """
+    levels, steps = np.asarray(levels), len(sigmas) - 1
+    reached = np.asarray(sigmas)[:, None] >= levels * (1 - 1e-9)  # rounding of the levels
+    step = np.clip(reached.sum(0) - 1, 0, steps - 1)
+
+    def rows(value):
+        value = np.asarray(value, np.float64)
+        return value[np.minimum(step, len(value) - 1)] if value.ndim else np.full(step.shape, value)
+
+    scale = rows(scale)
+    if 'interval' in options:  # diffusers' rounding
+        start, stop = (int(fraction * steps) for fraction in options['interval'])
+        scale = np.where((start <= step) & (step < stop), scale, 1)
+    if 'interval_sigma' in options:
+        low, high = options['interval_sigma']
+        scale = np.where((low < levels) & (levels <= high), scale, 1)
+    found = {name: rows(options[name]) for name in ('rescale', 'pag', 'sag') if name in options}
+    if 'threshold' in options:
+        found['threshold'] = Threshold(**jax.tree.map(
+            rows, options['threshold'], is_leaf=lambda v: isinstance(v, tuple)))
+    if 'cfg_zero_star' in options:
+        found['zero_star'] = ZeroStar(
+            rows(1), (step < options['cfg_zero_star']['init_steps']).astype(np.float64))
+    if 'apg' in options:
+        eta, norm, momentum = (rows(options['apg'][name]) for name in ('eta', 'norm', 'momentum'))
+        live = levels > 0
+        found['apg'] = Projection(eta, norm, np.where(live, momentum, 1), live.astype(np.float64))
+    if 'perp_neg' in options:
+        found['perp_neg'] = tuple(rows(weight) for _, weight in options['perp_neg'])
+    if 'freeu' in options:
+        found['freeu'] = tuple(map(rows, options['freeu']))
+    return Guidance(scale, **found)
+
+
+def stack(tables):
+    """One Guidance of [calls] per image -> one of [calls,B].
+
+    A kind that some image uses is there for all; for the others its values change nothing.
+    """
+    negatives = max(len(t.perp_neg or ()) for t in tables)
+    off = jax.tree.map(lambda value: np.full(tables[0].scale.shape, value),
+                       OFF._replace(perp_neg=(0.0,) * negatives))
+    used = [any(field is not None for field in fields) for fields in zip(*tables)]
+
+    def fill(t):
+        weights = t.perp_neg and (*t.perp_neg, *off.perp_neg[len(t.perp_neg):])
+        return Guidance(*((neutral if field is None else field) if use else None for field, neutral,
+                          use in zip(t._replace(perp_neg=weights), off, used)))
+
+    return jax.tree.map(lambda *values: np.stack(values, 1), *map(fill, tables))
+
+
+def check(options, steps):
+    """Guidance options as a user writes them -> the same, complete, tuples for sequences.
+
+    Every number may be a sequence of `steps` numbers instead, but for the intervals and init_steps:
+        rescale         phi, 0 to 1
+        interval        (start, stop), fractions of the steps: outside it guidance is 1
+                        (https://arxiv.org/abs/2404.07724)
+        interval_sigma  (low, high): the same, in sigma
+        threshold       {mimic: guidance scale (1), percentile: 0 to 1 (1), weight: 0 to 1 (1)}
+        cfg_zero_star   {init_steps (1)}: the first steps have a prediction of zero
+        apg             {eta (0), norm (15), momentum (-0.5)}
+        perp_neg        ((text, weight), ...)
+        pag, sag        scale
+        freeu           (b1, b2, s1, s2) (https://arxiv.org/abs/2309.11497)
+    Raises ValueError for an unknown name and for values that are out of range.
+    """
+    if not isinstance(options, Mapping):
+        raise ValueError(f'guidance_options={options!r}: expected a mapping from names to values')
+    return {name: choose('guidance option', name, CHECKS)(f'guidance option {name}', value, steps)
+            for name, value in options.items()}
+
+
+def per_step(name, value, steps, low=-np.inf, high=np.inf):
+    """Check a number, or (unless steps is None) one for each step -> a number or a tuple."""
+    if steps is not None and isinstance(value, (list, tuple, np.ndarray)):
+        if len(value) != steps:
+            raise ValueError(f'{name}: expected a number or {steps} of them, one per step; '
+                             f'found {len(value)}')
+        return tuple(per_step(name, v, None, low, high) for v in value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f'{name}={value!r}: expected a finite number')
+    if not low <= value <= high:
+        raise ValueError(f'{name}={value}: expected {low} to {high}')
+    return value
+
+
+def _scale(low=-np.inf, high=np.inf):
+    return lambda name, value, steps: per_step(name, value, steps, low, high)
+
+
+def _several(count, low, high, rising):
+    """`count` numbers; rising: the first below the second, both fixed over the steps."""
+    def check(name, value, steps):
+        if not isinstance(value, (list, tuple, np.ndarray)) or len(value) != count:
+            raise ValueError(f'{name}={value!r}: expected {count} numbers')
+        found = tuple(per_step(name, v, None if rising else steps, low, high) for v in value)
+        if rising and not found[0] < found[1]:
+            raise ValueError(f'{name}={value!r}: expected the first to be below the second')
+        return found
+    return check
+
+
+def _fields(varies=True, **fields):
+    """A mapping; fields: name = (default, low, high); varies: may be one per step."""
+    def check(name, value, steps):
+        if not isinstance(value, Mapping):
+            raise ValueError(f'{name}={value!r}: expected a mapping, of {", ".join(fields)}')
+        for field in value:
+            choose(f'field of {name}', field, fields)
+        return {field: per_step(f'{name}.{field}', value.get(field, default),
+                                steps if varies else None, low, high)
+                for field, (default, low, high) in fields.items()}
+    return check
+
+
+def _negatives(name, value, steps):
+    if not isinstance(value, (list, tuple)) or not value or not all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
+            for pair in value):
+        raise ValueError(f'{name}={value!r}: expected pairs of a text and its weight')
+    return tuple((text, per_step(name, weight, steps)) for text, weight in value)
+
+
+CHECKS = {
+    'rescale': _scale(0, 1),
+    'interval': _several(2, 0, 1, rising=True),
+    'interval_sigma': _several(2, 0, np.inf, rising=True),
+    'threshold': _fields(mimic=(1.0, -np.inf, np.inf), percentile=(1.0, 0, 1), weight=(1.0, 0, 1)),
+    'cfg_zero_star': _fields(varies=False, init_steps=(1, 0, np.inf)),
+    'apg': _fields(eta=(0.0, -np.inf, np.inf), norm=(15.0, 0, np.inf), momentum=(-0.5, -1, 1)),
+    'perp_neg': _negatives,
+    'pag': _scale(),
+    'sag': _scale(),
+    'freeu': _several(4, 0, np.inf, rising=False),
+}
