@@ -45,6 +45,29 @@ def test_every_kind_at_its_neutral_value_changes_nothing():
         np.testing.assert_array_equal(raw, uncond)
 
 
+def test_what_is_off_is_absent_from_the_program():
+    """Only a scale: the program of classifier-free guidance written by hand, equation for equation.
+    """
+    denoise = model(2)
+
+    def by_hand(x, sigma, i, g):
+        sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
+        both = denoise(sampling.pair(x, x), sampling.pair(sigma, sigma), i)
+        both = both.reshape(-1, 2, *x.shape[1:])
+        uncond, cond = both[:, 0], both[:, 1]
+        return uncond + g.reshape(-1, 1, 1, 1) * (cond - uncond), uncond
+
+    def ours(x, sigma, i, g, **kinds):
+        return sampling.guided(denoise, Guidance(g, **kinds))(x, sigma, i)
+
+    def operations(f, **kinds):
+        program = jax.make_jaxpr(lambda *args: f(*args, **kinds))(X, SIGMA, 0, jnp.ones(2))
+        return sorted(equation.primitive.name for equation in program.eqns)
+
+    assert operations(ours) == operations(by_hand)
+    assert len(operations(ours, rescale=0.5)) > len(operations(by_hand))
+
+
 def test_each_image_and_each_row_has_its_own_values():
     scale = np.array([[2.0, 3.0], [4.0, 5.0]])
     for i, b in np.ndindex(2, 2):
