@@ -49,6 +49,14 @@ class UNetConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ControlNetConfig(UNetConfig):
+    """A ControlNet: the first half of a U-Net, and how wide the layers are that read the hint."""
+
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple = (16, 32, 96, 256)
+
+
+@dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """An AutoencoderKL. Latents seen by the U-Net are `(z - shift_factor) * scaling_factor`."""
 
@@ -70,6 +78,47 @@ class VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TinyVAEConfig:
+    """An AutoencoderTiny (TAESD), a small stand-in for a VAE; entries as in VAEConfig."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    encoder_block_out_channels: tuple = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple = (64, 64, 64, 64)
+    num_encoder_blocks: tuple = (1, 3, 3, 3)
+    num_decoder_blocks: tuple = (3, 3, 3, 1)
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    force_upcast: bool = False
+
+    @property
+    def factor(self):
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.encoder_block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DPTConfig:
+    """The hybrid DPT that MiDaS is: a ResNet stem, a vision transformer, reassembly and fusion."""
+
+    image_size: int = 384
+    patch_size: int = 16
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    layer_norm_eps: float = 1e-12
+    backbone_out_indices: tuple = (2, 5, 8, 11)
+    neck_hidden_sizes: tuple = (256, 512, 768, 768)
+    fusion_hidden_size: int = 256
+    depths: tuple = (3, 4, 9)  # of the stem, bottlenecks per stage
+    embedding_size: int = 64
+    hidden_sizes: tuple = (256, 512, 1024)  # of the stem, channels per stage
+    num_groups: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """The forward diffusion that the model was trained on."""
 
@@ -86,10 +135,12 @@ class ModelConfig:
     """Everything static about a model; hashable, so it can be a static argument of `jit`."""
 
     unet: UNetConfig
-    vae: VAEConfig
+    vae: VAEConfig | TinyVAEConfig
     schedule: ScheduleConfig = ScheduleConfig()
     text_encoder: TextConfig | None = None
     text_encoder_2: TextConfig | None = None
+    depth_estimator: DPTConfig | None = None
+    low_res: ScheduleConfig | None = None  # upscalers: how the small picture is noised
     aesthetic: bool = False  # the SDXL refiner's time ids end in an aesthetic score
     zero_negative: bool = False  # an empty negative prompt is zeros, not an encoded '' (SDXL base)
     # The released version it equals, see versions(); a label, no part of what the config is.

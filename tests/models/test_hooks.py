@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import TINY
 
-from jaxsd.models import spec, unet
+from jaxsd.models import shapes, spec, unet
 from jaxsd.models.layers import attention, attention_received
 
 CONFIG = TINY['sd1'].unet
@@ -55,7 +55,7 @@ def test_what_a_hook_returns_is_the_attention():
 
 def test_only_cross_attention_has_no_self_attention_to_hook():
     config = dataclasses.replace(CONFIG, only_cross_attention=(True, False))
-    params = spec.init_part(np.random.default_rng(0), spec._unet(config))
+    params = spec.init_part(np.random.default_rng(0), shapes.unet(config))
     seen = []
     jax.eval_shape(lambda p: unet.apply(
         p, config, jnp.ones((1, 8, 8, 4)), jnp.zeros(1), jnp.ones((1, 7, 32)),

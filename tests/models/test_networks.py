@@ -9,14 +9,14 @@ import pytest
 from conftest import TINY
 
 from jaxsd.config import UNetConfig, VAEConfig
-from jaxsd.models import layers, spec, unet, vae
+from jaxsd.models import layers, shapes, spec, unet, vae
 
 
 @pytest.mark.parametrize('name', TINY)
 def test_init_has_the_shapes_of_the_spec(name):
-    shapes = spec.spec(TINY[name])
+    table = spec.spec(TINY[name])
     params = spec.init(0, TINY[name], jnp.bfloat16)
-    assert sum(a.size for a in jax.tree.leaves(params)) == spec.count(shapes)
+    assert sum(a.size for a in jax.tree.leaves(params)) == spec.count(table)
     assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -32,7 +32,7 @@ def test_axis_orders_invert_each_other():
 
 def tiny_vae():
     config = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
-    return config, spec.init_part(np.random.default_rng(0), spec._vae(config))
+    return config, spec.init_part(np.random.default_rng(0), shapes.vae(config))
 
 
 @pytest.mark.parametrize('shape', [(64, 64), (72, 64), (80, 100)])
@@ -105,7 +105,7 @@ def test_conditions_the_network_lacks_are_refused(given, missing):
 
 def test_class_labels_change_the_picture():
     config = dataclasses.replace(TINY['sd1'].unet, num_class_embeds=5)
-    params = spec.init_part(np.random.default_rng(0), spec._unet(config))
+    params = spec.init_part(np.random.default_rng(0), shapes.unet(config))
     x = jnp.ones((2, 8, 8, 4))
     out = jax.jit(lambda p, labels: unet.apply(
         p, config, x, jnp.zeros(2), jnp.ones((2, 4, 32)), class_labels=labels))(

@@ -10,7 +10,7 @@ import torch
 from test_models import arrays
 
 from jaxsd.config import VERSIONS, read_config
-from jaxsd.models import spec, unet
+from jaxsd.models import shapes, spec, unet
 
 pytestmark = pytest.mark.parity
 
@@ -20,7 +20,7 @@ def test_sd15_unet():
     cfg = read_config('sd15').unet
     module = diffusers.UNet2DConditionModel.from_config(json.loads(
         (VERSIONS / 'sd15' / 'unet' / 'config.json').read_text())).eval()
-    assert sum(p.numel() for p in module.parameters()) == spec.count(spec._unet(cfg)) == 859520964
+    assert sum(p.numel() for p in module.parameters()) == spec.count(shapes.unet(cfg)) == 859520964
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 64, 64, 4)).astype(np.float32)
     context = rng.normal(size=(1, 77, 768)).astype(np.float32)

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from jaxsd.config import TextConfig, UNetConfig, VAEConfig, _text, _unet, _vae
-from jaxsd.models import clip, spec, unet, vae
+from jaxsd.models import clip, shapes, spec, unet, vae
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 1e-5  # of outputs of unit scale
@@ -47,7 +47,7 @@ def arrays(module):
          if not k.endswith('position_ids')}, sep='.')
 
 
-def shapes(module):
+def shapes_of(module):
     return {k: tuple(v.shape) for k, v in module.state_dict().items()
             if not k.endswith('position_ids')}
 
@@ -83,7 +83,7 @@ def test_unet(name, size):
                 'up_block_types': ('UpBlock2D', 'CrossAttnUpBlock2D'), **UNETS[name]}
     module = excite(diffusers.UNet2DConditionModel(**settings), 1)
     cfg = _unet(dict(module.config))
-    assert spec._unet(cfg) == shapes(module)
+    assert shapes.unet(cfg) == shapes_of(module)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, *size, cfg.in_channels)).astype(np.float32)
     context = rng.normal(size=(2, 7, cfg.cross_attention_dim)).astype(np.float32)
@@ -113,7 +113,7 @@ def test_vae_both_ways(levels):
         down_block_types=('DownEncoderBlock2D',) * len(levels),
         up_block_types=('UpDecoderBlock2D',) * len(levels)), 2)
     cfg = _vae(dict(module.config))
-    assert spec._vae(cfg) == shapes(module)
+    assert shapes.vae(cfg) == shapes_of(module)
     rng = np.random.default_rng(0)
     image = rng.uniform(-1, 1, (2, 48, 32, 3)).astype(np.float32)
     latent = rng.normal(size=(2, 6, 4, 4)).astype(np.float32)
@@ -139,7 +139,7 @@ def test_text(tower):
     cfg = _text(config.to_dict() | {'architectures': [kind.__name__]}, xl=xl)
     tree = arrays(module)
     tree = tree if 'text_model' in tree else {'text_model': tree}
-    assert spec.count(spec._text(cfg)) == sum(p.numel() for p in module.parameters())
+    assert spec.count(shapes.text(cfg)) == sum(p.numel() for p in module.parameters())
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 98, (2, 16))
     tokens[0, 5:], tokens[1, 12] = 99, 99  # end of text, padded with itself and with others

@@ -1,0 +1,145 @@
+"""Names and shapes of the parameters of each network, as in its files: {dotted name: shape}.
+
+The order of axes is torch's. Every function takes the network's config.
+"""
+
+
+def affine(name, channels):
+    """A norm."""
+    return {f'{name}.weight': (channels,), f'{name}.bias': (channels,)}
+
+
+def linear(name, i, o, bias=True):
+    """A linear layer of i inputs and o outputs."""
+    return {f'{name}.weight': (o, i)} | ({f'{name}.bias': (o,)} if bias else {})
+
+
+def conv(name, i, o, k=3):
+    """A k x k convolution."""
+    return {f'{name}.weight': (o, i, k, k), f'{name}.bias': (o,)}
+
+
+def text(c):
+    """CLIPTextModel (WithProjection), c: TextConfig."""
+    d, names = c.hidden_size, {}
+    names['text_model.embeddings.token_embedding.weight'] = (c.vocab_size, d)
+    names['text_model.embeddings.position_embedding.weight'] = (c.max_position_embeddings, d)
+    for i in range(c.num_hidden_layers):
+        at = f'text_model.encoder.layers.{i}'
+        for proj in ('q_proj', 'k_proj', 'v_proj', 'out_proj'):
+            names |= linear(f'{at}.self_attn.{proj}', d, d)
+        names |= affine(f'{at}.layer_norm1', d) | affine(f'{at}.layer_norm2', d)
+        names |= linear(f'{at}.mlp.fc1', d, c.intermediate_size)
+        names |= linear(f'{at}.mlp.fc2', c.intermediate_size, d)
+    names |= affine('text_model.final_layer_norm', d)
+    if c.projection_dim:
+        names |= linear('text_projection', d, c.projection_dim, bias=False)
+    return names
+
+
+def resnet(at, i, o, time=0):
+    """A residual block; time: width of the time embedding, 0: it takes none."""
+    names = affine(f'{at}.norm1', i) | conv(f'{at}.conv1', i, o)
+    names |= affine(f'{at}.norm2', o) | conv(f'{at}.conv2', o, o)
+    if time:
+        names |= linear(f'{at}.time_emb_proj', time, o)
+    return names | (conv(f'{at}.conv_shortcut', i, o, 1) if i != o else {})
+
+
+def transformer(at, c, level, layers):
+    """The transformer blocks of a U-Net's level."""
+    d, context = c.block_out_channels[level], c.cross_attention_dim
+    names = affine(f'{at}.norm', d)
+    for proj in ('proj_in', 'proj_out'):
+        names |= (linear(f'{at}.{proj}', d, d) if c.use_linear_projection
+                  else conv(f'{at}.{proj}', d, d, 1))
+    for i in range(layers):
+        block = f'{at}.transformer_blocks.{i}'
+        for attn, source in (('attn1', context if c.only_cross_attention[level] else d),
+                             ('attn2', context)):
+            names |= linear(f'{block}.{attn}.to_q', d, d, bias=False)
+            names |= linear(f'{block}.{attn}.to_k', source, d, bias=False)
+            names |= linear(f'{block}.{attn}.to_v', source, d, bias=False)
+            names |= linear(f'{block}.{attn}.to_out.0', d, d)
+        for norm in ('norm1', 'norm2', 'norm3'):
+            names |= affine(f'{block}.{norm}', d)
+        names |= linear(f'{block}.ff.net.0.proj', d, 8 * d)
+        names |= linear(f'{block}.ff.net.2', 4 * d, d)
+    return names
+
+
+def unet_encoder(c):
+    """The half of a U-Net that a ControlNet copies -> its names, and the widths of its skips."""
+    channels, levels = c.block_out_channels, len(c.block_out_channels)
+    time = 4 * channels[0]
+    names = conv('conv_in', c.in_channels, channels[0])
+    for name, width in (('time_embedding', channels[0]), ('add_embedding', c.added_dim)):
+        if width:
+            names |= linear(f'{name}.linear_1', width, time)
+            names |= linear(f'{name}.linear_2', time, time)
+    if c.num_class_embeds:
+        names['class_embedding.weight'] = (c.num_class_embeds, time)
+
+    skips = [channels[0]]
+    for level, o in enumerate(channels):
+        at = f'down_blocks.{level}'
+        for i in range(c.layers_per_block):
+            names |= resnet(f'{at}.resnets.{i}', o if i else skips[-1], o, time)
+            if c.transformer_layers[level]:
+                names |= transformer(f'{at}.attentions.{i}', c, level, c.transformer_layers[level])
+            skips.append(o)
+        if level < levels - 1:
+            names |= conv(f'{at}.downsamplers.0.conv', o, o)
+            skips.append(o)
+
+    o = channels[-1]
+    names |= resnet('mid_block.resnets.0', o, o, time) | resnet('mid_block.resnets.1', o, o, time)
+    names |= transformer('mid_block.attentions.0', c, levels - 1, c.mid_transformer_layers)
+    return names, skips
+
+
+def unet(c):
+    """UNet2DConditionModel, c: UNetConfig."""
+    channels, time = c.block_out_channels, 4 * c.block_out_channels[0]
+    names, skips = unet_encoder(c)
+    below = channels[-1]
+    for up, level in enumerate(reversed(range(len(channels)))):
+        at, o = f'up_blocks.{up}', channels[level]
+        for i in range(c.layers_per_block + 1):
+            names |= resnet(f'{at}.resnets.{i}', below + skips.pop(), o, time)
+            if c.transformer_layers[level]:
+                names |= transformer(f'{at}.attentions.{i}', c, level, c.transformer_layers[level])
+            below = o
+        if level > 0:
+            names |= conv(f'{at}.upsamplers.0.conv', o, o)
+    return names | affine('conv_norm_out', channels[0]) | conv('conv_out', channels[0],
+                                                               c.out_channels)
+
+
+def vae(c):
+    """AutoencoderKL, c: VAEConfig."""
+    channels, levels, names = c.block_out_channels, len(c.block_out_channels), {}
+    for side, order, layers, first, last in (
+            ('encoder', channels, c.layers_per_block, c.in_channels, 2 * c.latent_channels),
+            ('decoder', channels[::-1], c.layers_per_block + 1, c.latent_channels, c.out_channels)):
+        names |= conv(f'{side}.conv_in', first, order[0])
+        blocks, sampler = (('down_blocks', 'downsamplers') if side == 'encoder'
+                           else ('up_blocks', 'upsamplers'))
+        below = order[0]
+        for level, o in enumerate(order):
+            at = f'{side}.{blocks}.{level}'
+            for i in range(layers):
+                names |= resnet(f'{at}.resnets.{i}', below, o)
+                below = o
+            if level < levels - 1:
+                names |= conv(f'{at}.{sampler}.0.conv', o, o)
+        mid = f'{side}.mid_block'
+        d = channels[-1]
+        names |= resnet(f'{mid}.resnets.0', d, d) | resnet(f'{mid}.resnets.1', d, d)
+        names |= affine(f'{mid}.attentions.0.group_norm', d)
+        for proj in ('to_q', 'to_k', 'to_v', 'to_out.0'):
+            names |= linear(f'{mid}.attentions.0.{proj}', d, d)
+        names |= affine(f'{side}.conv_norm_out', order[-1]) | conv(f'{side}.conv_out', order[-1],
+                                                                     last)
+    d = c.latent_channels
+    return names | conv('quant_conv', 2 * d, 2 * d, 1) | conv('post_quant_conv', d, d, 1)
