@@ -116,6 +116,19 @@ def unet(c):
                                                                c.out_channels)
 
 
+def controlnet(c):
+    """ControlNetModel, c: ControlNetConfig."""
+    names, skips = unet_encoder(c)
+    at, widths = 'controlnet_cond_embedding', c.conditioning_embedding_out_channels
+    names |= conv(f'{at}.conv_in', c.conditioning_channels, widths[0])
+    for level, (i, o) in enumerate(zip(widths, widths[1:])):
+        names |= conv(f'{at}.blocks.{2 * level}', i, i) | conv(f'{at}.blocks.{2 * level + 1}', i, o)
+    names |= conv(f'{at}.conv_out', widths[-1], c.block_out_channels[0])
+    for i, width in enumerate(skips):
+        names |= conv(f'controlnet_down_blocks.{i}', width, width, 1)
+    return names | conv('controlnet_mid_block', skips[-1], skips[-1], 1)
+
+
 def vae(c):
     """AutoencoderKL, c: VAEConfig."""
     channels, levels, names = c.block_out_channels, len(c.block_out_channels), {}

@@ -24,49 +24,71 @@ from jaxsd.models.layers import (
 )
 
 
-def apply(params, cfg, x, t, context, added=None, class_labels=None, hook=None, freeu=None):
+def apply(params, cfg, x, t, context, added=None, class_labels=None, hook=None, freeu=None,
+          residuals=None):
     """x [B,H,W,C], t [B], context [B,T,D] -> the network's output [B,H,W,cfg.out_channels].
 
     t: training timesteps, 0 to 999, whole or not. added [B,A]: SDXL's pooled text ++ sinusoids of
     the time ids. class_labels int [B]: rows of the class embedding, for models that have one.
     hook(place, heads, q, k, v): called at every self-attention, place its name in the checkpoint
     ('mid_block.attentions.0.transformer_blocks.0.attn1'), q, k, v [B,T,C]; returns the attention's
-    output, or None to go on as usual. freeu: (b1, b2, s1, s2), each [] or [B].
+    output, or None to go on as usual. freeu: (b1, b2, s1, s2), each [] or [B]. residuals: a
+    ControlNet's, added to what `encode` gives, one for one.
     Computes in the parameters' dtype and returns x's.
     """
-    p, dtype = params, params['conv_in']['weight'].dtype
-    result = x.dtype
-    x, context = x.astype(dtype), context.astype(dtype)
-    time = _embed(p['time_embedding'],
-                  timestep_embedding(t, p['conv_in']['weight'].shape[-1]).astype(dtype))
+    context = context.astype(params['conv_in']['weight'].dtype)
+    time = embed_time(params, t, added, class_labels)
+    states = encode(params, cfg, x, time, context, hook=hook)
+    if residuals is not None:
+        states = [s + r.astype(s.dtype) for s, r in zip(states, residuals, strict=True)]
+    return _decode(params, cfg, states, time, context, hook, freeu).astype(x.dtype)
+
+
+def embed_time(p, t, added=None, class_labels=None):
+    """The time embedding [B,D] that every residual block sees; arguments as of `apply`."""
+    width, dtype = p['conv_in']['weight'].shape[-1], p['conv_in']['weight'].dtype
+    time = _embed(p['time_embedding'], timestep_embedding(t, width).astype(dtype))
     for name, value in (('add_embedding', added), ('class_embedding', class_labels)):
         if (name in p) != (value is not None):
             kind = {'add_embedding': 'added', 'class_embedding': 'class_labels'}[name]
-            raise ValueError(f'{kind}: this U-Net has {"a" if name in p else "no"} {name}, '
+            raise ValueError(f'{kind}: this network has {"a" if name in p else "no"} {name}, '
                              f'so {kind} must {"" if name in p else "not "}be given')
     if added is not None:
         time = time + _embed(p['add_embedding'], added.astype(dtype))
     if class_labels is not None:
         time = time + p['class_embedding']['weight'][class_labels]
+    return time
 
-    x = conv(p['conv_in'], x)
-    skips = [x]
+
+def encode(p, cfg, x, time, context, hint=None, hook=None):
+    """The half that a ControlNet copies -> [skip connection, ..., the middle block's output].
+
+    x [B,H,W,C]; time: from `embed_time`. hint [B,H,W,C']: added to what the first layer gives.
+    """
+    x = conv(p['conv_in'], x.astype(time.dtype))
+    if hint is not None:
+        x = x + hint.astype(x.dtype)
+    states = [x]
     for level, block in enumerate(children(p['down_blocks'])):
         for i, layer in enumerate(children(block['resnets'])):
             x = resnet(layer, x, cfg.norm_num_groups, cfg.norm_eps, time)
             if 'attentions' in block:
                 x = _transformer(block['attentions'][str(i)], cfg, level, x, context, hook,
                                  f'down_blocks.{level}.attentions.{i}')
-            skips.append(x)
+            states.append(x)
         if 'downsamplers' in block:
             x = conv(block['downsamplers']['0']['conv'], x, stride=2)  # [B,H,W,C] -> [B,H/2,W/2,C]
-            skips.append(x)
+            states.append(x)
 
     mid = p['mid_block']
     x = resnet(mid['resnets']['0'], x, cfg.norm_num_groups, cfg.norm_eps, time)
     x = _transformer(mid['attentions']['0'], cfg, -1, x, context, hook, 'mid_block.attentions.0')
-    x = resnet(mid['resnets']['1'], x, cfg.norm_num_groups, cfg.norm_eps, time)
+    return [*states, resnet(mid['resnets']['1'], x, cfg.norm_num_groups, cfg.norm_eps, time)]
 
+
+def _decode(p, cfg, states, time, context, hook, freeu):
+    """The other half: what `encode` gives -> the output [B,H,W,cfg.out_channels]."""
+    *skips, x = states
     for level, block in enumerate(children(p['up_blocks'])):
         for i, layer in enumerate(children(block['resnets'])):
             skip = skips.pop()
@@ -81,7 +103,7 @@ def apply(params, cfg, x, t, context, added=None, class_labels=None, hook=None, 
             x = upsample(block['upsamplers']['0'], x, skips[-1].shape[1:3])
 
     x = jax.nn.silu(group_norm(p['conv_norm_out'], x, cfg.norm_num_groups, cfg.norm_eps))
-    return conv(p['conv_out'], x).astype(result)
+    return conv(p['conv_out'], x)
 
 
 def _embed(p, x):

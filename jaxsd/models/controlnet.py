@@ -1,0 +1,50 @@
+"""ControlNet (Zhang et al. 2023, https://arxiv.org/abs/2302.05543): diffusers' ControlNetModel.
+
+A copy of the U-Net's first half that reads a picture, the hint, and gives what to add to the
+U-Net's skip connections and middle block, through 1x1 convolutions that start at zero.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from jaxsd.models import shapes, spec, unet
+from jaxsd.models.layers import children, conv, pointwise
+
+
+def embed(params, hint):
+    """A hint [B,8h,8w,3] in [0,1] -> [B,h,w,C]; independent of time, so it runs once a picture."""
+    p = params['controlnet_cond_embedding']
+    x = jax.nn.silu(conv(p['conv_in'], hint.astype(p['conv_in']['weight'].dtype)))
+    for i, layer in enumerate(children(p['blocks'])):
+        x = jax.nn.silu(conv(layer, x, stride=1 + i % 2))  # every other one halves height and width
+    return conv(p['conv_out'], x)
+
+
+def apply(params, cfg, x, t, context, hint, added=None, class_labels=None):
+    """What to add to the U-Net's states, unscaled: a list of [B,H_i,W_i,C_i] as unet.encode gives.
+
+    hint [B,H,W,C]: from `embed`. The other arguments are the U-Net's; cfg: ControlNetConfig.
+    Computes in the parameters' dtype.
+    """
+    time = unet.embed_time(params, t, added, class_labels)
+    states = unet.encode(params, cfg, x, time, context.astype(time.dtype), hint)
+    zeros = [*children(params['controlnet_down_blocks']), params['controlnet_mid_block']]
+    return [pointwise(p, state) for p, state in zip(zeros, states, strict=True)]
+
+
+def init_from_unet(unet_params, cfg, rng):
+    """Parameters to train from: the U-Net's first half copied, fresh layers for the hint, zeros.
+
+    rng: a numpy generator. As diffusers' ControlNetModel.from_unet.
+    """
+    found = traverse_util.flatten_dict(unet_params, sep='.')
+    table = shapes.controlnet(cfg)
+    fresh = {name: shape for name, shape in table.items() if name.startswith('controlnet_')}
+    arrays = {name: found[name] for name in table.keys() - fresh.keys()}
+    dtype = arrays['conv_in.weight'].dtype
+    for name, array in traverse_util.flatten_dict(spec.init_part(rng, fresh, dtype),
+                                                  sep='.').items():
+        hint = name.startswith('controlnet_cond_embedding') and '.conv_out.' not in name
+        arrays[name] = array if hint else jnp.zeros_like(array)
+    return traverse_util.unflatten_dict(arrays, sep='.')
