@@ -54,6 +54,7 @@ class ControlNetConfig(UNetConfig):
 
     conditioning_channels: int = 3
     conditioning_embedding_out_channels: tuple = (16, 32, 96, 256)
+    global_pool_conditions: bool = False  # what it adds is averaged over the pixels (shuffle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +227,16 @@ def _text(config, xl):
                  projection_dim=config.get('projection_dim', 512) if projected else 0)
 
 
-def _unet(config):
+def _controlnet(config):
+    order = config.get('controlnet_conditioning_channel_order', 'rgb')
+    if order != 'rgb':
+        raise ValueError(f'controlnet/config.json: controlnet_conditioning_channel_order={order!r} '
+                         'is not implemented; expected rgb')
+    up = [kind.replace('Down', 'Up') for kind in reversed(config['down_block_types'])]
+    return _unet(config | {'up_block_types': up}, ControlNetConfig, 'controlnet')
+
+
+def _unet(config, cls=UNetConfig, part='unet'):
     known = {
         'act_fn': ('silu',), 'flip_sin_to_cos': (True,), 'freq_shift': (0,),
         'center_input_sample': (False,), 'downsample_padding': (1,), 'mid_block_scale_factor': (1,),
@@ -241,7 +251,7 @@ def _unet(config):
     }
     for key, values in known.items():
         if config.get(key, values[0]) not in values:
-            raise ValueError(f'unet/config.json: {key}={config[key]!r} is not implemented; '
+            raise ValueError(f'{part}/config.json: {key}={config[key]!r} is not implemented; '
                              f'expected one of {values}')
     channels = tuple(config['block_out_channels'])
     levels = len(channels)
@@ -250,11 +260,11 @@ def _unet(config):
     for kind, up in zip(config['down_block_types'], reversed(config['up_block_types'])):
         if (kind.replace('Down', 'Up') != up
                 or kind not in ('DownBlock2D', 'CrossAttnDownBlock2D')):
-            raise ValueError(f'unet/config.json: blocks {kind!r} and {up!r} at one level are not '
+            raise ValueError(f'{part}/config.json: blocks {kind!r} and {up!r} at one level are not '
                              'implemented; expected (CrossAttn)DownBlock2D and its Up twin')
     heads = config.get('num_attention_heads') or config.get('attention_head_dim', 8)
     return _pick(
-        UNetConfig, config, transformer_layers=tuple(n * a for n, a in zip(layers, attention)),
+        cls, config, transformer_layers=tuple(n * a for n, a in zip(layers, attention)),
         mid_transformer_layers=layers[-1], heads=_per_level(heads, levels),
         only_cross_attention=_per_level(config.get('only_cross_attention') or False, levels),
         added_dim=config.get('projection_class_embeddings_input_dim') or 0,

@@ -24,13 +24,16 @@ def embed(params, hint):
 def apply(params, cfg, x, t, context, hint, added=None, class_labels=None):
     """What to add to the U-Net's states, unscaled: a list of [B,H_i,W_i,C_i] as unet.encode gives.
 
-    hint [B,H,W,C]: from `embed`. The other arguments are the U-Net's; cfg: ControlNetConfig.
-    Computes in the parameters' dtype.
+    hint [B,H,W,C]: from `embed`. The other arguments are the U-Net's; cfg: ControlNetConfig, where
+    global_pool_conditions makes it [B,1,1,C_i]. Computes in the parameters' dtype.
     """
     time = unet.embed_time(params, t, added, class_labels)
     states = unet.encode(params, cfg, x, time, context.astype(time.dtype), hint)
     zeros = [*children(params['controlnet_down_blocks']), params['controlnet_mid_block']]
-    return [pointwise(p, state) for p, state in zip(zeros, states, strict=True)]
+    residuals = [pointwise(p, state) for p, state in zip(zeros, states, strict=True)]
+    if cfg.global_pool_conditions:
+        return [r.mean((1, 2), keepdims=True) for r in residuals]
+    return residuals
 
 
 def init_from_unet(unet_params, cfg, rng):

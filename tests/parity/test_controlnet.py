@@ -1,0 +1,98 @@
+"""ControlNet against diffusers' ControlNetModel and UNet2DConditionModel, tiny, in float32."""
+
+import dataclasses
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from test_models import UNETS, arrays, close, excite, nchw, shapes_of
+
+from jaxsd.config import ControlNetConfig, _controlnet, _unet
+from jaxsd.models import controlnet, shapes, unet
+from jaxsd.models.layers import timestep_embedding
+
+pytestmark = pytest.mark.parity
+
+
+def networks(family):
+    """diffusers' U-Net and ControlNet of a family in miniature, with zero convolutions of noise."""
+    torch.manual_seed(0)
+    down = ('CrossAttnDownBlock2D', 'DownBlock2D')
+    settings = {'block_out_channels': (32, 64), 'layers_per_block': 1, 'norm_num_groups': 8,
+                'down_block_types': down, **UNETS[family]}
+    up = {'up_block_types': [kind.replace('Down', 'Up')
+                             for kind in reversed(settings['down_block_types'])]}
+    net = excite(diffusers.UNet2DConditionModel(**settings | up), 1)
+    settings.pop('up_block_types', None)
+    control = excite(diffusers.ControlNetModel(
+        **settings, conditioning_embedding_out_channels=(16, 24, 32, 40)), 2)
+    with torch.no_grad():
+        for p in control.parameters():
+            if p.ndim == 4 and not p.any():
+                p.normal_(std=p[0].numel() ** -0.5)
+    return net, control
+
+
+@pytest.mark.parametrize('family, size, pool', [
+    ('sd1', (16, 16), False), ('sd2', (9, 14), False), ('sdxl', (16, 16), False),
+    ('sd1', (16, 8), True)])
+def test_residuals_and_controlled_unet(family, size, pool):
+    net, control = networks(family)
+    control.register_to_config(global_pool_conditions=pool)
+    cfg, unet_cfg = _controlnet(dict(control.config)), _unet(dict(net.config))
+    assert cfg.global_pool_conditions == pool and isinstance(cfg, ControlNetConfig)
+    assert {f.name: getattr(cfg, f.name) for f in dataclasses.fields(unet_cfg)} == (
+        dataclasses.asdict(unet_cfg))
+    assert shapes.controlnet(cfg) == shapes_of(control)
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *size, 4)).astype(np.float32)
+    hint = rng.uniform(size=(2, 8 * size[0], 8 * size[1], 3)).astype(np.float32)
+    context = rng.normal(size=(2, 7, cfg.cross_attention_dim)).astype(np.float32)
+    t, more, theirs = np.array([3, 801.5], np.float32), {}, {}
+    if cfg.added_dim:
+        ids = rng.integers(0, 100, (2, 6)).astype(np.float32)
+        pooled = rng.normal(size=(2, 32)).astype(np.float32)
+        theirs['added_cond_kwargs'] = {'text_embeds': torch.tensor(pooled),
+                                       'time_ids': torch.tensor(ids)}
+        more['added'] = np.concatenate(
+            [pooled, timestep_embedding(ids, cfg.added_time_dim).reshape(2, -1)], -1)
+
+    scales = (0.7, 1.3)  # of each picture
+
+    @jax.jit
+    def ours(control, net):
+        embedded = controlnet.embed(control, hint)
+        residuals = controlnet.apply(control, cfg, x, t, context, embedded, **more)
+        scaled = [r * np.reshape(scales, (2, 1, 1, 1)) for r in residuals]
+        return residuals, unet.apply(net, unet_cfg, x, t, context, residuals=scaled, **more)
+
+    residuals, out = ours(arrays(control), arrays(net))
+    inputs = (nchw(x), torch.tensor(t), torch.tensor(context))
+    with torch.no_grad():
+        down, mid = control(*inputs, controlnet_cond=nchw(hint), return_dict=False, **theirs)
+        assert len(residuals) == len(down) + 1
+        for mine, other in zip(residuals, (*down, mid)):
+            close(mine, other.permute(0, 2, 3, 1))
+        s = torch.tensor(scales).reshape(2, 1, 1, 1)
+        plain = net(*inputs, **theirs).sample
+        expected = net(*inputs, down_block_additional_residuals=[d * s for d in down],
+                       mid_block_additional_residual=mid * s, **theirs).sample
+    assert (expected - plain).std() > 0.1 * plain.std()
+    close(out, expected.permute(0, 2, 3, 1))
+
+
+def test_init_from_unet_is_diffusers_from_unet():
+    net, _ = networks('sdxl')
+    theirs = diffusers.ControlNetModel.from_unet(net)
+    cfg = _controlnet(dict(theirs.config))
+    found = controlnet.init_from_unet(arrays(net), cfg, np.random.default_rng(0))
+    expected = arrays(theirs)
+    blocks = expected['controlnet_cond_embedding'].pop('blocks')
+    first = expected['controlnet_cond_embedding'].pop('conv_in')
+    fresh = {k: found['controlnet_cond_embedding'].pop(k) for k in ('blocks', 'conv_in')}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)  # copies and zeros, all equal
+    for a, b in zip(jax.tree.leaves(fresh), jax.tree.leaves({'blocks': blocks, 'conv_in': first})):
+        assert a.shape == b.shape and (a.ndim == 1 or 0.5 < a.std() / b.std() < 2)
