@@ -31,14 +31,14 @@ class Place(NamedTuple):
 
 def places(config, shapes):
     """{component: {folder name: Place}} for a ModelConfig and its models.spec.spec."""
-    rules = {'unet': _unet_rules(config.unet), 'vae': _vae_rules(config.vae)}
-    table = {}
-    for part, prefix in prefixes(config).items():
-        if part in TEXT_ENCODERS:
-            rules[part] = _OPENCLIP if is_openclip(getattr(config, part)) else []
-        table[part] = {name: _place(name, rules[part], prefix, part, shape)
-                       for name, shape in shapes[part].items()}
-    return table
+    return {part: network_places(part, getattr(config, part), shapes[part], prefix)
+            for part, prefix in prefixes(config).items()}
+
+
+def network_places(part, config, shapes, prefix=''):
+    """{folder name: Place} of one network: a ModelConfig's component, or a 'controlnet'."""
+    rules = _RULES[part](config)
+    return {name: _place(name, rules, prefix, part, shape) for name, shape in shapes.items()}
 
 
 def prefixes(config):
@@ -165,6 +165,27 @@ def _vae_rules(c):
         (r'resnets', 'block'),
         (r'conv_shortcut', 'nin_shortcut'),
     ]
+
+
+def _controlnet_rules(c):
+    return [
+        (r'^controlnet_cond_embedding\.conv_in', 'input_hint_block.0'),
+        (r'^controlnet_cond_embedding\.blocks\.(\d+)',
+         lambda m: f'input_hint_block.{2 * int(m[1]) + 2}'),  # a silu stands between two layers
+        (r'^controlnet_cond_embedding\.conv_out',
+         f'input_hint_block.{4 * len(c.conditioning_embedding_out_channels) - 2}'),
+        (r'^controlnet_down_blocks\.(\d+)', r'zero_convs.\1.0'),
+        (r'^controlnet_mid_block', 'middle_block_out.0'),
+        *_unet_rules(c),
+    ]
+
+
+def _text_rules(c):
+    return _OPENCLIP if is_openclip(c) else []
+
+
+_RULES = {'unet': _unet_rules, 'vae': _vae_rules, 'controlnet': _controlnet_rules,
+          **dict.fromkeys(TEXT_ENCODERS, _text_rules)}
 
 
 def _place(name, rules, prefix, part, shape):
