@@ -4,12 +4,16 @@ A copy of the U-Net's first half that reads a picture, the hint, and gives what 
 U-Net's skip connections and middle block, through 1x1 convolutions that start at zero.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
 from jaxsd.models import shapes, spec, unet
 from jaxsd.models.layers import children, conv, pointwise
+
+FAMILIES = {768: '1.x', 1024: '2.x', 1280: 'the SDXL refiner', 2048: 'SDXL'}  # by width of the text
 
 
 def embed(params, hint):
@@ -34,6 +38,26 @@ def apply(params, cfg, x, t, context, hint, added=None, class_labels=None):
     if cfg.global_pool_conditions:
         return [r.mean((1, 2), keepdims=True) for r in residuals]
     return residuals
+
+
+def check(cfg, unet_cfg):
+    """ValueError unless a ControlNet fits a U-Net: what it is made for and what is needed."""
+    needed = dataclasses.replace(
+        cfg, **{name: getattr(unet_cfg, name) for name in (
+            'cross_attention_dim', 'block_out_channels', 'layers_per_block', 'added_dim')})
+    if cfg.in_channels not in (unet_cfg.in_channels, unet_cfg.out_channels):
+        needed = dataclasses.replace(needed, in_channels=unet_cfg.out_channels)
+    differ = [f'{f.name} {getattr(cfg, f.name)} instead of {getattr(needed, f.name)}'
+              for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(needed, f.name)]
+    if differ:
+        raise ValueError(f'this ControlNet is for {_family(cfg)}, the model is '
+                         f'{_family(unet_cfg)}: {", ".join(differ)}; give a ControlNet made for '
+                         'the model')
+
+
+def _family(cfg):
+    width = cfg.cross_attention_dim
+    return f'{FAMILIES.get(width, "a model")} ({width}-wide text)'
 
 
 def init_from_unet(unet_params, cfg, rng):

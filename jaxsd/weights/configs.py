@@ -109,6 +109,12 @@ def _unet(c):
     }
 
 
+def _controlnet(c):
+    without = ('up_block_types', 'out_channels', 'sample_size', 'center_input_sample')
+    return {k: v for k, v in _unet(c).items() if k not in without} | {
+        '_class_name': 'ControlNetModel', 'controlnet_conditioning_channel_order': 'rgb'}
+
+
 def _vae(c):
     levels = len(c.block_out_channels)
     return {'_class_name': 'AutoencoderKL', 'act_fn': 'silu', **_plain(c),

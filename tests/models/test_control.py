@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 from flax import traverse_util
 
-from jaxsd.config import ControlNetConfig
+from jaxsd.config import ControlNetConfig, read_config
 from jaxsd.models import controlnet, shapes, spec, unet
 
 WIDTHS = (4, 6, 8, 10)
@@ -75,3 +75,25 @@ def test_residuals_must_be_one_for_one():
     with pytest.raises(ValueError, match='zip'):
         jax.eval_shape(
             lambda p: unet.apply(p, TINY['sd1'].unet, x, t, context, residuals=[]), net)
+
+
+@pytest.mark.parametrize('control, model, said', [
+    ('sd15', 'sd21', r'for 1.x \(768-wide text\), the model is 2.x \(1024-wide text\)'),
+    ('sd21', 'sdxl', r'for 2.x \(1024-wide text\), the model is SDXL \(2048-wide text\)'),
+    ('sdxl', 'sdxl_refiner', r'for SDXL \(2048-.*, the model is the SDXL refiner \(1280-.*2560'),
+])
+def test_a_controlnet_of_another_version(control, model, said):
+    configs = {name: read_config(name).unet for name in (control, model)}
+    cfg = ControlNetConfig(**dataclasses.asdict(configs[control]))
+    controlnet.check(cfg, configs[control])
+    with pytest.raises(ValueError, match=said) as error:
+        controlnet.check(cfg, configs[model])
+    assert '\n' not in str(error.value)
+
+
+def test_a_controlnet_fits_models_with_more_input_and_other_depths():
+    cfg = ControlNetConfig(transformer_layers=(1, 1, 0, 0))
+    controlnet.check(cfg, read_config('sd15_inpainting').unet)
+    wide = dataclasses.replace(cfg, in_channels=8)
+    with pytest.raises(ValueError, match='in_channels 8 instead of 4'):
+        controlnet.check(wide, read_config('sd15').unet)
