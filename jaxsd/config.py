@@ -58,6 +58,22 @@ class ControlNetConfig(UNetConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class T2IAdapterConfig:
+    """A T2I-Adapter; `channels` has one entry per feature, from the finest to the coarsest."""
+
+    in_channels: int = 3
+    channels: tuple = (320, 640, 1280, 1280)
+    num_res_blocks: int = 2
+    downscale_factor: int = 8  # pixels along each side of the squares that are read first
+    adapter_type: str = 'full_adapter'  # or full_adapter_xl
+
+    @property
+    def halved(self):
+        """The features that are half as high and wide as the one before."""
+        return (2,) if self.adapter_type == 'full_adapter_xl' else range(1, len(self.channels))
+
+
+@dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """An AutoencoderKL. Latents seen by the U-Net are `(z - shift_factor) * scaling_factor`."""
 

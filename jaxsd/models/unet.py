@@ -25,7 +25,7 @@ from jaxsd.models.layers import (
 
 
 def apply(params, cfg, x, t, context, added=None, class_labels=None, hook=None, freeu=None,
-          residuals=None):
+          residuals=None, features=()):
     """x [B,H,W,C], t [B], context [B,T,D] -> the network's output [B,H,W,cfg.out_channels].
 
     t: training timesteps, 0 to 999, whole or not. added [B,A]: SDXL's pooled text ++ sinusoids of
@@ -33,12 +33,13 @@ def apply(params, cfg, x, t, context, added=None, class_labels=None, hook=None, 
     hook(place, heads, q, k, v): called at every self-attention, place its name in the checkpoint
     ('mid_block.attentions.0.transformer_blocks.0.attn1'), q, k, v [B,T,C]; returns the attention's
     output, or None to go on as usual. freeu: (b1, b2, s1, s2), each [] or [B]. residuals: a
-    ControlNet's, added to what `encode` gives, one for one.
+    ControlNet's, added to what `encode` gives, one for one. features: a
+    T2I-Adapter's, one per level, see `encode`. Both scaled, and summed over several networks.
     Computes in the parameters' dtype and returns x's.
     """
     context = context.astype(params['conv_in']['weight'].dtype)
     time = embed_time(params, t, added, class_labels)
-    states = encode(params, cfg, x, time, context, hook=hook)
+    states = encode(params, cfg, x, time, context, hook=hook, features=features)
     if residuals is not None:
         states = [s + r.astype(s.dtype) for s, r in zip(states, residuals, strict=True)]
     return _decode(params, cfg, states, time, context, hook, freeu).astype(x.dtype)
@@ -60,11 +61,19 @@ def embed_time(p, t, added=None, class_labels=None):
     return time
 
 
-def encode(p, cfg, x, time, context, hint=None, hook=None):
+def encode(p, cfg, x, time, context, hint=None, hook=None, features=()):
     """The half that a ControlNet copies -> [skip connection, ..., the middle block's output].
 
     x [B,H,W,C]; time: from `embed_time`. hint [B,H,W,C']: added to what the first layer gives.
+    features: added after the last attention of each level, or at its end where it has none; one
+    too many is added at the very end (diffusers' down_intrablock_additional_residuals).
     """
+    features = iter(features)
+
+    def adapt(x):
+        feature = next(features, None)
+        return x if feature is None else x + feature.astype(x.dtype)
+
     x = conv(p['conv_in'], x.astype(time.dtype))
     if hint is not None:
         x = x + hint.astype(x.dtype)
@@ -76,14 +85,19 @@ def encode(p, cfg, x, time, context, hint=None, hook=None):
                 x = _transformer(block['attentions'][str(i)], cfg, level, x, context, hook,
                                  f'down_blocks.{level}.attentions.{i}')
             states.append(x)
+        if 'attentions' in block:
+            x = states[-1] = adapt(x)
         if 'downsamplers' in block:
             x = conv(block['downsamplers']['0']['conv'], x, stride=2)  # [B,H,W,C] -> [B,H/2,W/2,C]
             states.append(x)
+        if 'attentions' not in block:
+            x = states[-1] = adapt(x)
 
     mid = p['mid_block']
     x = resnet(mid['resnets']['0'], x, cfg.norm_num_groups, cfg.norm_eps, time)
     x = _transformer(mid['attentions']['0'], cfg, -1, x, context, hook, 'mid_block.attentions.0')
-    return [*states, resnet(mid['resnets']['1'], x, cfg.norm_num_groups, cfg.norm_eps, time)]
+    x = resnet(mid['resnets']['1'], x, cfg.norm_num_groups, cfg.norm_eps, time)
+    return [*states, adapt(x)]
 
 
 def _decode(p, cfg, states, time, context, hook, freeu):

@@ -1,4 +1,4 @@
-"""ControlNet against diffusers' ControlNetModel and UNet2DConditionModel, tiny, in float32."""
+"""ControlNet and T2I-Adapter against diffusers, with its U-Net, tiny, in float32."""
 
 import dataclasses
 
@@ -9,19 +9,25 @@ import pytest
 import torch
 from test_models import UNETS, arrays, close, excite, nchw, shapes_of
 
-from jaxsd.config import ControlNetConfig, _controlnet, _unet
-from jaxsd.models import controlnet, shapes, unet
+from jaxsd.config import ControlNetConfig, T2IAdapterConfig, _controlnet, _pick, _unet
+from jaxsd.models import controlnet, shapes, t2i_adapter, unet
 from jaxsd.models.layers import timestep_embedding
 
 pytestmark = pytest.mark.parity
 
 
-def networks(family):
+# SDXL with all its levels: an adapter for it has one feature more, for the middle block.
+THREE = {'block_out_channels': (32, 64, 64), 'attention_head_dim': (2, 4, 4),
+         'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+         'transformer_layers_per_block': (1, 1, 2)}
+
+
+def networks(family, more=None):
     """diffusers' U-Net and ControlNet of a family in miniature, with zero convolutions of noise."""
     torch.manual_seed(0)
     down = ('CrossAttnDownBlock2D', 'DownBlock2D')
     settings = {'block_out_channels': (32, 64), 'layers_per_block': 1, 'norm_num_groups': 8,
-                'down_block_types': down, **UNETS[family]}
+                'down_block_types': down} | UNETS[family] | (more or {})
     up = {'up_block_types': [kind.replace('Down', 'Up')
                              for kind in reversed(settings['down_block_types'])]}
     net = excite(diffusers.UNet2DConditionModel(**settings | up), 1)
@@ -33,6 +39,17 @@ def networks(family):
             if p.ndim == 4 and not p.any():
                 p.normal_(std=p[0].numel() ** -0.5)
     return net, control
+
+
+def conditions(cfg, rng):
+    """SDXL's further inputs, for us and for diffusers."""
+    if not cfg.added_dim:
+        return {}, {}
+    ids = rng.integers(0, 100, (2, 6)).astype(np.float32)
+    pooled = rng.normal(size=(2, 32)).astype(np.float32)
+    sinusoids = timestep_embedding(ids, cfg.added_time_dim).reshape(2, -1)
+    return {'added': np.concatenate([pooled, sinusoids], -1)}, {
+        'added_cond_kwargs': {'text_embeds': torch.tensor(pooled), 'time_ids': torch.tensor(ids)}}
 
 
 @pytest.mark.parametrize('family, size, pool', [
@@ -51,15 +68,8 @@ def test_residuals_and_controlled_unet(family, size, pool):
     x = rng.normal(size=(2, *size, 4)).astype(np.float32)
     hint = rng.uniform(size=(2, 8 * size[0], 8 * size[1], 3)).astype(np.float32)
     context = rng.normal(size=(2, 7, cfg.cross_attention_dim)).astype(np.float32)
-    t, more, theirs = np.array([3, 801.5], np.float32), {}, {}
-    if cfg.added_dim:
-        ids = rng.integers(0, 100, (2, 6)).astype(np.float32)
-        pooled = rng.normal(size=(2, 32)).astype(np.float32)
-        theirs['added_cond_kwargs'] = {'text_embeds': torch.tensor(pooled),
-                                       'time_ids': torch.tensor(ids)}
-        more['added'] = np.concatenate(
-            [pooled, timestep_embedding(ids, cfg.added_time_dim).reshape(2, -1)], -1)
-
+    t = np.array([3, 801.5], np.float32)
+    more, theirs = conditions(cfg, rng)
     scales = (0.7, 1.3)  # of each picture
 
     @jax.jit
@@ -96,3 +106,37 @@ def test_init_from_unet_is_diffusers_from_unet():
     jax.tree.map(np.testing.assert_array_equal, found, expected)  # copies and zeros, all equal
     for a, b in zip(jax.tree.leaves(fresh), jax.tree.leaves({'blocks': blocks, 'conv_in': first})):
         assert a.shape == b.shape and (a.ndim == 1 or 0.5 < a.std() / b.std() < 2)
+
+
+@pytest.mark.parametrize('family, levels, kind, size, channels', [
+    ('sd1', None, 'full_adapter', (9, 14), (32, 64)),
+    ('sdxl', THREE, 'full_adapter_xl', (16, 12), (32, 64, 64, 64))])
+def test_adapted_unet(family, levels, kind, size, channels):
+    net, _ = networks(family, levels)
+    torch.manual_seed(0)
+    adapter = excite(diffusers.T2IAdapter(
+        channels=channels, adapter_type=kind, downscale_factor=16 if kind.endswith('xl') else 8), 3)
+    cfg, unet_cfg = _pick(T2IAdapterConfig, dict(adapter.config)), _unet(dict(net.config))
+    assert t2i_adapter.names(cfg) == shapes_of(adapter)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *size, 4)).astype(np.float32)
+    hint = rng.uniform(size=(2, 8 * size[0], 8 * size[1], 3)).astype(np.float32)
+    context = rng.normal(size=(2, 7, unet_cfg.cross_attention_dim)).astype(np.float32)
+    more, theirs = conditions(unet_cfg, rng)
+    t = np.array([3, 801.5], np.float32)
+
+    @jax.jit
+    def ours(adapter, net):
+        features = t2i_adapter.apply(adapter, cfg, hint)
+        return features, unet.apply(net, unet_cfg, x, t, context, features=features, **more)
+
+    features, out = ours(arrays(adapter), arrays(net))
+    with torch.no_grad():
+        expected = adapter(nchw(hint))
+        for mine, other in zip(features, expected, strict=True):
+            close(mine, other.permute(0, 2, 3, 1))
+        inputs = (nchw(x), torch.tensor(t), torch.tensor(context))
+        plain = net(*inputs, **theirs).sample
+        expected = net(*inputs, down_intrablock_additional_residuals=expected, **theirs).sample
+    assert (expected - plain).std() > 0.1 * plain.std()
+    close(out, expected.permute(0, 2, 3, 1))

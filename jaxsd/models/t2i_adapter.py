@@ -1,0 +1,52 @@
+"""T2I-Adapter (Mou et al. 2023, https://arxiv.org/abs/2302.08453): diffusers' T2IAdapter.
+
+A small network that reads a picture once, before sampling, and gives a feature for each level of
+the U-Net's first half: the types full_adapter (1.x, 2.x) and full_adapter_xl (SDXL).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxsd.models import shapes
+from jaxsd.models.layers import children, conv, pointwise
+
+
+def apply(params, cfg, hint):
+    """A hint [B,H,W,cfg.in_channels] in [0,1] -> unet.apply's `features`, unscaled.
+
+    H, W: multiples of 8 (of 16 for SDXL). cfg: T2IAdapterConfig.
+    """
+    p, r = params['adapter'], cfg.downscale_factor
+    B, H, W, C = hint.shape
+    x = hint.astype(p['conv_in']['weight'].dtype).reshape(B, H // r, r, W // r, r, C)
+    x = x.transpose(0, 1, 3, 5, 2, 4).reshape(B, H // r, W // r, -1)  # channels vary slowest
+    x, features = conv(p['conv_in'], x), []
+    for i, block in enumerate(children(p['body'])):
+        if i in cfg.halved:
+            x = _halve(x)
+        if 'in_conv' in block:
+            x = pointwise(block['in_conv'], x)
+        for layer in children(block['resnets']):
+            x = x + pointwise(layer['block2'], jax.nn.relu(conv(layer['block1'], x)))
+        features.append(x)
+    return features
+
+
+def _halve(x):
+    """Mean of 2x2 pixels, of those that exist at odd edges: [B,H,W,C] -> [B,ceil(H/2),...]."""
+    B, H, W, C = x.shape
+    x = jnp.pad(x, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), 'edge')
+    return x.reshape(B, -(-H // 2), 2, -(-W // 2), 2, C).mean((2, 4))
+
+
+def names(c):
+    """Names and shapes of the parameters, see shapes.py."""
+    table = shapes.conv('adapter.conv_in', c.in_channels * c.downscale_factor**2, c.channels[0])
+    for i, (below, o) in enumerate(zip((c.channels[0], *c.channels), c.channels)):
+        at = f'adapter.body.{i}'
+        if below != o:
+            table |= shapes.conv(f'{at}.in_conv', below, o, 1)
+        for j in range(c.num_res_blocks):
+            table |= shapes.conv(f'{at}.resnets.{j}.block1', o, o)
+            table |= shapes.conv(f'{at}.resnets.{j}.block2', o, o, 1)
+    return table
