@@ -17,7 +17,7 @@ __version__ = '0.1.0'
 _WHERE = {
     'load': 'jaxsd.weights', 'save': 'jaxsd.weights', 'Model': 'jaxsd.weights',
     'read_config': 'jaxsd.config', 'ModelConfig': 'jaxsd.config', 'versions': 'jaxsd.config',
-    'generate': 'jaxsd.run', 'Request': 'jaxsd.run',
+    'generate': 'jaxsd.run', 'Request': 'jaxsd.run', 'Control': 'jaxsd.run',
 }
 __all__ = sorted(_WHERE)
 

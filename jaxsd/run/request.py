@@ -1,25 +1,66 @@
-"""What a user asks for: one picture."""
+"""What a user asks for: one picture, from a text and whatever else it shall follow."""
 
 import dataclasses
 import math
 import numbers
 import os
 import random
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from jaxsd.sampling import SAMPLERS, known_schedule
-from jaxsd.sampling.choice import choose
+from jaxsd.sampling.choice import choose, one_of
 from jaxsd.sampling.guidance_options import check, per_step
 
 MAX_SEED = 2**64 - 1
 
 
+RESIZE = ('crop', 'pad', 'stretch')
+FILLS = ('original', 'edge', 'noise', 'latent')
+MASK_MODES = ('blend', 'strength')
+GUESS = ('diffusers', 'original')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Control:
+    """One ControlNet at work on one picture; all of it is data.
+
+    net: its name among model.controlnets. image: the hint as the network was trained on it (edges,
+    a depth map, a pose ...), as for Request.image. It counts times `scale` from the fraction
+    `start` of the steps to the fraction `end`, as in diffusers. guess: the hint alone decides: it
+    does not count for the negative prompt, and less the finer the level: 'diffusers' from 0.1 to 1
+    evenly in the logarithm, 'original' by 0.825 a level (lllyasviel/ControlNet).
+    """
+
+    net: str
+    image: Any
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guess: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.net, str):
+            raise ValueError(f'control net={self.net!r}: expected the name of a ControlNet')
+        if self.image is None:
+            raise ValueError(f'control {self.net!r}: expected image=, the hint to follow')
+        _number('control scale', self.scale)
+        _number('control start', self.start, 0, 1)
+        _number('control end', self.end, 0, 1)
+        if self.start >= self.end:
+            raise ValueError(f'control start={self.start}, end={self.end}: expected start < end')
+        if self.guess is not None:
+            one_of('guess mode', self.guess, GUESS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One picture. Everything except its size is data: no field but width and height recompiles,
-    nor any value of guidance_options; using a kind of guidance that the last batch did not, does.
+    """One picture. Everything except its size is data: no field but width and height recompiles.
+    What compiles is a kind that the last batch did not have: of guidance, an image to start from, a
+    mask, a ControlNet; within a kind every value may differ from picture to picture.
 
+    image, mask, depth: a path, a PIL image or an array, of any mode that Pillow reads.
     Raises ValueError, at construction, for values that no model could serve.
     """
 
@@ -32,6 +73,24 @@ class Request:
     guidance: Any = 7.0  # classifier-free guidance scale, or one for each step; 1: none
     width: int | None = None  # pixels; None: the model's native size
     height: int | None = None
+    aspect: str | None = None  # SDXL: 'W:H', the nearest size that it was trained on
+    image: Any = None  # to start from, to repaint, to take the depth of, or to enlarge
+    strength: float | None = None  # 0: the image as it is; 1: all new. None: 1 with a mask or
+    # outpaint, 0.75 without
+    resize: str = 'crop'  # how an image comes to the picture's size: crop, pad or stretch
+    mask: Any = None  # of the image's size; white is painted anew, black stays to the bit
+    mask_mode: str = 'blend'  # gray of the mask: a mixture, or 'strength' (differential diffusion)
+    mask_blur: float = 0.0  # pixels by which a mask's border is softened
+    only_masked: int | None = None  # paint only the mask's box, so many pixels wider, at full size
+    fill: str | None = None  # what a mask hides at first: original, edge, noise, or latent noise
+    outpaint: tuple | None = None  # pixels to add: (left, top, right, bottom)
+    depth: Any = None  # depth models: near is white; None: estimated from the image
+    controls: tuple = ()  # of Control
+    class_label: int | None = None  # class-conditional models; upscaler: noise level, None: 20
+    negative_class_label: int | None = None  # None: the last class; upscaler: the same level
+    prompt_2: str | None = None  # SDXL: for its second text encoder; None: the same prompt
+    negative_prompt_2: str | None = None
+    switch: float = 0.8  # with a refiner: the part of the noise that the base model removes
     eta: float | None = None  # noise of ddim and the ancestral samplers; None: the sampler's own
     sampler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     schedule_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -43,9 +102,10 @@ class Request:
     negative_aesthetic: float = 2.5
 
     def __post_init__(self):
-        for name in ('prompt', 'negative_prompt', 'sampler'):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f'{name}={getattr(self, name)!r}: expected a string')
+        for name in ('prompt', 'negative_prompt', 'sampler', 'prompt_2', 'negative_prompt_2'):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name.endswith('_2') and value is None):
+                raise ValueError(f'{name}={value!r}: expected a string')
         choose('sampler', self.sampler, SAMPLERS)
         known_schedule(self.schedule)
         if not isinstance(self.schedule, str):
@@ -64,19 +124,64 @@ class Request:
                             ('guidance_options', check(self.guidance_options, self.steps))):
             object.__setattr__(self, name, value)
         for name in ('eta', 'aesthetic', 'negative_aesthetic'):
-            value = getattr(self, name)
-            if name == 'eta' and value is None:
-                continue
-            if not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise ValueError(f'{name}={value!r}: expected a finite number')
+            if name != 'eta' or self.eta is not None:
+                _number(name, getattr(self, name))
+        self._check_image()
         for name in ('original_size', 'crop', 'target_size'):
             value = getattr(self, name)
             if value is not None and len(tuple(value)) != 2:
                 raise ValueError(f'{name}={value!r}: expected two numbers')
 
+    def _check_image(self):
+        """Of what concerns pictures, all that can be known without opening them."""
+        if self.strength is not None:
+            _number('strength', self.strength, 0, 1)
+        _number('switch', self.switch, 0, 1)
+        _number('mask_blur', self.mask_blur, 0)
+        one_of('resize', self.resize, RESIZE)
+        one_of('mask_mode', self.mask_mode, MASK_MODES)
+        if self.fill is not None:
+            one_of('fill', self.fill, FILLS)
+        for name in ('only_masked', 'class_label', 'negative_class_label'):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0)
+        if self.outpaint is not None:
+            if not isinstance(self.outpaint, (tuple, list)) or len(self.outpaint) != 4:
+                raise ValueError(f'outpaint={self.outpaint!r}: expected four whole numbers, the '
+                                 'pixels to add at the left, top, right and bottom')
+            for amount in self.outpaint:
+                _integer('outpaint', amount, 0)
+            object.__setattr__(self, 'outpaint', tuple(map(int, self.outpaint)))
+            if not any(self.outpaint):
+                raise ValueError('outpaint=(0, 0, 0, 0): expected pixels to add on some side')
+        if self.mask is not None and self.outpaint is not None:
+            raise ValueError('mask and outpaint: expected one of them; outpainting masks what it '
+                             'adds')
+        for name in ('mask', 'outpaint'):
+            if getattr(self, name) is not None and self.image is None:
+                raise ValueError(f'{name}: expected image= as well, the picture to paint on')
+        if self.only_masked is not None and self.mask is None:
+            raise ValueError(f'only_masked={self.only_masked}: expected mask= as well')
+        if not isinstance(self.controls, (tuple, list)) or not all(
+                isinstance(control, Control) for control in self.controls):
+            raise ValueError(f'controls={self.controls!r}: expected a list of jaxsd.Control')
+        names = [control.net for control in self.controls]
+        if len(set(names)) < len(names):
+            raise ValueError(f'controls: {names} names a ControlNet twice; give it a second name '
+                             'in model.controlnets')
+        object.__setattr__(self, 'controls', tuple(self.controls))
+
     def replace(self, **fields):
         """A copy with some fields replaced."""
         return dataclasses.replace(self, **fields)
+
+    @property
+    def painted(self):
+        """The strength that counts: 1 where there is no image to start from."""
+        if self.image is None:
+            return 1.0
+        partly = self.mask is not None or self.outpaint is not None
+        return (1.0 if partly else 0.75) if self.strength is None else float(self.strength)
 
 
 def resolve(requests, config):
@@ -91,7 +196,9 @@ def resolve(requests, config):
     native = config.unet.sample_size * factor
     resolved = []
     for request in requests:
-        size = {name: getattr(request, name) or native for name in ('width', 'height')}
+        width, height = _size(request, config)
+        size = {'width': width or request.width or native,
+                'height': height or request.height or native}
         for name, value in size.items():
             if value % factor:
                 below = value // factor * factor
@@ -103,9 +210,56 @@ def resolve(requests, config):
     return resolved
 
 
+def _size(request, config):
+    """The (width, height) that an aspect or an image gives a request; None where it gives none."""
+    from jaxsd.run import canvas
+    asked = request.width, request.height
+    if request.aspect is not None:
+        if not config.unet.added_dim:
+            raise ValueError(f'aspect={request.aspect!r}: expected an SDXL model, which learnt '
+                             'several; give width and height instead')
+        found = bucket(request.aspect)
+    else:
+        found = canvas.size(request, config)
+    if found is not None and asked not in ((None, None), found):
+        raise ValueError(f'width={request.width}, height={request.height}: expected neither beside '
+                         f'aspect or outpaint, which make it {found[0]}x{found[1]}')
+    return found or (None, None)
+
+
+# The landscape sizes that SDXL was trained on; the portrait ones are the same, turned
+# (https://arxiv.org/abs/2307.01952, app. I).
+_WIDE = {512: (2048, 1984, 1920, 1856), 576: (1792, 1728, 1664), 640: (1600, 1536),
+         704: (1472, 1408, 1344), 768: (1344, 1280), 832: (1216, 1152), 896: (1152, 1088),
+         960: (1088, 1024)}
+_WIDE = [(width, height) for height, widths in _WIDE.items() for width in widths]
+BUCKETS = (*_WIDE, (1024, 1024), *((height, width) for width, height in reversed(_WIDE)))
+
+
+def bucket(aspect):
+    """'W:H' -> the (width, height) that SDXL was trained on whose ratio is nearest.
+
+    Raises ValueError for what is no ratio, and for one that no size comes near.
+    """
+    numbers = re.fullmatch(r'(\d+\.?\d*)[:x](\d+\.?\d*)', str(aspect))
+    width, height = map(float, numbers.groups()) if numbers else (0, 1)
+    if not height / 4 <= width <= 4 * height or not height:
+        raise ValueError(f'aspect={aspect!r}: expected width:height, such as 16:9, from 1:4 to 4:1')
+    return min(BUCKETS, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
+
+
 def random_seed():
     """What -1 stands for: 32 bits, short enough to copy by hand, and other programs take it."""
     return random.SystemRandom().randrange(2**32)
+
+
+def _number(name, value, low=-math.inf, high=math.inf):
+    if (isinstance(value, bool) or not isinstance(value, numbers.Real)
+            or not math.isfinite(value)):
+        raise ValueError(f'{name}={value!r}: expected a finite number')
+    if not low <= value <= high:
+        limits = f'of at least {low}' if high == math.inf else f'from {low} to {high}'
+        raise ValueError(f'{name}={value}: expected a number {limits}')
 
 
 def _integer(name, value, low, high=None):

@@ -1,11 +1,11 @@
 """Samplers as data: `schedule` gives noise levels, `plan` a table, `sample` runs any table."""
 
 from .adaptive import Adaptive, Steps
-from .denoise import denoiser, guided, pair, timestep
+from .denoise import denoiser, guided, inpainted, pair, timestep
 from .levels import alphas_cumprod, betas, model_sigmas, sigma_to_t, t_to_sigma
 from .noise import draw, fresh, initial, keys
 from .plans import SAMPLERS, calls, plan
-from .scan import Call, State, bucket, init, log_probability, pad, sample, stack, step
+from .scan import Call, State, bucket, idle, init, log_probability, pad, sample, stack, step
 from .schedule_tables import write_schedule
 from .schedules import SCHEDULES
 from .tables import HISTORY, Row, Rows
@@ -14,7 +14,7 @@ from .walk import CONVENTIONS, DISCARD_PENULTIMATE, known_schedule, schedule
 __all__ = [
     'Adaptive', 'CONVENTIONS', 'Call', 'DISCARD_PENULTIMATE', 'HISTORY', 'Row', 'Rows', 'SAMPLERS',
     'SCHEDULES', 'State', 'Steps', 'alphas_cumprod', 'betas', 'bucket', 'calls', 'denoiser', 'draw',
-    'fresh', 'guided', 'init', 'initial', 'keys', 'known_schedule', 'log_probability',
-    'model_sigmas', 'pad', 'pair', 'plan', 'sample', 'schedule', 'sigma_to_t', 'stack', 'step',
-    't_to_sigma', 'timestep', 'write_schedule',
+    'fresh', 'guided', 'idle', 'init', 'initial', 'inpainted', 'keys', 'known_schedule',
+    'log_probability', 'model_sigmas', 'pad', 'pair', 'plan', 'sample', 'schedule', 'sigma_to_t',
+    'stack', 'step', 't_to_sigma', 'timestep', 'write_schedule',
 ]

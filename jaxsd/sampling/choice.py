@@ -15,9 +15,14 @@ def unknown(what, name, known):
 
 def choose(what, name, known):
     """`known[name]`, or the error of `unknown`."""
+    return known[one_of(what, name, known)]
+
+
+def one_of(what, name, known):
+    """The name, if it is known, or the error of `unknown`."""
     if not isinstance(name, str) or name not in known:
         raise unknown(what, name, known)
-    return known[name]
+    return name
 
 
 def number(option, value):

@@ -104,3 +104,22 @@ def guided(denoise, guidance, prediction_type='epsilon', unguided=None):
         return (result, uncond) if memory is None else ((result, uncond), memory)
 
     return guide
+
+
+def inpainted(denoise, picture, free):
+    """A denoiser whose answer is known in part: `picture` where free is 0, its own where it is 1.
+
+    denoise: as `guided` gives it, or plain. picture [B,...]: latents; free(i) -> [B,...,1], 0 to 1,
+    in row i. Started from picture + sigma * noise, a walk then carries the known part along at the
+    right noise level, whatever the sampler: all are exact for a constant denoised picture.
+    diffusers' 4-channel StableDiffusionInpaintPipeline, which replaces the known part of x after
+    each step instead, gives the same for a sampler without noise of its own.
+    """
+    def fill(x, sigma, i=None, *memory):
+        out = denoise(x, sigma, i, *memory)
+        out, *memory = out if memory else (out,)
+        weight = free(i)
+        out = jax.tree.map(lambda a: picture + weight * (a - picture), out)
+        return (out, *memory) if memory else out
+
+    return fill

@@ -19,12 +19,11 @@ def table(scale, options, sigmas, levels):
     """One image's guidance -> Guidance of [calls]; what `options` does not name stays None.
 
     scale: a number or one per step; options: from `check`; sigmas [steps + 1]; levels [calls]: the
-    noise level of each row, 0 where it calls no model. A value per step holds from the step's sigma
-    down to the next one's, so that both calls of a two-call sampler find theirs.
+    noise level of each row, 0 where it calls no model. A value per step holds for all calls of the
+    step (`steps_of`).
     """
     levels, steps = np.asarray(levels), len(sigmas) - 1
-    reached = np.asarray(sigmas)[:, None] >= levels * (1 - 1e-9)  # rounding of the levels
-    step = np.clip(reached.sum(0) - 1, 0, steps - 1)
+    step = steps_of(sigmas, levels)
 
     def rows(value):
         value = np.asarray(value, np.float64)
@@ -53,6 +52,13 @@ def table(scale, options, sigmas, levels):
     if 'freeu' in options:
         found['freeu'] = tuple(map(rows, options['freeu']))
     return Guidance(scale, **found)
+
+
+def steps_of(sigmas, levels):
+    """The step, 0 to steps - 1, in which each row calls its model; sigmas [steps + 1], levels
+    [calls]: the noise level of each row."""
+    reached = np.asarray(sigmas)[:, None] >= np.asarray(levels) * (1 - 1e-9)  # their rounding
+    return np.clip(reached.sum(0) - 1, 0, max(len(sigmas) - 2, 0))
 
 
 def stack(tables):

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from .adaptive import Adaptive, solve
-from .tables import NOISE, Row
+from .tables import HISTORY, NOISE, Row
 
 
 class State(NamedTuple):
@@ -145,6 +145,11 @@ def log_probability(call):
 def bucket(count):
     """The padded length that tables of `count` rows share: 64, or the next power of two."""
     return max(64, 1 << (int(count) - 1).bit_length())
+
+
+def idle():
+    """A table without rows: the walk is where it starts."""
+    return Row(np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2, HISTORY + 4)), np.zeros((0, 2)))
 
 
 def pad(rows, length):

@@ -14,12 +14,14 @@ class Model:
     tokenizers: {'text_encoder' / 'text_encoder_2': prompt.tokenizer.Tokenizer}.
     extras: {name in a single file: numpy array} of what single files hold and the model does not
         use (schedule buffers, 2.x's last text layer ...), kept so that a round trip loses nothing.
+    controlnets: {name: Network}, the ControlNets that requests may name; `save` leaves them out.
     """
 
     config: ModelConfig
     params: dict
     tokenizers: dict = dataclasses.field(default_factory=dict)
     extras: dict = dataclasses.field(default_factory=dict)
+    controlnets: dict = dataclasses.field(default_factory=dict)
 
     def replace(self, **parts):
         """A copy with some parts replaced, e.g. `replace(params=...)`."""

@@ -14,7 +14,8 @@ import pytest
 
 import jaxsd
 from jaxsd import Request, sampling
-from jaxsd.run.generate import _Progress, inputs
+from jaxsd.run.generate import _Progress
+from jaxsd.run.inputs import inputs
 from jaxsd.run.request import resolve
 
 # Samplers, schedules, step counts, guidance and prompts all differ.
@@ -180,10 +181,12 @@ def test_inputs_hold_the_whole_seed(tiny_model):
 
 
 def test_progress_counts_model_calls_once():
-    """Row 0 calls no model (noise only); reports come twice and out of order."""
-    rows = sampling.Rows(np.array([[0.0], [3], [2], [0]]), None, None, None)
+    """Row 0 calls no model (noise only); reports come twice and out of order; a refiner follows."""
+    rows, more = (sampling.Rows(np.array(sigma), None, None, None)
+                  for sigma in ([[0.0], [3], [2], [0]], [[1.0], [0]]))
     seen = []
-    progress = _Progress(rows, lambda done, total: seen.append((done, total)))
+    progress = _Progress([rows, more], lambda done, total: seen.append((done, total)))
     for row in (1, 1, 2, 1):
-        progress(row)
-    assert seen == [(1, 2), (2, 2)]
+        progress(0, row)
+    progress(1, 0)
+    assert seen == [(1, 3), (2, 3), (3, 3)]

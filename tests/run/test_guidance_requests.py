@@ -9,7 +9,7 @@ from run.test_generate import _far, compilations
 import jaxsd
 from jaxsd import Request, sampling
 from jaxsd.run import picture
-from jaxsd.run.generate import _plan, inputs
+from jaxsd.run.inputs import _plan, inputs
 from jaxsd.run.request import resolve
 from jaxsd.sampling.guidance import Guidance
 

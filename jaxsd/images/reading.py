@@ -1,0 +1,149 @@
+"""Pictures and gray maps from anything that Pillow reads, and from arrays."""
+
+import os
+import re
+import warnings
+
+import numpy as np
+
+LUMA = np.array([19595, 38470, 7471], np.float32) / 65536  # ITU-R BT.601 as Pillow has it: sum 1
+SCALES = {np.dtype(bool): 1, np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
+
+
+def read(source):
+    """The picture, uint8 [H,W,3].
+
+    source: a path, a PIL.Image, or an array [H,W] or [H,W,1|3|4] of uint8, uint16, bool or of
+    floats in [0,1]. Any mode that Pillow reads: transparency lies over white, 16-bit and float
+    gray is scaled, not clipped (`_gray`), EXIF rotation is applied; of an animation, the first
+    frame. Raises FileNotFoundError, and ValueError for what is no picture, is damaged, is empty or
+    has more pixels than Pillow's MAX_IMAGE_PIXELS (a decompression bomb: it is never decoded).
+    """
+    colour, alpha = _planes(source)
+    over_white = np.rint(255 * (colour * alpha + (1 - alpha)))
+    return np.ascontiguousarray(np.broadcast_to(over_white, (*colour.shape[:2], 3)), np.uint8)
+
+
+def read_gray(source):
+    """The luminance of a picture, float32 [H,W] in [0,1], for masks and depth maps.
+
+    Sources and errors are those of `read`. All 16 bits of a deep image are kept. Transparency lies
+    over black: in a mask drawn on a transparent layer what is not painted is not masked.
+    """
+    colour, alpha = _planes(source)
+    colour = colour * alpha
+    return colour[..., 0] if colour.shape[2] == 1 else colour @ LUMA
+
+
+def _planes(source):
+    """Colour float32 [H,W,1|3] and alpha [H,W,1], or 1 without one, both in [0,1]."""
+    from PIL import Image
+    if isinstance(source, (str, os.PathLike)):
+        array = _open(source)
+    elif isinstance(source, Image.Image):
+        array = _decode(source, 'the picture')
+    elif hasattr(source, '__array__'):
+        array = np.asarray(source)
+    else:
+        raise ValueError(f'expected a path, a PIL.Image or an array, found {type(source).__name__}')
+    array = _unit(array)
+    alpha = array[..., 3:] if array.shape[2] == 4 else np.float32(1)
+    return array[..., :3], alpha
+
+
+def _unit(array):
+    """Any array that `read` takes -> float32 [H,W,1|3|4] in [0,1]."""
+    shape = array.shape
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise ValueError(f'expected a picture of shape [H,W] or [H,W,1|3|4], found {list(shape)}')
+    if 0 in shape:
+        raise ValueError(f'the picture is empty: its shape is {list(shape)}')
+    if array.dtype in SCALES:
+        return array.astype(np.float32) / np.float32(SCALES[array.dtype])
+    if array.dtype.kind != 'f':
+        raise ValueError('expected a picture of uint8, uint16, bool or of floats in [0, 1], found '
+                         f'{array.dtype}')
+    low, high = array.min(), array.max()
+    if not 0 <= low <= high <= 1:  # NaN too
+        raise ValueError(f'expected floats in [0, 1], found values from {low:g} to {high:g}')
+    return array.astype(np.float32)
+
+
+def _open(path):
+    """The file as an array that `_unit` takes."""
+    from PIL import Image, UnidentifiedImageError
+    try:
+        with _no_bombs(path), Image.open(path) as image:
+            return _decode(image, path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'no such file: {path}') from None
+    except IsADirectoryError:
+        raise ValueError(f'{path} is a folder: expected an image') from None
+    except UnidentifiedImageError:
+        raise ValueError(f'{path} is not an image that Pillow can read') from None
+
+
+def _decode(image, name):
+    """A PIL.Image as an array that `_unit` takes."""
+    from PIL import Image, ImageCms, ImageOps
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:
+        raise _bomb(name, pixels)
+    try:
+        with _no_bombs(name):
+            image.load()
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f'{name} is damaged or cut off: {error}') from None
+    if image.mode.startswith('I;16'):
+        return np.asarray(image).astype(np.uint16)
+    if image.mode in ('I', 'F'):
+        return _gray(np.asarray(image, np.float64), name)
+    if image.mode == 'LAB':  # Pillow converts it only with colour profiles
+        lab, rgb = ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB')
+        return np.asarray(ImageCms.profileToProfile(image, lab, rgb, outputMode='RGB'))
+    if image.has_transparency_data:
+        return np.asarray(image.convert('RGBA'))
+    return np.asarray(image.convert('L' if image.mode in ('1', 'L') else 'RGB'))
+
+
+def _gray(values, name):
+    """Gray of a mode that has no white -> [0,1].
+
+    White is the least of 1, 255 and 65535 that no value exceeds; values outside of all of them, as
+    in a depth map in millimetres below zero, are stretched between their extremes.
+    """
+    low, high = values.min(initial=np.inf), values.max(initial=-np.inf)
+    if not np.isfinite(values).all():
+        raise ValueError(f'{name} holds values that are not finite')
+    for white in (1, 255, 65535):
+        if 0 <= low and high <= white:
+            return values / white
+    return (values - low) / ((high - low) or 1)
+
+
+class _no_bombs(warnings.catch_warnings):
+    """Pillow's warnings and errors about decompression bombs as a ValueError with the numbers."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def __enter__(self):
+        from PIL import Image
+        super().__enter__()
+        warnings.simplefilter('error', Image.DecompressionBombWarning)
+
+    def __exit__(self, kind, error, trace):
+        from PIL import Image
+        super().__exit__(kind, error, trace)
+        if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+            raise _bomb(self.name, int(re.search(r'\d+', str(error))[0])) from None
+
+
+def _bomb(name, pixels):
+    from PIL import Image
+    return ValueError(f'{name} has {pixels} pixels, more than the limit of '
+                      f'{Image.MAX_IMAGE_PIXELS}: make it smaller')

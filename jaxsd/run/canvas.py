@@ -1,0 +1,272 @@
+"""What a walk follows besides its text, as arrays: pictures, masks, depth, hints, classes.
+
+All of it on the host, in numpy, before anything compiles; and pasting what was painted into the
+picture that it was painted on, after.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxsd import images, sampling
+from jaxsd.models import controlnet
+
+try:
+    from jaxsd.run import depth
+except ImportError:
+    depth = None  # until it is there
+from jaxsd.sampling.choice import unknown
+from jaxsd.sampling.guidance_options import steps_of
+
+NOISE_LEVEL = 20  # of the upscaler's small picture, where a request names none
+
+
+class Canvas(NamedTuple):
+    """One request's picture at the size at which the model works, and where it came from."""
+
+    picture: np.ndarray | None = None  # uint8 [H,W,3]
+    mask: np.ndarray | None = None  # [H,W], 0 to 1
+    whole: np.ndarray | None = None  # uint8 [H',W',3]: the picture to paste into
+    opaque: np.ndarray | None = None  # [H',W']: how much of what was painted goes into it
+    box: tuple | None = None  # (left, top, right, bottom) of `whole` that was painted
+    inside: tuple | None = None  # (width, height): the rest only made the latents whole
+
+
+def kind(config):
+    """What a model's U-Net sees beside the latent: '', 'depth', 'inpainting' or 'upscaler'.
+
+    Raises ValueError for channels that none of these has.
+    """
+    more = config.unet.in_channels - config.vae.latent_channels
+    kinds = {0: '', 1: 'depth', 1 + config.vae.latent_channels: 'inpainting',
+             config.vae.in_channels: 'upscaler'}
+    if more not in kinds or (kinds[more] == 'upscaler') != (config.low_res is not None):
+        raise ValueError(
+            f'a U-Net of {config.unet.in_channels} input channels for latents of '
+            f'{config.vae.latent_channels}: expected as many (text to image), one more (depth), '
+            f'{1 + config.vae.latent_channels} more (inpainting), or {config.vae.in_channels} more '
+            'and a low_res_scheduler (upscaler)')
+    return kinds[more]
+
+
+def size(request, config):
+    """The (width, height) that a request's image gives it, or None; opens the image."""
+    if request.outpaint is not None:
+        left, top, right, bottom = request.outpaint
+        height, width, _ = images.read(request.image).shape
+        factor = config.vae.factor
+        grown = width + left + right, height + top + bottom
+        return tuple(-(-n // factor) * factor for n in grown)
+    if kind(config) == 'upscaler' and request.image is not None:
+        height, width, _ = images.read(request.image).shape
+        return width * config.vae.factor, height * config.vae.factor
+    return None
+
+
+def canvas(request, config):
+    """Open a resolved request's pictures and bring them to its size -> Canvas."""
+    if request.image is None:
+        return Canvas()
+    width, height = request.width, request.height
+    picture = images.read(request.image)
+    if kind(config) == 'upscaler':
+        factor = config.vae.factor
+        return Canvas(images.fit(picture, width // factor, height // factor, request.resize))
+    if request.outpaint is not None:
+        return _outpainted(request, picture)
+    if request.mask is None:
+        return Canvas(images.fit(picture, width, height, request.resize))
+    mask = images.read_gray(request.mask)
+    images.check_sizes(picture, mask)
+    mask = images.feather(mask, request.mask_blur)
+    if request.only_masked is None:
+        picture, mask = (images.fit(a, width, height, request.resize) for a in (picture, mask))
+        box = (0, 0, width, height)
+    else:
+        box = images.box(mask, request.only_masked, width, height)
+    left, top, right, bottom = box
+    part, hole = (images.fit(a[top:bottom, left:right], width, height, 'stretch')
+                  for a in (picture, mask))
+    opaque = (mask > 0).astype(np.float32) if request.mask_mode == 'strength' else mask
+    return Canvas(_filled(request, part, hole), hole, picture, opaque, box)
+
+
+def _outpainted(request, picture):
+    """A picture grown by request.outpaint, and on to whole latents at the right and bottom."""
+    left, top, right, bottom = request.outpaint
+    height, width = picture.shape[0] + top + bottom, picture.shape[1] + left + right
+    fill = 'noise' if request.fill == 'noise' else 'edge'
+    grown, mask = images.pad(picture, left, top, right + request.width - width,
+                             bottom + request.height - height, fill=fill, seed=request.seed)
+    mask = images.feather(mask, request.mask_blur)
+    return Canvas(grown, mask, grown[:height, :width], mask[:height, :width],
+                  (0, 0, width, height), (width, height))
+
+
+def _filled(request, picture, mask):
+    """What stands under the mask at first: noise or the nearest known pixel, where asked for."""
+    if request.fill not in ('noise', 'edge'):
+        return picture
+    return images.cover(picture, mask, request.fill, request.seed)
+
+
+def finish(canvases, painted):
+    """Paste what was painted, uint8 [B,H,W,3], into the pictures -> the same, or a list of them
+    where their sizes differ. Pixels outside a mask come back as they were."""
+    done = []
+    for c, image in zip(canvases, painted):
+        if c.inside is not None:
+            image = image[:c.inside[1], :c.inside[0]]
+        done.append(image if c.box is None else images.paste(c.whole, image, c.box, c.opaque))
+    return np.stack(done) if len({image.shape for image in done}) == 1 else done
+
+
+def arrays(model, requests, canvases, sigmas, rows, parts):
+    """The fields of `inputs.Inputs` that say what to follow -> dict.
+
+    sigmas: a list of the walks' levels, [steps + 1] each; rows: stacked, or Adaptive; parts: texts
+    per picture. Raises ValueError for requests that the model cannot serve.
+    """
+    config = model.config
+    what, factor = kind(config), config.vae.factor
+    height, width = requests[0].height, requests[0].width
+    cell = (len(requests), height // factor, width // factor, 1)
+    found = {'labels': _labels(config, requests, parts, what)}
+    if what == 'upscaler':
+        if any(c.picture is None for c in canvases):
+            raise ValueError('image: expected one, the small picture that this model enlarges')
+        found['low'] = np.stack([c.picture for c in canvases])
+        abar = sampling.alphas_cumprod(config.low_res)[found['labels'][:, 1]]
+        found['low_scale'] = np.stack([np.sqrt(abar), np.sqrt(1 - abar)], 1).astype(np.float32)
+        return found
+
+    if any(c.picture is not None for c in canvases):
+        blank = np.zeros((height, width, 3), np.uint8)
+        found['picture'] = np.stack([blank if c.picture is None else c.picture for c in canvases])
+        found['signal'] = np.stack([_signal(r, c, cell[1:], factor)
+                                    for r, c in zip(requests, canvases)])
+    masked = any(c.mask is not None for c in canvases)
+    if what == 'inpainting':
+        found['hole'] = np.stack([_hole(r, c) for r, c in zip(requests, canvases)])
+        found['extra'] = np.stack([images.downsample(m, factor)[..., None]
+                                   for m in found['hole'][..., 0].astype(np.float32)])
+    elif masked:
+        found['free'] = np.stack([np.ones(cell[1:], np.float32) if c.mask is None else
+                                  images.downsample(c.mask, factor)[..., None] for c in canvases])
+        found['by_strength'] = np.array([r.mask_mode == 'strength' for r in requests])
+        found['strength'] = over_rows(
+            lambda i, steps: requests[i].painted * (1 - np.arange(steps) / steps),
+            sigmas, rows, 'mask_mode=strength', found['by_strength'])
+    if what == 'depth':
+        found['extra'] = _depths(model, requests, canvases, cell)
+    elif any(r.depth is not None for r in requests):
+        raise ValueError('depth: this model does not follow depth maps; load a depth model (2.x '
+                         'depth), or give the map as the hint of a depth ControlNet')
+    return found | _controls(model, requests, sigmas, rows, parts)
+
+
+def over_rows(of, sigmas, rows, what, varies):
+    """`of(i, steps)` -> [steps, ...] for picture i, dealt to its rows -> [calls,B,...].
+
+    varies bool [B]: for whom it is not constant, which adaptive steps cannot have: ValueError.
+    """
+    adaptive = isinstance(rows, sampling.Adaptive)
+    if adaptive and np.any(varies):
+        raise ValueError(f'{what}: expected no change over the steps with dpm_adaptive, which '
+                         'chooses its own steps; take another sampler')
+    out = []
+    for i, levels in enumerate(sigmas):
+        values = of(i, max(len(levels) - 1, 1))
+        out.append(values[:1] if adaptive else values[steps_of(levels, rows.sigma[:, i])])
+    return np.stack(out, 1).astype(np.float32)
+
+
+def _signal(request, c, shape, factor):
+    """How much of the picture's latent the walk starts from [h,w,1]: none where all is painted."""
+    if c.picture is None:
+        return np.zeros(shape, np.float32)
+    if request.painted < 1 and request.fill != 'latent':
+        return np.ones(shape, np.float32)
+    if c.mask is None:
+        return np.full(shape, request.painted < 1, np.float32)
+    mask = c.mask >= 1 if request.mask_mode == 'strength' else c.mask
+    return 1 - images.downsample(mask.astype(np.float32), factor)[..., None]
+
+
+def _hole(request, c):
+    """What an inpainting model may not see, bool [H,W,1]; without a mask everything."""
+    if c.mask is None:
+        return np.ones((request.height, request.width, 1), bool)
+    return c.mask[..., None] >= 0.5
+
+
+def _labels(config, requests, parts, what):
+    """Class labels int32 [B,P]: of the negative prompt, the prompt, and further negatives."""
+    count = config.unet.num_class_embeds
+    if not count:
+        if any(r.class_label is not None for r in requests):
+            raise ValueError('class_label: this model has no classes; expected None')
+        return None
+    null = NOISE_LEVEL if what == 'upscaler' else count - 1
+    limit = min(count - 1, 350) if what == 'upscaler' else count - 1
+    labels = []
+    for r in requests:
+        label = null if r.class_label is None else r.class_label
+        negative = r.negative_class_label
+        if negative is None:
+            negative = label if what == 'upscaler' else null
+        for value in (label, negative):
+            if value > limit:
+                raise ValueError(f'class_label={value}: expected 0 to {limit}')
+        labels.append([negative, label] + [negative] * (parts - 2))
+    return np.array(labels, np.int32)
+
+
+def _depths(model, requests, canvases, cell):
+    """Depth maps as a depth model sees them, float32 [B,h,w,1]; estimated where none is given."""
+    maps = {i: images.fit(images.read_gray(r.depth), r.width, r.height, r.resize)
+            for i, r in enumerate(requests) if r.depth is not None}
+    rest = [i for i in range(len(requests)) if i not in maps]
+    if any(canvases[i].picture is None for i in rest):
+        raise ValueError('this model follows a depth map: expected depth=, or image= to estimate '
+                         'the depth of')
+    if rest:
+        maps |= zip(rest, depth.estimate(model, np.stack([canvases[i].picture for i in rest])))
+    return np.concatenate([depth.condition(maps[i][None], *cell[1:3])
+                           for i in range(len(requests))])
+
+
+def _controls(model, requests, sigmas, rows, parts):
+    """Hints {net: uint8 [B,H,W,3]} and how much each net's outputs count {net: [calls,B,P,N]}."""
+    used = sorted({control.net for r in requests for control in r.controls})
+    hints, weights = {}, {}
+    for name in used:
+        if name not in model.controlnets:
+            raise unknown('ControlNet', name, model.controlnets) if model.controlnets else (
+                ValueError(f'control net={name!r}: the model has no ControlNets; expected '
+                           'model.replace(controlnets={name: jaxsd.load_controlnet(path)})'))
+        net = model.controlnets[name]
+        controlnet.check(net.config, model.config.unet)
+        mine = [next((c for c in r.controls if c.net == name), None) for r in requests]
+        hints[name] = np.stack([
+            np.zeros((r.height, r.width, 3), np.uint8) if c is None else
+            images.fit(images.read(c.image), r.width, r.height, r.resize)
+            for c, r in zip(mine, requests)])
+        count = len(net.params['controlnet_down_blocks']) + 1
+        weights[name] = over_rows(
+            lambda i, steps, of=mine, n=count: _weights(of[i], steps, parts, n), sigmas, rows,
+            f'control {name!r} with start or end',
+            [c is not None and (c.start, c.end) != (0, 1) for c in mine])
+    return {'hints': hints, 'control': weights}
+
+
+def _weights(control, steps, parts, count):
+    """How much each of a net's outputs counts, [steps,P,N]."""
+    if control is None:
+        return np.zeros((steps, parts, count))
+    step = np.arange(steps)
+    on = (step / steps >= control.start) & ((step + 1) / steps <= control.end)
+    profile = {None: np.ones(count), 'diffusers': np.logspace(-1, 0, count),
+               'original': 0.825 ** np.arange(count - 1, -1, -1)}[control.guess]
+    heard = np.ones(parts) if control.guess is None else np.arange(parts) == 1
+    return control.scale * on[:, None, None] * heard[:, None] * profile

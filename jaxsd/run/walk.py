@@ -1,0 +1,192 @@
+"""From arrays to pictures, pure functions: text encoders, the walk down the levels, decoder."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsd import sampling
+from jaxsd.models import controlnet, unet, vae
+from jaxsd.models.layers import attention, attention_received
+from jaxsd.prompt import conditioning
+from jaxsd.sampling.guidance import Guidance
+
+# Where attention is perturbed, and where it is watched: diffusers' choices.
+PAG_PLACES = 'mid_block.'
+SAG_PLACE = 'mid_block.attentions.0.transformer_blocks.0.attn1'
+LOW_RES = np.uint32(2**31)  # the call number of the upscaler's noise, where no other is
+
+
+class Conditions(NamedTuple):
+    """What the walk follows besides text; a field that is None is absent from the program."""
+
+    extra: Any = None  # [B,h,w,E]: channels beside the latent
+    labels: Any = None  # int [B,P]: classes
+    hints: dict | None = None  # {ControlNet: [B,h,w,C]}, as controlnet.embed gives them
+    control: dict | None = None  # {ControlNet: [calls,B,P,N]}: weights of its N outputs
+    known: Any = None  # latents [B,h,w,L], kept where not free
+    free: Any = None  # a function of the row -> [B,h,w,1], 0 to 1
+
+
+NOTHING = Conditions()
+
+
+def pipeline(params, inputs, config, height, width, tile=None, on_call=None):
+    """The one pure function: text -> latents -> pixels.
+
+    -> images uint8 [B,height,width,3] and finite, bool [B].
+    """
+    return decode(params, config, latents(params, inputs, config, height, width, on_call), tile)
+
+
+def latents(params, inputs, config, height, width, on_call=None, info=None):
+    """`pipeline` up to its decoder: text -> latents [B,h,w,L]. on_call, info: `denoise_latents`."""
+    conditioned = conditioning.encode(params, config, inputs.tokens, inputs.ids, inputs.zero)
+    shape = (height // config.vae.factor, width // config.vae.factor, config.vae.latent_channels)
+    keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
+    start = sampling.initial(keys, shape) if inputs.noise is None else inputs.noise
+    x = start * inputs.sigma[:, None, None, None]
+    conditions = _follow(params, config, inputs, keys)
+    if inputs.picture is not None:
+        known = encode(params, config, _unit(inputs.picture))
+        x = x + inputs.signal * known
+        if inputs.free is not None:
+            conditions = conditions._replace(known=known)
+    return denoise_latents(
+        params, config, x, conditioned, inputs.guidance, inputs.rows,
+        sampling.fresh(keys, inputs.rows, shape), on_call, info, conditions)
+
+
+def _follow(params, config, inputs, keys):
+    """The arrays of Inputs, encoded -> Conditions, without what is known of the latents."""
+    extra = inputs.extra
+    if inputs.hole is not None:  # an inpainting model: the mask, and the picture behind it
+        seen = jnp.zeros(()) if inputs.picture is None else _unit(inputs.picture)
+        seen = jnp.broadcast_to(jnp.where(inputs.hole, 0, seen), (*inputs.hole.shape[:3], 3))
+        extra = jnp.concatenate([extra, encode(params, config, seen)], -1)
+    if inputs.low is not None:
+        small, (signal, sigma) = _unit(inputs.low), inputs.low_scale.T[:, :, None, None, None]
+        extra = signal * small + sigma * sampling.draw(keys, LOW_RES, small.shape[1:])
+    hints = inputs.hints and {name: controlnet.embed(params['controlnet'][name], hint / 255)
+                              for name, hint in inputs.hints.items()}
+
+    def free(i):
+        level = jnp.asarray(inputs.strength)[jnp.minimum(i, len(inputs.strength) - 1)]
+        painted = inputs.free >= level[:, None, None, None]
+        return jnp.where(inputs.by_strength[:, None, None, None], painted, inputs.free)
+
+    return Conditions(extra, inputs.labels, hints, inputs.control,
+                      free=None if inputs.free is None else free)
+
+
+def _unit(image):
+    """uint8 -> float32 in [-1,1]."""
+    return image.astype(jnp.float32) / 127.5 - 1
+
+
+def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_call=None,
+                    info=None, conditions=NOTHING):
+    """Walk latents x [B,h,w,L], at the rows' first noise level, to the last one.
+
+    conditioned: Conditioning, [B,P,...]; guidance: [] or [B], or a Guidance, and P its texts; rows:
+    of the batch or per image; noise(i): standard normal, like x; on_call(i, out): sees every model
+    output and returns it; info: as for `sampling.sample`. params['controlnet']: {name: params} of
+    the ControlNets that the conditions name.
+    """
+    if not isinstance(guidance, Guidance):
+        guidance = Guidance(guidance)
+    told = (conditioned, conditions.labels)  # what each part is told: [B,P,...]
+    weights = conditions.control or {}  # [calls,B,P,N]
+    if guidance.pag is not None:  # the perturbed picture hears what the prompt's does
+        told = jax.tree.map(lambda a: jnp.concatenate([a, a[:, 1:2]], 1), told)
+        weights = jax.tree.map(lambda a: jnp.concatenate([a, a[:, :, 1:2]], 2), weights)
+    kind = config.schedule.prediction_type
+
+    def model(told, weights, pag=None, sag=None):
+        parts = told[0].context.shape[1]
+        # Images and their parts become one axis, image after image.
+        (context, added), labels = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), told)
+
+        def beside(a):
+            return jnp.repeat(a, parts, 0)
+
+        def net(x, t, i):
+            received = []
+
+            def hook(place, heads, q, k, v):
+                if sag is not None and place == SAG_PLACE:
+                    received.append(attention_received(q, k, heads))
+                if pag is not None and place.startswith(PAG_PLACES):  # the identity, not attention
+                    last = (np.arange(len(q)) % parts == parts - 1)[:, None, None]
+                    return jnp.where(last, v, attention(q, k, v, heads))
+
+            freeu = guidance.at(i).freeu
+            if freeu is not None:
+                freeu = [beside(jnp.broadcast_to(a, len(x) // parts)) for a in freeu]
+            residuals = _residuals(params.get('controlnet'), config.unet, weights, i,
+                                   (x, t, context), jax.tree.map(beside, conditions.hints), added)
+            if conditions.extra is not None:
+                x = jnp.concatenate([x, beside(conditions.extra)], -1)
+            out = unet.apply(params['unet'], config.unet, x, t, context, added, labels, hook=hook,
+                             freeu=freeu, residuals=residuals)
+            out = out if on_call is None else on_call(i, out)
+            return (out, *received) if received else out
+
+        return sampling.denoiser(net, config.schedule)
+
+    unguided = model(jax.tree.map(lambda a: a[:, :1], told),
+                     jax.tree.map(lambda a: a[:, :, :1], weights))
+    denoise = sampling.guided(model(told, weights, guidance.pag, guidance.sag), guidance, kind,
+                              unguided)
+    if conditions.free is not None:
+        denoise = sampling.inpainted(denoise, conditions.known, conditions.free)
+    return sampling.sample(denoise, x, rows, noise, info=info,
+                           memory=jnp.zeros_like(x) if guidance.momentum else None)
+
+
+def _residuals(nets, config, weights, i, called, hints, added):
+    """What ControlNets add to the U-Net in row i, weighted and summed: a list, or None without any.
+
+    A net that no picture of the batch hears in this row is not called.
+    """
+    total = None
+    for name, weight in weights.items():
+        weight = jnp.asarray(weight)[jnp.minimum(i, len(weight) - 1)]  # [B,P,N]
+        weight = weight.reshape(-1, weight.shape[-1])
+
+        def heard(net=nets[name], hint=hints[name], weight=weight):
+            found = controlnet.apply(net, config, *called, hint, added)
+            return [weight[:, k, None, None, None] * r for k, r in enumerate(found)]
+
+        silent = jax.eval_shape(heard)
+        found = lax.cond((weight != 0).any(), heard,
+                         lambda shapes=silent: [jnp.zeros(s.shape, s.dtype) for s in shapes])
+        total = found if total is None else [a + b for a, b in zip(total, found)]
+    return total
+
+
+def encode(params, config, image):
+    """image [B,H,W,3] in [-1,1] -> its latents as the U-Net sees them [B,h,w,L], the mean."""
+    mean, _ = vae.encode(_vae_weights(params, config), config.vae, image)
+    return (mean - config.vae.shift_factor) * config.vae.scaling_factor
+
+
+def _vae_weights(params, config):
+    if not config.vae.force_upcast:
+        return params['vae']
+    return jax.tree.map(  # SDXL's: overflows in float16
+        lambda a: a.astype(jnp.float32) if a.dtype == jnp.float16 else a, params['vae'])
+
+
+def decode(params, config, latent, tile=None):
+    """Latents [B,h,w,L] as the U-Net sees them -> images uint8 [B,H,W,3], finite bool [B]."""
+    weights = _vae_weights(params, config)
+    latent = latent / config.vae.scaling_factor + config.vae.shift_factor
+    if tile is None:
+        image = vae.decode(weights, config.vae, latent)
+    else:
+        image = vae.decode_tiled(weights, config.vae, latent, tile=tile, overlap=tile // 4)
+    finite = jnp.isfinite(image).all((1, 2, 3))
+    return jnp.round(jnp.clip(image * 127.5 + 127.5, 0, 255)).astype(jnp.uint8), finite
