@@ -14,7 +14,7 @@ def linear(p, x):
 
 
 def conv(p, x, stride=1, padding=1):
-    """x [B,H,W,I] -> [B,H/stride,W/stride,O]; p: weight [K,K,I,O], bias [O].
+    """x [B,H,W,I] -> [B,H/stride,W/stride,O]; p: weight [K,K,I,O] and maybe bias [O].
 
     padding: pixels on each side, or a pair (before, after) for both axes. On CPU, wide 3x3
     convolutions of few pixels are one matmul over the nine shifted pictures: 1.5 times (16x16) to
@@ -27,11 +27,11 @@ def conv(p, x, stride=1, padding=1):
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifted = [x[:, i:i + H, j:j + W] for i in range(3) for j in range(3)]
         y = jnp.concatenate(shifted, -1).reshape(-1, 9 * C) @ w.reshape(9 * C, -1)
-        return y.reshape(B, H, W, -1) + p['bias']
+        return y.reshape(B, H, W, -1) + p.get('bias', 0)
     pad = (padding, padding) if isinstance(padding, int) else padding
     y = lax.conv_general_dilated(x, w, (stride, stride), [pad, pad],
                                  dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    return y + p['bias']
+    return y + p.get('bias', 0)
 
 
 def pointwise(p, x):

@@ -14,9 +14,9 @@ def linear(name, i, o, bias=True):
     return {f'{name}.weight': (o, i)} | ({f'{name}.bias': (o,)} if bias else {})
 
 
-def conv(name, i, o, k=3):
+def conv(name, i, o, k=3, bias=True):
     """A k x k convolution."""
-    return {f'{name}.weight': (o, i, k, k), f'{name}.bias': (o,)}
+    return {f'{name}.weight': (o, i, k, k)} | ({f'{name}.bias': (o,)} if bias else {})
 
 
 def text(c):
@@ -156,3 +156,51 @@ def vae(c):
                                                                      last)
     d = c.latent_channels
     return names | conv('quant_conv', 2 * d, 2 * d, 1) | conv('post_quant_conv', d, d, 1)
+
+
+def dpt(c):
+    """DPTForDepthEstimation with is_hybrid, c: DPTConfig."""
+    d, at = c.hidden_size, 'dpt.embeddings'
+    names = {f'{at}.cls_token': (1, 1, d),
+             f'{at}.position_embeddings': (1, (c.image_size // c.patch_size) ** 2 + 1, d)}
+    names |= conv(f'{at}.projection', c.hidden_sizes[-1], d, 1)
+    at += '.backbone.bit'
+    below = c.embedding_size
+    names |= conv(f'{at}.embedder.convolution', 3, below, 7, bias=False)
+    names |= affine(f'{at}.embedder.norm', below)
+    for stage, (depth, o) in enumerate(zip(c.depths, c.hidden_sizes)):
+        for i in range(depth):
+            block = f'{at}.encoder.stages.{stage}.layers.{i}'
+            narrow = o // 4
+            for n, (a, b, k) in enumerate(((below, narrow, 1), (narrow, narrow, 3),
+                                           (narrow, o, 1)), 1):
+                names |= conv(f'{block}.conv{n}', a, b, k, bias=False)
+                names |= affine(f'{block}.norm{n}', b)
+            if i == 0:
+                names |= conv(f'{block}.downsample.conv', below, o, 1, bias=False)
+                names |= affine(f'{block}.downsample.norm', o)
+            below = o
+
+    for i in range(c.num_hidden_layers):
+        at = f'dpt.encoder.layer.{i}'
+        for proj in ('attention.query', 'attention.key', 'attention.value', 'output.dense'):
+            names |= linear(f'{at}.attention.{proj}', d, d)
+        names |= linear(f'{at}.intermediate.dense', d, c.intermediate_size)
+        names |= linear(f'{at}.output.dense', c.intermediate_size, d)
+        names |= affine(f'{at}.layernorm_before', d) | affine(f'{at}.layernorm_after', d)
+    names |= affine('dpt.layernorm', d)  # in every file, and of no effect on the depth
+
+    at, f = 'neck.reassemble_stage', c.fusion_hidden_size
+    for i in (2, 3):  # the first two maps are the stem's, as they are
+        names |= linear(f'{at}.readout_projects.{i}.0', 2 * d, d)
+        names |= conv(f'{at}.layers.{i}.projection', d, c.neck_hidden_sizes[i], 1)
+    names |= conv(f'{at}.layers.3.resize', c.neck_hidden_sizes[3], c.neck_hidden_sizes[3])
+    for i, width in enumerate(c.neck_hidden_sizes):
+        names |= conv(f'neck.convs.{i}', width, f, bias=False)
+        layer = f'neck.fusion_stage.layers.{i}'
+        names |= conv(f'{layer}.projection', f, f, 1)
+        for unit in ('residual_layer1', 'residual_layer2'):
+            names |= conv(f'{layer}.{unit}.convolution1', f, f)
+            names |= conv(f'{layer}.{unit}.convolution2', f, f)
+    return (names | conv('head.head.0', f, f // 2) | conv('head.head.2', f // 2, 32)
+            | conv('head.head.4', 32, 1, 1))
