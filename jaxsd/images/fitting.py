@@ -35,9 +35,11 @@ def fit(image, width, height, how='crop'):
 
 def _resize(image, width, height, box=None):
     from PIL import Image
-    how = Image.Resampling.LANCZOS if image.ndim == 3 else Image.Resampling.BILINEAR
-    image = Image.fromarray(image if image.ndim == 3 else image.astype(np.float32))
-    return np.asarray(image.resize((width, height), how, box))
+    size, filters = (width, height), Image.Resampling
+    if image.ndim == 3:
+        return np.asarray(Image.fromarray(image).resize(size, filters.LANCZOS, box))
+    mask = Image.fromarray(image.astype(np.float32)).resize(size, filters.BILINEAR, box)
+    return np.clip(mask, 0, 1)  # weights add up to 1 only to rounding
 
 
 def _extend(image, left, top, right, bottom):
