@@ -10,7 +10,10 @@ from jaxsd.images.fitting import (
     pad,
     paste,
 )
+from jaxsd.images.pose import Person, Pose, draw_pose, read_pose
+from jaxsd.images.preprocess import PREPROCESSORS, canny, depth, scribble, tile
 from jaxsd.images.reading import read, read_gray
 
-__all__ = ['box', 'check_sizes', 'cover', 'downsample', 'feather', 'fit', 'pad', 'paste', 'read',
-           'read_gray']
+__all__ = ['PREPROCESSORS', 'Person', 'Pose', 'box', 'canny', 'check_sizes', 'cover', 'depth',
+           'downsample', 'draw_pose', 'feather', 'fit', 'pad', 'paste', 'read', 'read_gray',
+           'read_pose', 'scribble', 'tile']

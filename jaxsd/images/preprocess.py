@@ -1,0 +1,69 @@
+"""Hints for ControlNets that need no network: from a picture, uint8 [H,W,3], to one of its size."""
+
+import math
+import numbers
+
+import numpy as np
+
+
+def canny(image, low=100, high=200):
+    """White edges on black: Canny's, with hysteresis between two thresholds of the gradient.
+
+    The annotator of lllyasviel/ControlNet (annotator/canny).
+    """
+    import cv2
+    _check('low', low, 0)
+    _check('high', high, 0)
+    if low >= high:
+        raise ValueError(f'canny low={low}, high={high}: expected low < high')
+    return _three(cv2.Canny(image, low, high))
+
+
+def scribble(image, threshold=127):
+    """Dark strokes on white -> white strokes on black: where any channel is below the threshold.
+
+    As in lllyasviel/ControlNet, gradio_scribble2image.py.
+    """
+    _check('threshold', threshold, 1, 255)
+    return _three(np.where(image.min(-1) < threshold, np.uint8(255), np.uint8(0)))
+
+
+def tile(image, factor=1):
+    """The picture without its detail: `factor` times smaller, and back.
+
+    The tile ControlNet of 1.1 was trained on pictures made smaller and brought back linearly
+    (gradio_tile.py); they are made smaller by averages, as by sd-webui-controlnet's tile_resample.
+    """
+    import cv2
+    _check('factor', factor, 1, min(image.shape[:2]))
+    height, width = image.shape[:2]
+    small = (max(1, int(width / factor)), max(1, int(height / factor)))
+    small = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def depth(depth_map):
+    """Inverse depth, float [H,W], larger when nearer -> uint8 [H,W,3], from black to white.
+
+    As diffusers' depth-estimation pipeline for ControlNet. Raises ValueError for one value only.
+    """
+    low, high = float(depth_map.min()), float(depth_map.max())
+    if not math.isfinite(high - low):
+        raise ValueError('the depth map holds values that are not finite')
+    if low == high:
+        raise ValueError(f'the depth map is {low:g} everywhere: expected near and far parts')
+    return _three(np.rint(255 * ((depth_map - low) / (high - low))).astype(np.uint8))
+
+
+def _three(gray):
+    return np.repeat(gray[..., None], 3, -1)
+
+
+def _check(option, value, low, high=math.inf):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not (
+            low <= value <= high and math.isfinite(value)):
+        limits = f'{low} to {high}' if math.isfinite(high) else f'{low} or more'
+        raise ValueError(f'{option}={value!r}: expected {limits}')
+
+
+PREPROCESSORS = {'none': lambda image: image, 'canny': canny, 'scribble': scribble, 'tile': tile}
