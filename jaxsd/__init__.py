@@ -15,7 +15,8 @@ if (importlib.metadata.version('jaxlib').startswith('0.10.')
 __version__ = '0.1.0'
 
 _WHERE = {
-    'load': 'jaxsd.weights', 'save': 'jaxsd.weights', 'Model': 'jaxsd.weights',
+    **dict.fromkeys(('load', 'save', 'Model', 'Network', 'load_vae', 'load_controlnet',
+                     'load_t2i_adapter', 'save_network'), 'jaxsd.weights'),
     'read_config': 'jaxsd.config', 'ModelConfig': 'jaxsd.config', 'versions': 'jaxsd.config',
     'generate': 'jaxsd.run', 'Request': 'jaxsd.run', 'Control': 'jaxsd.run',
 }

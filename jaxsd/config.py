@@ -158,6 +158,7 @@ class ModelConfig:
     text_encoder_2: TextConfig | None = None
     depth_estimator: DPTConfig | None = None
     low_res: ScheduleConfig | None = None  # upscalers: how the small picture is noised
+    controlnets: tuple = ()  # (name, ControlNetConfig) of those at work in a program
     aesthetic: bool = False  # the SDXL refiner's time ids end in an aesthetic score
     zero_negative: bool = False  # an empty negative prompt is zeros, not an encoded '' (SDXL base)
     # The released version it equals, see versions(); a label, no part of what the config is.
@@ -202,6 +203,8 @@ def read_config(folder):
     for name in TEXT_ENCODERS:
         if index.get(name, (None,))[0]:
             parts[name] = _text(_read(folder / name / 'config.json'), xl=unet.added_dim > 0)
+    if index.get('depth_estimator', (None,))[0]:
+        parts['depth_estimator'] = _depth(_read(folder / 'depth_estimator' / 'config.json'))
     config = ModelConfig(**parts)
     if folder.parent == VERSIONS:
         return config.replace(version=folder.name)
@@ -210,10 +213,26 @@ def read_config(folder):
         (v for v in reversed(versions()) if _same(config, read_config(v))), 'custom'))
 
 
+def read_network_config(folder, classes=None):
+    """The config of the single network whose config.json a folder holds, such as a ControlNet's.
+
+    classes: the names of classes that are expected; None: any of NETWORKS.
+    Raises FileNotFoundError, and ValueError for a kind or a setting that jaxsd does not implement.
+    """
+    content, classes = _read(pathlib.Path(folder) / 'config.json'), classes or tuple(NETWORKS)
+    kind = content.get('_class_name') or ''.join(content.get('architectures', ())[:1])
+    if kind not in classes:
+        raise ValueError(f'{folder}: config.json describes a {kind or "network of no name"}; '
+                         f'expected {" or ".join(classes)}')
+    return NETWORKS[kind](content)
+
+
 def _same(config, released):
-    """Whether a config has a release's networks and prediction type; VAEs get swapped."""
+    """Whether a config has a release's networks and prediction type; VAEs get swapped, and a
+    depth estimator may be left out where depth maps are given."""
     same = released.replace(vae=config.vae, aesthetic=config.aesthetic,
-                            zero_negative=config.zero_negative)
+                            zero_negative=config.zero_negative,
+                            depth_estimator=config.depth_estimator)
     return same == config and released.vae.factor == config.vae.factor
 
 
@@ -291,6 +310,41 @@ def _vae(config):
     if config.get('act_fn', 'silu') != 'silu':
         raise ValueError(f'vae/config.json: act_fn={config["act_fn"]!r}; expected silu')
     return _pick(VAEConfig, config)
+
+
+def _depth(config):
+    backbone = config.get('backbone_config') or {}
+    known = {
+        'is_hybrid': (True,), 'readout_type': ('project',), 'hidden_act': ('gelu',),
+        'qkv_bias': (True,), 'reassemble_factors': ([1, 1, 1, 0.5],),
+        'neck_ignore_stages': ([0, 1],), 'head_in_index': (-1,), 'add_projection': (False,),
+        'use_batch_norm_in_fusion_residual': (False,), 'use_bias_in_fusion_residual': (None, True),
+    }
+    known_backbone = {
+        'model_type': ('bit',), 'layer_type': ('bottleneck',), 'global_padding': ('same', 'SAME'),
+        'embedding_dynamic_padding': (True,), 'hidden_act': ('relu',), 'output_stride': (32, None),
+        'width_factor': (1,),
+    }
+    for settings, expected in ((config, known), (backbone, known_backbone)):
+        for key, values in expected.items():
+            if settings.get(key, values[0]) not in values:
+                raise ValueError(f'depth_estimator/config.json: {key}={settings[key]!r} is not '
+                                 f'implemented; expected {values[0]!r}, as in dpt-hybrid-midas')
+    found = _pick(DPTConfig, backbone | config)
+    return dataclasses.replace(found, hidden_sizes=found.hidden_sizes[:len(found.depths)])
+
+
+def _t2i_adapter(config):
+    known = ('full_adapter', 'full_adapter_xl')
+    if config.get('adapter_type', known[0]) not in known:
+        raise ValueError(f'adapter_type={config["adapter_type"]!r} is not implemented; expected '
+                         f'one of {known}')
+    return _pick(T2IAdapterConfig, config)
+
+
+# By diffusers' and transformers' names.
+NETWORKS = {'AutoencoderKL': _vae, 'ControlNetModel': _controlnet, 'T2IAdapter': _t2i_adapter,
+            'DPTForDepthEstimation': _depth}
 
 
 def _per_level(value, levels):

@@ -10,16 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxsd.models import shapes
+from jaxsd import config as c
+from jaxsd.config import TEXT_ENCODERS
+from jaxsd.models import shapes, t2i_adapter
+
+NAMES = {c.UNetConfig: shapes.unet, c.ControlNetConfig: shapes.controlnet, c.VAEConfig: shapes.vae,
+         c.TextConfig: shapes.text, c.DPTConfig: shapes.dpt,
+         c.T2IAdapterConfig: t2i_adapter.names}
 
 
 def spec(config):
     """ModelConfig -> {component: {dotted name: shape}}, e.g. ['unet']['conv_in.weight']."""
-    parts = {'unet': shapes.unet(config.unet), 'vae': shapes.vae(config.vae)}
-    for name in ('text_encoder', 'text_encoder_2'):
-        if getattr(config, name) is not None:
-            parts[name] = shapes.text(getattr(config, name))
-    return parts
+    parts = ('unet', 'vae', *TEXT_ENCODERS, 'depth_estimator')
+    return {part: names(getattr(config, part)) for part in parts if getattr(config, part)}
+
+
+def names(config):
+    """The config of one network -> {dotted name: shape}."""
+    return NAMES[type(config)](config)
 
 
 def count(table):

@@ -4,7 +4,17 @@ import dataclasses
 import json
 import pathlib
 
-from jaxsd.config import TEXT_ENCODERS, VERSIONS, read_config, versions
+from jaxsd.config import (
+    TEXT_ENCODERS,
+    VERSIONS,
+    ControlNetConfig,
+    DPTConfig,
+    T2IAdapterConfig,
+    VAEConfig,
+    read_config,
+    read_network_config,
+    versions,
+)
 
 TOKENIZERS = {'text_encoder': 'tokenizer', 'text_encoder_2': 'tokenizer_2'}
 
@@ -25,6 +35,11 @@ def write_config(config, folder, tokenizers=TEXT_ENCODERS):
         if getattr(config, part) is not None:
             _write(folder / part / 'config.json',
                    _released(config, part) or _text(getattr(config, part)))
+    if config.depth_estimator is not None:
+        _write(folder / 'depth_estimator' / 'config.json',
+               _released(config, 'depth_estimator') or _depth(config.depth_estimator))
+        _write(folder / 'feature_extractor' / 'preprocessor_config.json',
+               _preprocessor(config.depth_estimator))
     written = read_config(folder)
     lost = [f'{field.name}.{part.name}' if dataclasses.is_dataclass(value) else field.name
             for field in dataclasses.fields(config) if field.name != 'version'
@@ -34,6 +49,18 @@ def write_config(config, folder, tokenizers=TEXT_ENCODERS):
     if lost:
         raise ValueError(f'the config.json files of a diffusers folder cannot express this '
                          f'{", ".join(lost)}')
+
+
+def write_network_config(config, folder):
+    """Write the config.json of a single network, as diffusers reads it.
+
+    Raises ValueError for a config that this file cannot express.
+    """
+    _write(pathlib.Path(folder) / 'config.json', _NETWORKS[type(config)](config))
+    written = dataclasses.asdict(read_network_config(folder))
+    lost = [k for k, v in dataclasses.asdict(config).items() if v != written[k]]
+    if lost:
+        raise ValueError(f'a config.json cannot express this {", ".join(lost)}')
 
 
 def _get(config, field, part):
@@ -69,6 +96,11 @@ def _index(config, tokenizers):
         index[part] = ['transformers', _text_class(text)] if text else [None, None]
         index[TOKENIZERS[part]] = (['transformers', 'CLIPTokenizer']
                                    if text and part in tokenizers else [None, None])
+    if config.unet.in_channels == 5:
+        index['depth_estimator'] = index['feature_extractor'] = [None, None]
+    if config.depth_estimator is not None:
+        index['depth_estimator'] = ['transformers', 'DPTForDepthEstimation']
+        index['feature_extractor'] = ['transformers', 'DPTImageProcessor']
     index['scheduler'] = ['diffusers', _schedule(config)['_class_name']]
     index['unet'] = ['diffusers', 'UNet2DConditionModel']
     index['vae'] = ['diffusers', 'AutoencoderKL']
@@ -120,6 +152,38 @@ def _vae(c):
     return {'_class_name': 'AutoencoderKL', 'act_fn': 'silu', **_plain(c),
             'down_block_types': ['DownEncoderBlock2D'] * levels,
             'up_block_types': ['UpDecoderBlock2D'] * levels}
+
+
+def _depth(c):
+    stem = ('depths', 'embedding_size', 'hidden_sizes', 'num_groups')
+    patches = c.image_size // c.patch_size
+    return {
+        'architectures': ['DPTForDepthEstimation'], 'model_type': 'dpt', 'is_hybrid': True,
+        'readout_type': 'project', 'reassemble_factors': [1, 1, 1, 0.5],
+        'neck_ignore_stages': [0, 1], 'hidden_act': 'gelu', **_plain(c, *stem),
+        'backbone_featmap_shape': [1, c.hidden_sizes[-1], patches, patches],
+        'backbone_config': {
+            'model_type': 'bit', 'layer_type': 'bottleneck', 'global_padding': 'same',
+            'embedding_dynamic_padding': True, 'out_features': ['stage1', 'stage2', 'stage3'],
+            **{name: getattr(c, name) for name in stem}},
+        'torch_dtype': 'float32'}
+
+
+def _preprocessor(c):
+    """What run.depth does to a picture, as transformers' DPTImageProcessor reads it."""
+    return {'image_processor_type': 'DPTImageProcessor', 'do_resize': True,
+            'size': {'height': c.image_size, 'width': c.image_size}, 'resample': 3,
+            'ensure_multiple_of': 1, 'keep_aspect_ratio': False,
+            'do_rescale': True, 'rescale_factor': 1 / 255,
+            'do_normalize': True, 'image_mean': [0.5] * 3, 'image_std': [0.5] * 3}
+
+
+def _t2i_adapter(c):
+    return {'_class_name': 'T2IAdapter', **_plain(c)}
+
+
+_NETWORKS = {VAEConfig: _vae, ControlNetConfig: _controlnet, T2IAdapterConfig: _t2i_adapter,
+             DPTConfig: _depth}
 
 
 def _schedule(config):

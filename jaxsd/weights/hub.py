@@ -6,7 +6,7 @@ import re
 from jaxsd.config import TEXT_ENCODERS
 from jaxsd.weights.files import PICKLES, choose
 
-WEIGHTS = ('unet', 'vae', *TEXT_ENCODERS)
+WEIGHTS = ('unet', 'vae', *TEXT_ENCODERS, 'depth_estimator')
 SMALL = ('model_index.json', 'extras.safetensors', 'scheduler/*.json', 'tokenizer*/*.json',
          'tokenizer*/*.txt', *(f'{part}/config.json' for part in WEIGHTS))
 
@@ -17,11 +17,12 @@ def is_hub_id(path):
                 and not str(path).endswith(('.safetensors', *PICKLES)))
 
 
-def download(repo, half=False):
+def download(repo, half=False, part=None):
     """A Hub id -> the folder in the cache, downloaded where the cache lacks it.
 
-    half: prefer fp16 variants. Raises FileNotFoundError when the Hub cannot be reached and the
-    cache has no copy, or when there is no such repository.
+    half: prefer fp16 variants. part: only this component of a model, or the one network that a
+    repository holds. Raises FileNotFoundError when the Hub cannot be reached and the cache has no
+    copy, or when there is no such repository.
     """
     import huggingface_hub as hf
     from huggingface_hub import errors
@@ -40,25 +41,37 @@ def download(repo, half=False):
                 f'{repo!r}: no such file or folder here, the Hugging Face Hub cannot be reached '
                 f'({type(error).__name__}) and its cache has no copy; connect, or give a local '
                 'path') from None
-    return pathlib.Path(hf.snapshot_download(repo, allow_patterns=needed(repo, files, half)))
+    patterns = needed(repo, files, half, part)
+    return pathlib.Path(hf.snapshot_download(repo, allow_patterns=patterns))
 
 
-def needed(repo, files, half=False):
+def needed(repo, files, half=False, part=None):
     """The patterns of the files to download, from a repository's list of files."""
-    if 'model_index.json' not in files:
+    if part is None and 'model_index.json' not in files:
         raise ValueError(f'{repo!r}: not in diffusers layout, it has no model_index.json; download '
                          'its .safetensors file and give that path')
-    patterns = list(SMALL)
-    for part in WEIGHTS:
-        inside = [f.split('/', 1)[1] for f in files if f.startswith(f'{part}/')]
-        name = choose(inside, half)
-        if name is None and any(f.endswith(PICKLES) for f in inside):
-            raise ValueError(f'{repo!r}: its {part} comes only as a pickle, which can run any code '
-                             'when it is opened; look for a copy with .safetensors files')
-        if name is not None:
-            patterns.append(f'{part}/{name}')
-        if name is not None and name.endswith('.json'):
-            variant = 'fp16' if 'fp16' in name else ''
-            patterns += [f'{part}/{f}' for f in inside if f.endswith('.safetensors')
-                         and '-of-' in f and ('fp16' in f) == bool(variant)]
-    return patterns
+    if part is None:
+        return [*SMALL, *(pattern for name in WEIGHTS
+                          for pattern in _weights(repo, f'{name}/', files, half))]
+    folder = next((at for at in ('', f'{part}/') if f'{at}config.json' in files), None)
+    if folder is None:
+        raise ValueError(f'{repo!r}: has no config.json and no {part}/config.json; download the '
+                         '.safetensors file that you need and give that path')
+    return [f'{folder}config.json', *_weights(repo, folder, files, half)]
+
+
+def _weights(repo, folder, files, half):
+    """The files of one network's weights; folder: what their names start with."""
+    inside = [f.removeprefix(folder) for f in files if f.startswith(folder)]
+    name = choose(inside, half)
+    if name is None:
+        if any(f.endswith(PICKLES) for f in inside):
+            raise ValueError(f'{repo!r}: its {folder.rstrip("/") or "network"} comes only as a '
+                             'pickle, which can run any code when it is opened; look for a copy '
+                             'with .safetensors files')
+        return []
+    if not name.endswith('.json'):
+        return [folder + name]
+    variant = 'fp16' in name
+    return [folder + name, *(folder + f for f in inside if f.endswith('.safetensors')
+                             and '-of-' in f and ('fp16' in f) == variant)]

@@ -6,6 +6,17 @@ from jaxsd.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """One network alone: its config (VAEConfig, ControlNetConfig ...) and its nested arrays.
+
+    A config has None where a file that holds only tensors cannot say, see `Model.with_vae`.
+    """
+
+    config: object
+    params: dict
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A model's static description, its arrays and its tokenizers.
 
@@ -26,3 +37,20 @@ class Model:
     def replace(self, **parts):
         """A copy with some parts replaced, e.g. `replace(params=...)`."""
         return dataclasses.replace(self, **parts)
+
+    def with_vae(self, network):
+        """A copy with another VAE, a Network that `jaxsd.load_vae` gave.
+
+        What a file without a config.json cannot say (scaling_factor, shift_factor, force_upcast,
+        sample_size) stays this model's. Raises ValueError when its latents are not the model's.
+        """
+        ours, other = self.config.vae, network.config
+        for what, name in (('channels', 'latent_channels'), ('pixels', 'factor')):
+            if getattr(ours, name) != getattr(other, name):
+                raise ValueError(
+                    f"this VAE's latents have {getattr(other, name)} {what} each, the model's "
+                    f'have {getattr(ours, name)}; give a VAE made for the model')
+        unsaid = {name: getattr(ours, name) for name, value in vars(other).items()
+                  if value is None}
+        return self.replace(config=self.config.replace(vae=dataclasses.replace(other, **unsaid)),
+                            params=self.params | {'vae': network.params})

@@ -8,6 +8,7 @@ import re
 from typing import NamedTuple
 
 from jaxsd.config import TEXT_ENCODERS
+from jaxsd.weights import names_dpt
 
 
 class Place(NamedTuple):
@@ -36,7 +37,7 @@ def places(config, shapes):
 
 
 def network_places(part, config, shapes, prefix=''):
-    """{folder name: Place} of one network: a ModelConfig's component, or a 'controlnet'."""
+    """{folder name: Place} of one network: a ModelConfig's component, or another."""
     rules = _RULES[part](config)
     return {name: _place(name, rules, prefix, part, shape) for name, shape in shapes.items()}
 
@@ -49,6 +50,8 @@ def prefixes(config):
         stage = f'conditioner.embedders.{i}.' if config.unet.added_dim else 'cond_stage_model.'
         kind = 'model.' if is_openclip(getattr(config, name)) else 'transformer.'
         found[name] = stage + kind
+    if config.depth_estimator:
+        found['depth_estimator'] = 'depth_model.model.'
     return found
 
 
@@ -62,16 +65,26 @@ def is_openclip(text):
 
 
 def is_extra(name, config):
-    """Whether a single file may hold this tensor although the model does not use it."""
+    """Whether a single file may hold this tensor although the model does not use it.
+
+    config: a ModelConfig, or that of one network.
+    """
     layers = [getattr(config, part).num_hidden_layers for part in TEXT_ENCODERS
-              if getattr(config, part)]
+              if getattr(config, part, None)]
+    if name.startswith('depth_model.') and not getattr(config, 'depth_estimator', None):
+        return True
     last = re.fullmatch(r'cond_stage_model\.model\.transformer\.resblocks\.(\d+)\..*', name)
-    return bool(_EXTRA.fullmatch(name)) or bool(last and layers and int(last[1]) == layers[0])
+    return is_buffer(name) or bool(last and layers and int(last[1]) == layers[0])
+
+
+def is_buffer(name):
+    """Whether this tensor stands in single files but is no network's."""
+    return bool(_EXTRA.fullmatch(name))
 
 
 def is_ema(name):
     """Whether this is a tensor of the second, averaged copy of the U-Net that some files hold."""
-    return name.startswith('model_ema.') and not _EXTRA.fullmatch(name)
+    return name.startswith('model_ema.') and not is_buffer(name)
 
 
 def in_folder(part, name):
@@ -92,11 +105,13 @@ def in_single(name):
 
 
 # Schedule buffers; the EMA's two counters; position_ids; what only marks the prediction type; the
-# parts of OpenCLIP that 2.x does not use (nor SDXL the logit_scale); 2.x depth's depth estimator.
+# parts of OpenCLIP that 2.x does not use (nor SDXL the logit_scale); the classes
+# that MiDaS' transformer was trained on; the discriminator that some VAEs were trained with.
 _EXTRA = re.compile(
     r'betas|(?:\w+_)?alphas_cumprod(?:_prev)?|posterior_\w+|logvar|lvlb_weights|scale_factor'
     r'|model_ema\.(?:decay|num_updates)|denoiser\..*|.*\.position_ids|v_pred|ztsnr'
-    r'|cond_stage_model\.model\.text_projection|.*\.model\.logit_scale|depth_model\..*')
+    r'|cond_stage_model\.model\.text_projection|.*\.model\.logit_scale'
+    r'|(?:depth_model\.model\.)?pretrained\.model\.head\..*|loss\..*')
 
 _OPENCLIP = [
     (r'^text_model\.embeddings\.position_embedding\.weight', 'positional_embedding'),
@@ -180,11 +195,22 @@ def _controlnet_rules(c):
     ]
 
 
+def _t2i_adapter_rules(c):
+    n = c.num_res_blocks
+    return [
+        (r'^adapter\.', ''),
+        (r'^body\.(\d+)\.in_conv', lambda m: f'body.{n * int(m[1])}.in_conv'),
+        (r'^body\.(\d+)\.resnets\.(\d+)', lambda m: f'body.{n * int(m[1]) + int(m[2])}'),
+    ]
+
+
 def _text_rules(c):
     return _OPENCLIP if is_openclip(c) else []
 
 
 _RULES = {'unet': _unet_rules, 'vae': _vae_rules, 'controlnet': _controlnet_rules,
+          't2i_adapter': _t2i_adapter_rules,
+          'depth_estimator': lambda c: names_dpt.RULES,
           **dict.fromkeys(TEXT_ENCODERS, _text_rules)}
 
 
@@ -195,8 +221,8 @@ def _place(name, rules, prefix, part, shape):
     how = ''
     if part == 'vae' and 'attentions' in name and len(shape) == 2:
         how = '1x1'
-    elif 'in_proj_' in place:
-        how = re.search(r'\.([qkv])_proj', name)[1]
+    elif 'in_proj_' in place or '.qkv.' in place:
+        how = re.search(r'\.([qkv])(?:_proj|uery|ey|alue)\.', name)[1]
     elif place == 'text_projection':
         how = 'T'
     return Place(prefix + place, how)

@@ -54,10 +54,12 @@ class Source:
     """The tensors that a model is made of, found in files but not read yet.
 
     tensors: {stored name: (TensorFile, name in that file)}; extras: the stored names that are kept
-    as they are; places: {component: {folder name: Place}}, see names.py.
+    as they are; places: {component: {folder name: Place}}, see names.py; version: what to call the
+    expected model, if not config.version.
     """
 
-    def __init__(self, path, config, shapes, tensors, places, extras):
+    def __init__(self, path, config, shapes, tensors, places, extras, version=None):
+        self.version = version or config.version
         self.path, self.config, self.shapes = path, config, shapes
         self.tensors, self.places, self.extras = tensors, places, extras
 
@@ -122,8 +124,9 @@ class Source:
             lines = [name + detail for name, detail in sorted(found.items())]
             more = f' and {len(lines) - most} more' if len(lines) > most else ''
             lists.append(f'{len(lines)} {kind}: {", ".join(lines[:most])}{more}')
+        what = getattr(self.config, 'version', ', '.join(self.places))  # or the network's kind
         raise ValueError(f'{self.path}: the tensors are not those of the expected model '
-                         f'({self.config.version}): {"; ".join(lists)}. Download the file again, '
+                         f'({self.version}): {"; ".join(lists)}. Download the file again, '
                          'or give config= for a model of other sizes')
 
 
@@ -168,7 +171,7 @@ def open_single(path, config, half, prediction_type):
 def _detect(file, prediction_type=None):
     """The ModelConfig of the released version whose names and shapes a single file has."""
     def agreement(version):
-        config = read_config(version)
+        config = read_config(version).replace(depth_estimator=None)  # a file may lack it
         shapes = spec(config)
         expected = {place.name: place.shape(shapes[part][name])
                     for part, table in names.places(config, shapes).items()
@@ -187,6 +190,8 @@ def _detect(file, prediction_type=None):
     if best == 'sd21' and prediction_type == 'epsilon':
         return read_config('sd21_base')
     config = read_config(best)
+    if not any(name.startswith('depth_model.') for name in file.shapes):
+        config = config.replace(depth_estimator=None)
     if best == 'sd21' and prediction_type is None:
         log.warning('%s: 2.x files do not say what they predict; taken as a 768-v model '
                     '(v_prediction). For a 512-base model give prediction_type=epsilon', file.path)

@@ -1,5 +1,6 @@
 """Write a Model as a diffusers folder or as a single file, with nothing half-written."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -30,40 +31,38 @@ def save(model, path, layout='diffusers', dtype=None):
     shapes = spec(model.config)
     arrays = {part: traverse_util.flatten_dict(tree, sep='.')
               for part, tree in model.params.items()}
-    _check(shapes, arrays)
+    check_arrays(shapes, arrays)
     path = pathlib.Path(path).expanduser()
     if layout == 'single-file':
         if path.is_dir() or path.suffix != '.safetensors':
             raise ValueError(f'{path}: expected the name of a .safetensors file')
         table = names.places(model.config, shapes)
         tensors = {k: t for part in shapes
-                   for k, t in _stored(arrays[part], shapes[part], table[part], dtype).items()}
+                   for k, t in stored(arrays[part], shapes[part], table[part], dtype).items()}
         write_tensors(path, tensors | _plain(model.extras))
-    elif path.exists() and not path.is_dir():
-        raise ValueError(f'{path}: is a file; expected the name of a folder')
     else:
-        temporary = path.absolute().with_name(f'.{path.absolute().name}.{os.getpid()}.tmp')
-        try:
+        with replacing_folder(path) as temporary:
             _write_folder(model, temporary, shapes, arrays, dtype)
-            _replace(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_folder(model, folder, shapes, arrays, dtype):
     write_config(model.config, folder, tokenizers=tuple(model.tokenizers))
     for part, expected in shapes.items():
-        stem = 'model' if part in TOKENIZERS else 'diffusion_pytorch_model'
-        table = {name: names.Place(name) for name in expected}
-        write_tensors(folder / part / f'{stem}.safetensors',
-                      _stored(arrays[part], expected, table, dtype))
+        write_component(folder / part, part, expected, arrays[part], dtype)
     for part, tokenizer in model.tokenizers.items():
         _write_tokenizer(tokenizer, folder / TOKENIZERS[part])
     if model.extras:
         write_tensors(folder / 'extras.safetensors', _plain(model.extras))
 
 
-def _stored(arrays, shapes, table, dtype):
+def write_component(folder, part, shapes, arrays, dtype):
+    """Write one component's weights, under the name that diffusers or transformers expects."""
+    stem = 'model' if part in (*TOKENIZERS, 'depth_estimator') else 'diffusion_pytorch_model'
+    table = {name: names.Place(name) for name in shapes}
+    write_tensors(folder / f'{stem}.safetensors', stored(arrays, shapes, table, dtype))
+
+
+def stored(arrays, shapes, table, dtype):
     """What write_tensors takes, for one component."""
     groups = {}
     for name, place in table.items():
@@ -86,7 +85,8 @@ def _plain(arrays):
     return {name: (a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
 
 
-def _check(shapes, arrays):
+def check_arrays(shapes, arrays):
+    """ValueError unless these are {component: {dotted name: shape}} of the arrays."""
     wrong = [f'{part} {name}'
              for part in shapes.keys() | arrays.keys()
              for name in shapes.get(part, {}).keys() ^ arrays.get(part, {}).keys()]
@@ -116,6 +116,19 @@ def _write_tokenizer(tokenizer, folder):
         (folder / name).write_text(text + '\n', encoding='utf-8')
 
 
+@contextlib.contextmanager
+def replacing_folder(path):
+    """Context: the name of a new folder whose files go to `path` if all goes well."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f'{path}: is a file; expected the name of a folder')
+    temporary = path.absolute().with_name(f'.{path.absolute().name}.{os.getpid()}.tmp')
+    try:
+        yield temporary
+        _replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _replace(new, path):
     """Move a finished folder to its name, file by file where that name is in use."""
     if not path.exists():
@@ -127,7 +140,8 @@ def _replace(new, path):
         os.replace(new / file, path / file)
     # Shards or another variant of the old weights could be read instead of the new ones.
     components = {file.parts[0] for file in written if len(file.parts) > 1}
-    for old in (path / 'extras.safetensors', *path.glob('*/*.safetensors*')):
+    for old in (path / 'extras.safetensors', *path.glob('diffusion_pytorch_model*.safetensors*'),
+                *path.glob('*/*.safetensors*')):
         ours = old.parent == path or old.parent.name in components
         if ours and old.relative_to(path) not in written:
             old.unlink(missing_ok=True)

@@ -1,0 +1,174 @@
+"""Read and write one network alone: a VAE, a ControlNet, a T2I-Adapter, a depth estimator."""
+
+import dataclasses
+import pathlib
+import re
+from typing import NamedTuple
+
+from flax import traverse_util
+
+from jaxsd.config import VERSIONS, T2IAdapterConfig, read_config, read_network_config
+from jaxsd.models import spec
+from jaxsd.weights import hub, names
+from jaxsd.weights.configs import write_network_config
+from jaxsd.weights.files import TensorFile, as_dtype, component_files
+from jaxsd.weights.model import Network
+from jaxsd.weights.reading import Source
+from jaxsd.weights.writing import check, replacing_folder, write_component
+
+
+class Kind(NamedTuple):
+    """A kind of network.
+
+    what: its name in messages; classes: what a config.json may say that it is; released(): the
+    configs to try for a file without a config.json; prefixes: what its names may start with in
+    single files.
+    """
+
+    what: str
+    classes: tuple
+    released: callable
+    prefixes: tuple = ('',)
+
+
+def _vaes():
+    """1.x to SDXL share names and shapes, so a file does not tell what else sets them apart."""
+    unsaid = dict.fromkeys(('scaling_factor', 'shift_factor', 'force_upcast', 'sample_size'))
+    return [dataclasses.replace(read_config('sd15').vae, **unsaid)]
+
+
+def _controlnets():
+    return [read_network_config(VERSIONS / f'controlnet_{version}')
+            for version in ('sd15', 'sd21', 'sdxl')]
+
+
+def _t2i_adapters():
+    return [T2IAdapterConfig(), T2IAdapterConfig(downscale_factor=16,
+                                                 adapter_type='full_adapter_xl')]
+
+
+KINDS = {
+    'vae': Kind('VAE', ('AutoencoderKL',), _vaes, ('', 'first_stage_model.')),
+    'controlnet': Kind('ControlNet', ('ControlNetModel',), _controlnets, ('', 'control_model.')),
+    't2i_adapter': Kind('T2I-Adapter', ('T2IAdapter',), _t2i_adapters),
+}
+
+# What else a file can be, by what a name in it starts with.
+OTHERS = {
+    r'lora_|.*[._](lora|hada|lokr)_': 'a LoRA', r'model\.diffusion_model\.': 'a whole checkpoint',
+    r'(control_model\.)?(input_hint_block|zero_convs|controlnet_)': 'a ControlNet',
+    r'(first_stage_model\.)?(encoder|decoder)\.': 'a VAE', r'(adapter\.)?body\.': 'a T2I-Adapter',
+    r'(down_blocks|input_blocks)\.': 'a U-Net', r'text_model\.': 'a text encoder',
+}
+
+
+def load_vae(path, dtype='float32', config=None, device=None):
+    """Read a VAE, a Network for `model.with_vae`; arguments as of `load_part`."""
+    return load_part('vae', path, dtype, config, device)
+
+
+def load_controlnet(path, dtype='float32', config=None, device=None):
+    """Read a ControlNet, a Network; arguments as of `load_part`."""
+    return load_part('controlnet', path, dtype, config, device)
+
+
+def load_t2i_adapter(path, dtype='float32', config=None, device=None):
+    """Read a T2I-Adapter, a Network; arguments as of `load_part`."""
+    return load_part('t2i_adapter', path, dtype, config, device)
+
+
+def load_part(kind, path, dtype='float32', config=None, device=None):
+    """Read one network of a kind in KINDS from a folder, a .safetensors file or the Hub.
+
+    path: a folder with a config.json; a whole model's folder or file, of which it takes this
+        component; a file in the original or in diffusers' names; or a Hub id ('owner/name') where
+        there is no such path.
+    dtype, device: as of `load`. config: replaces what config.json, or names and shapes, say.
+    Raises ValueError that lists everything that is wrong with the tensors; ValueError or
+    FileNotFoundError of one line for files that cannot be read or are of another kind.
+    """
+    dtype = as_dtype(dtype)
+    half = dtype is not None and dtype.itemsize == 2
+    found = pathlib.Path(path).expanduser()
+    if not found.exists():
+        if not hub.is_hub_id(path):
+            raise FileNotFoundError(f'{path}: no such file or folder')
+        found = hub.download(str(path), half, kind)
+    source = (_open_folder(kind, found, config, half) if found.is_dir()
+              else _open_file(kind, found, config))
+    params, _ = source.read(dtype, device)
+    return Network(source.config, params[kind])
+
+
+def save_network(network, folder, dtype=None):
+    """Write one network as a folder that diffusers reads: config.json and its weights.
+
+    dtype: of all weights in the file; None keeps each array's own.
+    Raises ValueError when the arrays are not those of the config, or it leaves something unsaid.
+    """
+    unsaid = [name for name, value in vars(network.config).items() if value is None]
+    if unsaid:
+        raise ValueError(f'the config does not say {", ".join(unsaid)}, which a config.json has '
+                         'to; set them with dataclasses.replace')
+    shapes, folder = spec.names(network.config), pathlib.Path(folder).expanduser()
+    arrays = traverse_util.flatten_dict(network.params, sep='.')
+    check({'network': shapes}, {'network': arrays})
+    with replacing_folder(folder) as temporary:
+        write_network_config(network.config, temporary)
+        write_component(temporary, 'network', shapes, arrays, as_dtype(dtype))
+
+
+def _open_folder(kind, folder, config, half):
+    inside = next((f for f in (folder, folder / kind) if (f / 'config.json').exists()), None)
+    if inside is None:
+        raise FileNotFoundError(f'{folder}: has no config.json and no {kind}/config.json; expected '
+                                f'the folder of a {KINDS[kind].what} or of a whole model')
+    config = config or read_network_config(inside, KINDS[kind].classes)
+    return _source(kind, inside, config, _tensors(kind, component_files(inside, half)),
+                   _folder_places(config))
+
+
+def _open_file(kind, path, config):
+    """As the config and the layout, of all that are possible, that most tensors agree with."""
+    what, _, released, prefixes = KINDS[kind]
+    tensors = _tensors(kind, [TensorFile(path)])
+    shapes = {name: file.shapes[inner] for name, (file, inner) in tensors.items()}
+    options = [(c, prefix, places) for c in ([config] if config else released())
+               for prefix, places in [('', _folder_places(c)), *(
+                   (p, names.network_places(kind, c, spec.names(c), p)) for p in prefixes)]]
+
+    def agreement(option):
+        expected = spec.names(option[0])
+        same = sum(shapes.get(place.name) == place.shape(expected[name])
+                   for name, place in option[2].items())
+        return same / len(expected)
+
+    best = max(options, key=agreement)
+    if agreement(best) < 0.25:
+        other = next((other for pattern, other in OTHERS.items()
+                      if any(re.match(pattern, name) for name in shapes)), 'something else')
+        raise ValueError(f'{path}: not a {what} that jaxsd knows, by its {len(shapes)} tensors '
+                         f'such as {", ".join(list(shapes)[:3])} it is {other}; give a {what}, or '
+                         'config= for one of other sizes')
+    config, prefix, places = best
+    return _source(kind, path, config, {
+        name: where for name, where in tensors.items() if name.startswith(prefix)
+        and not names.is_extra(name.removeprefix(prefix), config)}, places)
+
+
+def _tensors(kind, files):
+    """{name: (file, name in it)}, as `Source` takes them."""
+    found = {}
+    for file in files:
+        for inner in file.shapes:
+            name = names.in_folder(kind, inner)
+            found[f'{inner} (a second time)' if name in found else name] = file, inner
+    return found
+
+
+def _folder_places(config):
+    return {name: names.Place(name) for name in spec.names(config)}
+
+
+def _source(kind, path, config, tensors, places):
+    return Source(path, config, {kind: spec.names(config)}, tensors, {kind: places}, [])
