@@ -42,6 +42,9 @@ $(VENV)/.test: $(VENV)/.demo
 	touch $@
 
 # On Linux PyPI's torch carries CUDA; pip's settings may name torch's own CPU index instead.
+# Of controlnet_aux only the drawing of poses is used; what it requires beside numpy and OpenCV
+# serves its networks, and a torchvision from another index than torch breaks transformers.
 $(VENV)/.parity: $(VENV)/.test
 	$(PIP) --editable '.[test,parity]'
+	$(PIP) --no-deps controlnet_aux==0.0.10
 	touch $@

@@ -98,13 +98,13 @@ def _json(source):
 
 
 def _points(name, number, person, key, counts):
-    """[N,2] with NaN for what was not found; [0,2] if the part is left out, and for a body [18,2].
-    """
-    values = (person.get(key) if isinstance(person, dict) else ()) or []
-    where = f'{name}: {key} of person {number}'
+    """[N,2] with NaN for what was not found; of a part that is left out [0,2], of a body [18,2]."""
     if not isinstance(person, dict):
         raise ValueError(f'{name}: person {number} is no object with {key}')
-    if len(values) == 0:
+    where, values = f'{name}: {key} of person {number}', person.get(key) or []
+    if not isinstance(values, list):
+        raise ValueError(f'{where}: expected a list')
+    if not values:
         return np.full((18 if 18 in counts else 0, 2), np.nan)
     if len(values) not in [3 * n for n in counts]:
         raise ValueError(f'{where} has {len(values)} values: expected '
