@@ -54,12 +54,10 @@ class Source:
     """The tensors that a model is made of, found in files but not read yet.
 
     tensors: {stored name: (TensorFile, name in that file)}; extras: the stored names that are kept
-    as they are; places: {component: {folder name: Place}}, see names.py; version: what to call the
-    expected model, if not config.version.
+    as they are; places: {component: {folder name: Place}}, see names.py.
     """
 
-    def __init__(self, path, config, shapes, tensors, places, extras, version=None):
-        self.version = version or config.version
+    def __init__(self, path, config, shapes, tensors, places, extras):
         self.path, self.config, self.shapes = path, config, shapes
         self.tensors, self.places, self.extras = tensors, places, extras
 
@@ -126,7 +124,7 @@ class Source:
             lists.append(f'{len(lines)} {kind}: {", ".join(lines[:most])}{more}')
         what = getattr(self.config, 'version', ', '.join(self.places))  # or the network's kind
         raise ValueError(f'{self.path}: the tensors are not those of the expected model '
-                         f'({self.version}): {"; ".join(lists)}. Download the file again, '
+                         f'({what}): {"; ".join(lists)}. Download the file again, '
                          'or give config= for a model of other sizes')
 
 

@@ -31,7 +31,7 @@ def save(model, path, layout='diffusers', dtype=None):
     shapes = spec(model.config)
     arrays = {part: traverse_util.flatten_dict(tree, sep='.')
               for part, tree in model.params.items()}
-    check_arrays(shapes, arrays)
+    check(shapes, arrays)
     path = pathlib.Path(path).expanduser()
     if layout == 'single-file':
         if path.is_dir() or path.suffix != '.safetensors':
@@ -85,7 +85,7 @@ def _plain(arrays):
     return {name: (a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
 
 
-def check_arrays(shapes, arrays):
+def check(shapes, arrays):
     """ValueError unless these are {component: {dotted name: shape}} of the arrays."""
     wrong = [f'{part} {name}'
              for part in shapes.keys() | arrays.keys()

@@ -1,0 +1,131 @@
+"""ControlNets and T2I-Adapters in files: every layout is read, and what is saved comes back."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+from test_manifests import FOLDERS, SINGLE
+from tiny import flat, same, sparse_file, tiny_config
+
+from jaxsd.config import VERSIONS, ControlNetConfig, T2IAdapterConfig, read_network_config
+from jaxsd.models import shapes, spec, t2i_adapter
+from jaxsd.weights import Network, load_controlnet, load_t2i_adapter, names, save_network
+from jaxsd.weights.parts import KINDS, _open_file, _open_folder
+
+COUNTS = {'sd15': 361_279_120, 'sd21': 364_228_240, 'sdxl': 1_251_014_160}
+
+
+def released(version):
+    return read_network_config(VERSIONS / f'controlnet_{version}')
+
+
+def tiny(version, **fields):
+    """A random ControlNet with a released version's structure."""
+    cfg = ControlNetConfig(**dataclasses.asdict(tiny_config(version).unet) | fields,
+                           conditioning_embedding_out_channels=(2, 4, 6, 8))
+    cfg = dataclasses.replace(cfg, sample_size=64)  # which a ControlNet's config.json does not say
+    return Network(cfg, spec.init_part(np.random.default_rng(0), shapes.controlnet(cfg)))
+
+
+def as_files(network, prefix=''):
+    """The tensors of a single file."""
+    part = 'controlnet' if isinstance(network.config, ControlNetConfig) else 't2i_adapter'
+    table = spec.names(network.config)
+    places = names.network_places(part, network.config, table, prefix)
+    arrays = traverse_util.flatten_dict(network.params, sep='.')
+    return {places[name].name: spec.from_jax(name, np.asarray(arrays[name])) for name in table}
+
+
+def write(path, tensors):
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path)
+
+
+@pytest.mark.parametrize('name, version', [
+    ('controlnet_sd15_control_model', 'sd15'), ('controlnet_sd15_full_1.0', 'sd15'),
+    ('controlnet_sd21_control_model', 'sd21'), ('controlnet_sd21_full', 'sd21')])
+@pytest.mark.parametrize('bare', [False, True])
+def test_single_files_of_the_released_ones(name, version, bare, tmp_path):
+    found = SINGLE[name]
+    if bare:  # files with the prefix taken away
+        found = {k.removeprefix('control_model.'): v for k, v in found.items()
+                 if k.startswith('control_model.')}
+    sparse_file(tmp_path / 'a.safetensors', found)
+    source = _open_file('controlnet', tmp_path / 'a.safetensors', None)
+    assert source.config == released(version)
+    assert source.mismatches() == {}
+    assert spec.count(source.shapes['controlnet']) == COUNTS[version]
+
+
+@pytest.mark.parametrize('version', COUNTS)
+def test_folders_of_the_released_ones(version, tmp_path):
+    found = FOLDERS[f'controlnet_{version}']
+    sparse_file(tmp_path / 'diffusion_pytorch_model.safetensors', found)
+    (tmp_path / 'config.json').write_text(
+        (VERSIONS / f'controlnet_{version}' / 'config.json').read_text())
+    sources = [_open_folder('controlnet', tmp_path, None, False),
+               _open_file('controlnet', tmp_path / 'diffusion_pytorch_model.safetensors', None)]
+    for source in sources:
+        assert source.config == released(version)
+        assert source.mismatches() == {}
+        assert spec.count(source.shapes['controlnet']) == COUNTS[version]
+
+
+def test_every_lost_or_changed_tensor_is_noticed(tmp_path):
+    found = dict(SINGLE['controlnet_sd15_control_model'])
+    del found['control_model.zero_convs.3.0.bias']
+    found['control_model.input_hint_block.2.weight'] = [16, 16, 3, 4]
+    found['control_model.stray'] = [1]
+    sparse_file(tmp_path / 'a.safetensors', found)
+    problems = _open_file('controlnet', tmp_path / 'a.safetensors', None).mismatches()
+    assert {kind: list(names) for kind, names in problems.items()} == {
+        'missing': ['control_model.zero_convs.3.0.bias'],
+        'mis-shaped': ['control_model.input_hint_block.2.weight'],
+        'unexpected': ['control_model.stray']}
+    with pytest.raises(ValueError, match=r'\(controlnet\): 1 missing'):
+        load_controlnet(tmp_path / 'a.safetensors')
+
+
+@pytest.mark.parametrize('version', ['sd15', 'sd21', 'sdxl'])
+def test_round_trip(version, tmp_path):
+    network = tiny(version, global_pool_conditions=version == 'sd21')
+    save_network(network, tmp_path / 'folder')
+    again = load_controlnet(tmp_path / 'folder')
+    assert again.config == network.config
+    assert same(flat(again.params), flat(network.params))
+    for prefix in ('', 'control_model.'):
+        write(tmp_path / 'single.safetensors', as_files(network, prefix))
+        assert any(k.startswith(f'{prefix}zero_convs.')
+                   for k in load_file(tmp_path / 'single.safetensors'))
+        single = load_controlnet(tmp_path / 'single.safetensors', config=network.config)
+        assert same(flat(single.params), flat(network.params))
+    half = load_controlnet(tmp_path / 'folder', dtype='bfloat16')
+    assert half.params['conv_in']['weight'].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize('kind', ['full_adapter', 'full_adapter_xl'])
+def test_adapter_round_trip(kind, tmp_path):
+    cfg = T2IAdapterConfig(channels=(4, 8, 12, 12), adapter_type=kind, downscale_factor=2)
+    network = Network(cfg, spec.init_part(np.random.default_rng(0), t2i_adapter.names(cfg)))
+    save_network(network, tmp_path / 'folder')
+    write(tmp_path / 'single.safetensors', as_files(network))
+    assert 'body.6.block1.weight' in load_file(tmp_path / 'single.safetensors')
+    assert 'body.4.in_conv.weight' in load_file(tmp_path / 'single.safetensors')
+    assert load_t2i_adapter(tmp_path / 'folder').config == cfg
+    for path, config in (('folder', None), ('single.safetensors', cfg)):
+        again = load_t2i_adapter(tmp_path / path, config=config)
+        assert same(flat(again.params), flat(network.params))
+
+
+def test_adapters_are_told_apart_by_their_shapes(tmp_path):
+    for config in KINDS['t2i_adapter'].released():
+        sparse_file(tmp_path / 'a.safetensors', t2i_adapter.names(config))
+        assert _open_file('t2i_adapter', tmp_path / 'a.safetensors', None).config == config
+
+
+def test_a_model_is_no_controlnet(tmp_path):
+    sparse_file(tmp_path / 'a.safetensors', SINGLE['sd15_emaonly'])
+    with pytest.raises(ValueError, match='not a ControlNet .* a whole checkpoint'):
+        load_controlnet(tmp_path / 'a.safetensors')
