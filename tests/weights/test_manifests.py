@@ -9,7 +9,7 @@ from tiny import sparse_file
 
 from jaxsd.config import read_config, versions
 from jaxsd.models.spec import count, spec
-from jaxsd.weights import names
+from jaxsd.weights import names, write_config
 from jaxsd.weights.reading import open_folder, open_single
 
 HERE = pathlib.Path(__file__).resolve()
@@ -23,7 +23,7 @@ SINGLE, FOLDERS = (json.loads(gzip.decompress((DATA / f'{kind}.json.gz').read_by
 FILES = {
     'sd15_emaonly': ('sd15', 15, 0), 'sd15_with_ema': ('sd15', 15, 686),
     'sd15_inpainting': ('sd15_inpainting', 15, 0), 'sd2': ('sd21', 28, 0),
-    'sd2_inpainting': ('sd2_inpainting', 28, 0), 'sd2_depth': ('sd2_depth', 28 + 368, 0),
+    'sd2_inpainting': ('sd2_inpainting', 28, 0), 'sd2_depth': ('sd2_depth', 28 + 2, 0),
     'sdxl_base': ('sdxl', 4, 0), 'sdxl_refiner': ('sdxl_refiner', 3, 0),
 }
 UNETS = {'sd1': 859_520_964, 'sd2': 865_910_724, 'sd15_inpainting': 859_535_364,
@@ -76,7 +76,7 @@ def test_folder(version, tmp_path):
     config = read_config('sd15' if version == 'old' else version)
     prefix = {'sdxl': 'sdxl_base', 'old': 'sd15'}.get(version, version)
     for part in spec(config):
-        stem = 'model' if part.startswith('text') else 'diffusion_pytorch_model'
+        stem = 'model' if part.startswith(('text', 'depth')) else 'diffusion_pytorch_model'
         name = f'{prefix}_{part}' + '_old_attention_names' * (version == 'old' and part == 'vae')
         if name not in FOLDERS:  # 2.x's depth and inpainting folders share these with 2.1
             name = f'sd21_{part}'
@@ -132,3 +132,42 @@ def test_sd2_files_do_not_say_what_they_predict(tmp_path, caplog):
     base = open_single(tmp_path / 'a.safetensors', read_config('sd20_base'), False, None).config
     assert base == read_config('sd20_base')
     assert not caplog.text
+
+
+def test_depth_estimator():
+    """Its parameters in a folder and in a single file, which also holds the ImageNet head."""
+    config = read_config('sd2_depth')
+    assert count(spec(config)['depth_estimator']) == 122_377_985
+    single = {n: tuple(s) for n, s in SINGLE['sd2_depth'].items() if n.startswith('depth_model.')}
+    assert (len(single), count(single)) == (368, 123_146_985)
+    head = {n: s for n, s in single.items() if names.is_extra(n, config)}
+    assert count(head) == 769_000 and all('.head.' in n for n in head)
+
+
+@pytest.mark.parametrize('layout', ['folder', 'single'])
+def test_depth_model_without_its_estimator(layout, tmp_path):
+    """Depth maps may be given: nothing in a file, [null, null] in a folder's model_index.json."""
+    config = read_config('sd2_depth').replace(depth_estimator=None)
+    if layout == 'single':
+        sparse_file(tmp_path / 'a.safetensors', {
+            n: s for n, s in SINGLE['sd2_depth'].items() if not n.startswith('depth_model.')})
+        source = open_single(tmp_path / 'a.safetensors', None, False, None)
+    else:
+        write_config(config, tmp_path)
+        index = json.loads((tmp_path / 'model_index.json').read_text())
+        assert index['depth_estimator'] == index['feature_extractor'] == [None, None]
+        for part, shapes in spec(config).items():
+            stem = 'model' if part.startswith('text') else 'diffusion_pytorch_model'
+            sparse_file(tmp_path / part / f'{stem}.safetensors', shapes)
+        source = open_folder(tmp_path, None, False, None)
+    assert source.mismatches() == {}
+    assert source.config == config and source.config.version == 'sd2_depth'
+
+
+def test_lost_depth_estimator(tmp_path):
+    """A file that has half of it is no file without it."""
+    lost = [n for n in SINGLE['sd2_depth'] if n.startswith('depth_model.model.pretrained')]
+    sparse_file(tmp_path / 'a.safetensors',
+                {n: s for n, s in SINGLE['sd2_depth'].items() if n not in lost})
+    problems = open_single(tmp_path / 'a.safetensors', None, False, None).mismatches()
+    assert list(problems) == ['missing'] and len(problems['missing']) == len(lost) - 2

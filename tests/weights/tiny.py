@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxsd.config import TEXT_ENCODERS, VERSIONS, read_config
+from jaxsd.config import TEXT_ENCODERS, VERSIONS, DPTConfig, read_config
 from jaxsd.models.spec import spec, to_jax
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.weights import Model
@@ -35,6 +35,12 @@ def tiny_config(version, vocab_size=99):
                 getattr(config, name), vocab_size=vocab_size, hidden_size=12, intermediate_size=24,
                 num_hidden_layers=3, num_attention_heads=2,
                 projection_dim=6 if getattr(config, name).projection_dim else 0)
+    if config.depth_estimator:
+        parts['depth_estimator'] = DPTConfig(
+            image_size=64, hidden_size=12, intermediate_size=24, num_hidden_layers=4,
+            num_attention_heads=2, backbone_out_indices=(0, 1, 2, 3),
+            neck_hidden_sizes=(32, 64, 12, 10), fusion_hidden_size=8, depths=(2, 1, 1),
+            embedding_size=8, hidden_sizes=(32, 64, 96), num_groups=2)
     return config.replace(**parts, version='custom')
 
 

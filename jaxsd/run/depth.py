@@ -1,0 +1,80 @@
+"""Depth maps: estimated from pictures by MiDaS, and as the 2.x depth model's U-Net sees them."""
+
+import jax
+import numpy as np
+
+from jaxsd.config import DPTConfig
+from jaxsd.models import dpt
+
+_program = jax.jit(dpt.apply, static_argnums=1)
+
+
+def estimate(model, images, size=None):
+    """Pictures uint8 [B,H,W,3] -> inverse depth float32 [B,h,w], near is large, of any scale.
+
+    model: a Model with a depth estimator, or a Network that is one.
+    size: (h, w) at which to look at the pictures, multiples of 32; None: the square that the
+        network was trained on. Raises ValueError for other sizes, and without a depth estimator.
+    """
+    config, params = model.config, model.params
+    if not isinstance(config, DPTConfig):
+        config = config.depth_estimator
+        if config is None:
+            raise ValueError(f'{model.config.version}: this model has no depth estimator; give '
+                             'depth maps, or a folder of 2.x depth with its depth_estimator')
+        params = params['depth_estimator']
+    return np.asarray(_program(params, config, pixels(images, size or (config.image_size,) * 2)))
+
+
+def pixels(images, size):
+    """uint8 [B,H,W,3] -> float32 [B,h,w,3] in [-1,1]: transformers' DPTImageProcessor."""
+    from PIL import Image
+    resized = [Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
+               for image in np.asarray(images)]
+    return (np.stack(resized).astype(np.float32) / 255 - 0.5) / 0.5
+
+
+def condition(depth, height, width):
+    """Depth maps [B,H,W] of any scale -> float32 [B,height,width,1] in [-1,1], near is 1.
+
+    height, width: of the latents. Raises as `resized` does. As in diffusers'
+    StableDiffusionDepth2ImgPipeline.
+    """
+    return (2 * resized(depth, height, width) - 1).astype(np.float32)[..., None]
+
+
+def gray16(depth, height, width):
+    """Depth maps [B,H,W] of any scale -> uint16 [B,height,width], near is white; raises as
+    `resized` does."""
+    return np.rint(65535 * resized(depth, height, width)).astype(np.uint16)
+
+
+def resized(depth, height, width):
+    """Depth maps [B,H,W] -> float64 [B,height,width], each with lowest value 0 and highest 1.
+
+    Bicubic, without antialiasing, as torch.nn.functional.interpolate. Raises ValueError for a map
+    that is not finite or has one value only.
+    """
+    depth = np.asarray(depth, np.float64)
+    if depth.ndim != 3:
+        raise ValueError(f'depth map: expected [B,H,W], found {list(depth.shape)}')
+    if not np.isfinite(depth).all():
+        raise ValueError('depth map: expected finite values, found NaN or infinity')
+    depth = _cubic(depth.shape[1], height) @ depth @ _cubic(depth.shape[2], width).T
+    low, high = depth.min((1, 2), keepdims=True), depth.max((1, 2), keepdims=True)
+    flat = high - low <= 1e-9 * np.maximum(abs(low), abs(high))  # rounding is 1e-16 of the values
+    if flat.any():
+        raise ValueError(f'depth map: expected differing values, found only {low[flat][0]:g}; '
+                         'give a map in which some things are nearer than others')
+    return (depth - low) / (high - low)
+
+
+def _cubic(n, m):
+    """The matrix [m,n] of cubic convolution from n to m samples, with A=-0.75 (Keys 1981)."""
+    at = (np.arange(m)[:, None] + 0.5) * n / m - 0.5
+    taps = np.floor(at) + np.arange(-1, 3)  # [m,4]
+    d = abs(at - taps)
+    weights = np.where(d <= 1, 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4))
+    matrix = np.zeros((m, n))
+    np.add.at(matrix, (np.arange(m)[:, None], np.clip(taps, 0, n - 1).astype(int)), weights)
+    return matrix
