@@ -2,9 +2,15 @@
 
 from jaxsd.weights.configs import write_config
 from jaxsd.weights.model import Model, Network
-from jaxsd.weights.parts import load_controlnet, load_t2i_adapter, load_vae, save_network
+from jaxsd.weights.parts import (
+    load_controlnet,
+    load_depth_estimator,
+    load_t2i_adapter,
+    load_vae,
+    save_network,
+)
 from jaxsd.weights.reading import load
 from jaxsd.weights.writing import save
 
-__all__ = ['Model', 'Network', 'load', 'load_controlnet', 'load_t2i_adapter', 'load_vae', 'save',
-           'save_network', 'write_config']
+__all__ = ['Model', 'Network', 'load', 'load_controlnet', 'load_depth_estimator',
+           'load_t2i_adapter', 'load_vae', 'save', 'save_network', 'write_config']

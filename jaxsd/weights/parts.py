@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from flax import traverse_util
 
-from jaxsd.config import VERSIONS, T2IAdapterConfig, read_config, read_network_config
+from jaxsd.config import VERSIONS, DPTConfig, T2IAdapterConfig, TinyVAEConfig, read_config, read_network_config
 from jaxsd.models import spec
 from jaxsd.weights import hub, names
 from jaxsd.weights.configs import write_network_config
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 def _vaes():
     """1.x to SDXL share names and shapes, so a file does not tell what else sets them apart."""
     unsaid = dict.fromkeys(('scaling_factor', 'shift_factor', 'force_upcast', 'sample_size'))
-    return [dataclasses.replace(read_config('sd15').vae, **unsaid)]
+    return [dataclasses.replace(read_config('sd15').vae, **unsaid), TinyVAEConfig()]
 
 
 def _controlnets():
@@ -48,9 +48,11 @@ def _t2i_adapters():
 
 
 KINDS = {
-    'vae': Kind('VAE', ('AutoencoderKL',), _vaes, ('', 'first_stage_model.')),
+    'vae': Kind('VAE', ('AutoencoderKL', 'AutoencoderTiny'), _vaes, ('', 'first_stage_model.')),
     'controlnet': Kind('ControlNet', ('ControlNetModel',), _controlnets, ('', 'control_model.')),
     't2i_adapter': Kind('T2I-Adapter', ('T2IAdapter',), _t2i_adapters),
+    'depth_estimator': Kind('depth estimator', ('DPTForDepthEstimation',), lambda: [DPTConfig()],
+                            ('', 'depth_model.model.')),
 }
 
 # What else a file can be, by what a name in it starts with.
@@ -75,6 +77,11 @@ def load_controlnet(path, dtype='float32', config=None, device=None):
 def load_t2i_adapter(path, dtype='float32', config=None, device=None):
     """Read a T2I-Adapter, a Network; arguments as of `load_part`."""
     return load_part('t2i_adapter', path, dtype, config, device)
+
+
+def load_depth_estimator(path, dtype='float32', config=None, device=None):
+    """Read MiDaS' hybrid DPT, a Network for `run.depth.estimate`; arguments as of `load_part`."""
+    return load_part('depth_estimator', path, dtype, config, device)
 
 
 def load_part(kind, path, dtype='float32', config=None, device=None):
@@ -115,7 +122,8 @@ def save_network(network, folder, dtype=None):
     check({'network': shapes}, {'network': arrays})
     with replacing_folder(folder) as temporary:
         write_network_config(network.config, temporary)
-        write_component(temporary, 'network', shapes, arrays, as_dtype(dtype))
+        part = 'depth_estimator' if isinstance(network.config, DPTConfig) else 'network'
+        write_component(temporary, part, shapes, arrays, as_dtype(dtype))
 
 
 def _open_folder(kind, folder, config, half):
@@ -132,6 +140,8 @@ def _open_file(kind, path, config):
     """As the config and the layout, of all that are possible, that most tensors agree with."""
     what, _, released, prefixes = KINDS[kind]
     tensors = _tensors(kind, [TensorFile(path)])
+    if all(name[0].isdigit() for name in tensors):
+        tensors = _taesd(path)
     shapes = {name: file.shapes[inner] for name, (file, inner) in tensors.items()}
     options = [(c, prefix, places) for c in ([config] if config else released())
                for prefix, places in [('', _folder_places(c)), *(
@@ -163,6 +173,15 @@ def _tensors(kind, files):
         for inner in file.shapes:
             name = names.in_folder(kind, inner)
             found[f'{inner} (a second time)' if name in found else name] = file, inner
+    return found
+
+
+def _taesd(path):
+    """The tensors of TAESD's own two files, as one: path is either of them."""
+    found = {}
+    for side in ('encoder', 'decoder'):
+        file = TensorFile(path.with_name(re.sub('encoder|decoder', side, path.name)))
+        found |= {f'taesd_{side}.{name}': (file, name) for name in file.shapes}
     return found
 
 
