@@ -1,8 +1,11 @@
 """Pictures and gray maps from anything that Pillow reads, and from arrays."""
 
+import contextlib
 import os
 import re
+import struct
 import warnings
+import zlib
 
 import numpy as np
 
@@ -73,39 +76,29 @@ def _unit(array):
 
 def _open(path):
     """The file as an array that `_unit` takes."""
-    from PIL import Image, UnidentifiedImageError
-    try:
-        with _no_bombs(path), Image.open(path) as image:
-            return _decode(image, path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'no such file: {path}') from None
-    except IsADirectoryError:
-        raise ValueError(f'{path} is a folder: expected an image') from None
-    except UnidentifiedImageError:
-        raise ValueError(f'{path} is not an image that Pillow can read') from None
+    from PIL import Image
+    with _one_line(path):
+        image = Image.open(path)
+    with image:
+        return _decode(image, path)
 
 
 def _decode(image, name):
     """A PIL.Image as an array that `_unit` takes."""
-    from PIL import Image, ImageCms, ImageOps
+    from PIL import Image, ImageOps
     pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
         raise _bomb(name, pixels)
-    try:
-        with _no_bombs(name):
-            image.load()
+    with _one_line(name):
+        image.load()
         image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f'{name} is damaged or cut off: {error}') from None
     if image.mode.startswith('I;16'):
         return np.asarray(image).astype(np.uint16)
     if image.mode in ('I', 'F'):
         return _gray(np.asarray(image, np.float64), name)
-    if image.mode == 'LAB':  # Pillow converts it only with colour profiles
-        lab, rgb = ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB')
-        return np.asarray(ImageCms.profileToProfile(image, lab, rgb, outputMode='RGB'))
     if image.has_transparency_data:
-        return np.asarray(image.convert('RGBA'))
+        straight = image.convert('LA') if image.mode == 'La' else image  # no way to RGBA at once
+        return np.asarray(straight.convert('RGBA'))
     return np.asarray(image.convert('L' if image.mode in ('1', 'L') else 'RGB'))
 
 
@@ -124,23 +117,27 @@ def _gray(values, name):
     return (values - low) / ((high - low) or 1)
 
 
-class _no_bombs(warnings.catch_warnings):
-    """Pillow's warnings and errors about decompression bombs as a ValueError with the numbers."""
-
-    def __init__(self, name):
-        super().__init__()
-        self.name = name
-
-    def __enter__(self):
-        from PIL import Image
-        super().__enter__()
-        warnings.simplefilter('error', Image.DecompressionBombWarning)
-
-    def __exit__(self, kind, error, trace):
-        from PIL import Image
-        super().__exit__(kind, error, trace)
-        if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-            raise _bomb(self.name, int(re.search(r'\d+', str(error))[0])) from None
+@contextlib.contextmanager
+def _one_line(name):
+    """Whatever Pillow raises for a file, and its warning about bombs, as one line."""
+    from PIL import Image, UnidentifiedImageError
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', Image.DecompressionBombWarning)
+            yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f'no such file: {name}') from None
+    except IsADirectoryError:
+        raise ValueError(f'{name} is a folder: expected an image') from None
+    except UnidentifiedImageError:
+        raise ValueError(f'{name} is not an image that Pillow can read') from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise _bomb(name, int(re.search(r'\d+', str(error))[0])) from None
+    except (OSError, SyntaxError, EOFError, ValueError, IndexError, TypeError, struct.error,
+            zlib.error) as error:
+        if getattr(error, 'errno', None):  # the system's: no permission, no such device
+            raise
+        raise ValueError(f'{name} is damaged or cut off: {error}') from None
 
 
 def _bomb(name, pixels):
