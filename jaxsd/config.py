@@ -195,7 +195,7 @@ def read_config(folder):
     schedule = _read(folder / 'scheduler' / 'scheduler_config.json')
     parts = {
         'unet': unet,
-        'vae': _vae(_read(folder / 'vae' / 'config.json')),
+        'vae': read_network_config(folder / 'vae', ('AutoencoderKL', 'AutoencoderTiny')),
         'schedule': _pick(ScheduleConfig, schedule),
         'aesthetic': bool(index.get('requires_aesthetics_score')),
         'zero_negative': bool(index.get('force_zeros_for_empty_prompt', unet.added_dim > 0)),
@@ -312,6 +312,21 @@ def _vae(config):
     return _pick(VAEConfig, config)
 
 
+def _tiny_vae(config):
+    known = {'act_fn': 'relu', 'upsample_fn': 'nearest', 'upsampling_scaling_factor': 2}
+    for key, value in known.items():
+        if config.get(key, value) != value:
+            raise ValueError(f'vae/config.json: {key}={config[key]!r} is not implemented; '
+                             f'expected {value!r}')
+    found = _pick(TinyVAEConfig, config)
+    widths = found.encoder_block_out_channels, found.decoder_block_out_channels
+    if len(widths[0]) != len(widths[1]) or any(len(set(w)) > 1 for w in widths):
+        raise ValueError(f'vae/config.json: block_out_channels of {list(widths[0])} and '
+                         f'{list(widths[1])} are not implemented; expected one width and '
+                         'as many levels on both sides')
+    return found
+
+
 def _depth(config):
     backbone = config.get('backbone_config') or {}
     known = {
@@ -343,7 +358,8 @@ def _t2i_adapter(config):
 
 
 # By diffusers' and transformers' names.
-NETWORKS = {'AutoencoderKL': _vae, 'ControlNetModel': _controlnet, 'T2IAdapter': _t2i_adapter,
+NETWORKS = {'AutoencoderKL': _vae, 'AutoencoderTiny': _tiny_vae,
+            'ControlNetModel': _controlnet, 'T2IAdapter': _t2i_adapter,
             'DPTForDepthEstimation': _depth}
 
 

@@ -136,5 +136,5 @@ def upsample(p, x, shape=None):
 
 
 def children(p):
-    """The values of a dict keyed '0', '1', ..., in that order."""
-    return [p[str(i)] for i in range(len(p))]
+    """The values of a dict keyed by numbers, in their order."""
+    return [p[key] for key in sorted(p, key=int)]

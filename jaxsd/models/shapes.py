@@ -158,6 +158,31 @@ def vae(c):
     return names | conv('quant_conv', 2 * d, 2 * d, 1) | conv('post_quant_conv', d, d, 1)
 
 
+def tiny_vae(c):
+    """AutoencoderTiny, c: TinyVAEConfig; a layer without arrays counts where torch counts it."""
+    def block(w):
+        return conv('.conv.0', w, w) | conv('.conv.2', w, w) | conv('.conv.4', w, w)
+
+    def resample(w):
+        return conv('', w, w, bias=False)
+
+    widths = c.encoder_block_out_channels
+    encoder = [conv('', c.in_channels, widths[0])]
+    for level, (w, n) in enumerate(zip(widths, c.num_encoder_blocks)):
+        encoder += [resample(w)] * (level > 0) + [block(w)] * n
+    encoder.append(conv('', widths[-1], c.latent_channels))
+
+    widths = c.decoder_block_out_channels
+    decoder = [conv('', c.latent_channels, widths[0]), {}]
+    for level, (w, n) in enumerate(zip(widths, c.num_decoder_blocks)):
+        decoder += [block(w)] * n + [{}, resample(w)] * (level < len(widths) - 1)
+    decoder.append(conv('', widths[-1], c.out_channels))
+    return {f'{side}.layers.{i}{name}': shape
+            for side, layers in (('encoder', encoder), ('decoder', decoder))
+            for i, layer in enumerate(layers) for name, shape in layer.items()}
+
+
+
 def dpt(c):
     """DPTForDepthEstimation with is_hybrid, c: DPTConfig."""
     d, at = c.hidden_size, 'dpt.embeddings'

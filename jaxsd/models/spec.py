@@ -15,7 +15,7 @@ from jaxsd.config import TEXT_ENCODERS
 from jaxsd.models import shapes, t2i_adapter
 
 NAMES = {c.UNetConfig: shapes.unet, c.ControlNetConfig: shapes.controlnet, c.VAEConfig: shapes.vae,
-         c.TextConfig: shapes.text, c.DPTConfig: shapes.dpt,
+         c.TinyVAEConfig: shapes.tiny_vae, c.TextConfig: shapes.text, c.DPTConfig: shapes.dpt,
          c.T2IAdapterConfig: t2i_adapter.names}
 
 

@@ -1,4 +1,7 @@
-"""The autoencoder between pixels and latents (AutoencoderKL; Rombach et al. 2022)."""
+"""The autoencoder between pixels and latents (AutoencoderKL; Rombach et al. 2022).
+
+Where cfg is a TinyVAEConfig, taesd.py stands in for it.
+"""
 
 import functools
 
@@ -7,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsd.config import TinyVAEConfig
+from jaxsd.models import taesd
 from jaxsd.models.layers import (
     attention,
     children,
@@ -23,6 +28,9 @@ EPS = 1e-6
 
 def encode(params, cfg, image):
     """image [B,fH,fW,3] in [-1,1] -> (mean, logvar), each [B,H,W,L] float32; latents unscaled."""
+    if isinstance(cfg, TinyVAEConfig):
+        mean = taesd.encode(params, cfg, image)
+        return mean, jnp.full_like(mean, -30.0)
     p = params['encoder']
     x = conv(p['conv_in'], image.astype(p['conv_in']['weight'].dtype))
     for block in children(p['down_blocks']):
@@ -37,6 +45,8 @@ def encode(params, cfg, image):
 
 def decode(params, cfg, latent):
     """latent [B,H,W,L], unscaled -> image [B,fH,fW,3] float32, about [-1,1]."""
+    if isinstance(cfg, TinyVAEConfig):
+        return taesd.decode(params, cfg, latent)
     p = params['decoder']
     x = pointwise(params['post_quant_conv'], latent.astype(p['conv_in']['weight'].dtype))
     x = _mid(p['mid_block'], cfg, conv(p['conv_in'], x))
@@ -81,7 +91,7 @@ def decode_tiled(params, cfg, latent, tile=64, overlap=16):
 
 def _starts(size, tile, overlap):
     """First positions of the fewest equally spaced tiles that cover `size`."""
-    count = 1 + max(0, -(-(size - tile) // (tile - overlap)))
+    count = 1 + -(-(size - tile) // max(1, tile - overlap))  # one tile may be all of a short side
     return np.linspace(0, size - tile, count).round().astype(int)
 
 

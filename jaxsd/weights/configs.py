@@ -10,6 +10,7 @@ from jaxsd.config import (
     ControlNetConfig,
     DPTConfig,
     T2IAdapterConfig,
+    TinyVAEConfig,
     VAEConfig,
     read_config,
     read_network_config,
@@ -29,7 +30,7 @@ def write_config(config, folder, tokenizers=TEXT_ENCODERS):
     _write(folder / 'model_index.json', _index(config, tokenizers))
     _write(folder / 'unet' / 'config.json', _released(config, 'unet') or _unet(config.unet))
     _write(folder / 'vae' / 'config.json',
-           _released(config, 'vae') or _vae(config.vae))
+           _released(config, 'vae') or _NETWORKS[type(config.vae)](config.vae))
     _write(folder / 'scheduler' / 'scheduler_config.json', _schedule(config))
     for part in TEXT_ENCODERS:
         if getattr(config, part) is not None:
@@ -103,7 +104,7 @@ def _index(config, tokenizers):
         index['feature_extractor'] = ['transformers', 'DPTImageProcessor']
     index['scheduler'] = ['diffusers', _schedule(config)['_class_name']]
     index['unet'] = ['diffusers', 'UNet2DConditionModel']
-    index['vae'] = ['diffusers', 'AutoencoderKL']
+    index['vae'] = ['diffusers', _NETWORKS[type(config.vae)](config.vae)['_class_name']]
     return index
 
 
@@ -154,6 +155,10 @@ def _vae(c):
             'up_block_types': ['UpDecoderBlock2D'] * levels}
 
 
+def _tiny_vae(c):
+    return {'_class_name': 'AutoencoderTiny', 'act_fn': 'relu', **_plain(c)}
+
+
 def _depth(c):
     stem = ('depths', 'embedding_size', 'hidden_sizes', 'num_groups')
     patches = c.image_size // c.patch_size
@@ -182,7 +187,8 @@ def _t2i_adapter(c):
     return {'_class_name': 'T2IAdapter', **_plain(c)}
 
 
-_NETWORKS = {VAEConfig: _vae, ControlNetConfig: _controlnet, T2IAdapterConfig: _t2i_adapter,
+_NETWORKS = {VAEConfig: _vae, TinyVAEConfig: _tiny_vae,
+             ControlNetConfig: _controlnet, T2IAdapterConfig: _t2i_adapter,
              DPTConfig: _depth}
 
 

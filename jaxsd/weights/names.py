@@ -7,7 +7,7 @@ keeps it; reading looks a place up and writing fills it, so one table serves bot
 import re
 from typing import NamedTuple
 
-from jaxsd.config import TEXT_ENCODERS
+from jaxsd.config import TEXT_ENCODERS, TinyVAEConfig
 from jaxsd.weights import names_dpt
 
 
@@ -105,13 +105,14 @@ def in_single(name):
 
 
 # Schedule buffers; the EMA's two counters; position_ids; what only marks the prediction type; the
-# parts of OpenCLIP that 2.x does not use (nor SDXL the logit_scale); the classes
-# that MiDaS' transformer was trained on; the discriminator that some VAEs were trained with.
+# parts of OpenCLIP that 2.x does not use (nor SDXL the logit_scale); the classes that MiDaS'
+# transformer was trained on; the discriminator that some VAEs were trained with; what ComfyUI
+# scales TAESD's latents by.
 _EXTRA = re.compile(
     r'betas|(?:\w+_)?alphas_cumprod(?:_prev)?|posterior_\w+|logvar|lvlb_weights|scale_factor'
     r'|model_ema\.(?:decay|num_updates)|denoiser\..*|.*\.position_ids|v_pred|ztsnr'
     r'|cond_stage_model\.model\.text_projection|.*\.model\.logit_scale'
-    r'|(?:depth_model\.model\.)?pretrained\.model\.head\..*|loss\..*')
+    r'|(?:depth_model\.model\.)?pretrained\.model\.head\..*|loss\..*|vae_scale|vae_shift')
 
 _OPENCLIP = [
     (r'^text_model\.embeddings\.position_embedding\.weight', 'positional_embedding'),
@@ -165,7 +166,15 @@ def _unet_rules(c):
     ]
 
 
+def _tiny_vae_rules(c):
+    """TAESD's own names, as ComfyUI joins its two files; there the decoder's clamp is a layer."""
+    return [(r'^encoder\.layers\.', 'taesd_encoder.'),
+            (r'^decoder\.layers\.(\d+)', lambda m: f'taesd_decoder.{int(m[1]) + 1}')]
+
+
 def _vae_rules(c):
+    if isinstance(c, TinyVAEConfig):
+        return _tiny_vae_rules(c)
     top = len(c.block_out_channels) - 1
     return [
         (r'conv_norm_out', 'norm_out'),

@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 from flax import traverse_util
 
-from jaxsd.config import VERSIONS, DPTConfig, T2IAdapterConfig, TinyVAEConfig, read_config, read_network_config
+from jaxsd.config import (
+    VERSIONS,
+    DPTConfig,
+    T2IAdapterConfig,
+    TinyVAEConfig,
+    read_config,
+    read_network_config,
+)
 from jaxsd.models import spec
 from jaxsd.weights import hub, names
 from jaxsd.weights.configs import write_network_config
