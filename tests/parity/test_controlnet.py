@@ -9,9 +9,10 @@ import pytest
 import torch
 from test_models import UNETS, arrays, close, excite, nchw, shapes_of
 
-from jaxsd.config import ControlNetConfig, T2IAdapterConfig, _controlnet, _pick, _unet
+from jaxsd.config import ControlNetConfig, _controlnet, _t2i_adapter, _unet
 from jaxsd.models import controlnet, shapes, t2i_adapter, unet
 from jaxsd.models.layers import timestep_embedding
+from jaxsd.weights import Network, load_controlnet, load_t2i_adapter, save_network
 
 pytestmark = pytest.mark.parity
 
@@ -53,8 +54,7 @@ def conditions(cfg, rng):
 
 
 @pytest.mark.parametrize('family, size, pool', [
-    ('sd1', (16, 16), False), ('sd2', (9, 14), False), ('sdxl', (16, 16), False),
-    ('sd1', (16, 8), True)])
+    ('sd1', (9, 14), False), ('sd2', (16, 8), True), ('sdxl', (16, 16), False)])
 def test_residuals_and_controlled_unet(family, size, pool):
     net, control = networks(family)
     control.register_to_config(global_pool_conditions=pool)
@@ -116,7 +116,7 @@ def test_adapted_unet(family, levels, kind, size, channels):
     torch.manual_seed(0)
     adapter = excite(diffusers.T2IAdapter(
         channels=channels, adapter_type=kind, downscale_factor=16 if kind.endswith('xl') else 8), 3)
-    cfg, unet_cfg = _pick(T2IAdapterConfig, dict(adapter.config)), _unet(dict(net.config))
+    cfg, unet_cfg = _t2i_adapter(dict(adapter.config)), _unet(dict(net.config))
     assert t2i_adapter.names(cfg) == shapes_of(adapter)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, *size, 4)).astype(np.float32)
@@ -140,3 +140,23 @@ def test_adapted_unet(family, levels, kind, size, channels):
         expected = net(*inputs, down_intrablock_additional_residuals=expected, **theirs).sample
     assert (expected - plain).std() > 0.1 * plain.std()
     close(out, expected.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize('family', ['sd1', 'sd2', 'sdxl', 'adapter'])
+def test_folders_go_both_ways(family, tmp_path):
+    """diffusers loads what we save, with no name missing, and we load what it saves."""
+    if family == 'adapter':
+        module = diffusers.T2IAdapter(channels=(8, 16, 16))
+        read, load = _t2i_adapter, load_t2i_adapter
+    else:
+        module, read, load = networks(family)[1], _controlnet, load_controlnet
+    cfg, params = read(dict(module.config)), arrays(module)
+    save_network(Network(cfg, params), tmp_path / 'ours')
+    theirs, report = type(module).from_pretrained(tmp_path / 'ours', output_loading_info=True)
+    assert not any(report.values())
+    assert read(dict(theirs.config)) == cfg
+    module.save_pretrained(tmp_path / 'theirs')
+    again = load(tmp_path / 'theirs')
+    assert again.config == cfg
+    for tree in (arrays(theirs), again.params):
+        jax.tree.map(np.testing.assert_array_equal, tree, params)
