@@ -1,5 +1,6 @@
 """Skeletons: what is read from OpenPose's JSON, and where it is drawn."""
 
+import colorsys
 import json
 
 import numpy as np
@@ -23,18 +24,47 @@ def one(**fields):
     return {'people': [{**people.person(), **fields}], 'canvas_width': 512, 'canvas_height': 512}
 
 
+def wheel(degrees, value=1.0):
+    """Full colours around the wheel, in whole numbers."""
+    return tuple(int(255 * c * value + 1e-6) for c in colorsys.hsv_to_rgb(degrees / 360, 1, 1))
+
+
 def test_joints_and_limbs_have_their_colours():
-    picture = draw(one(face_keypoints_2d=[], hand_left_keypoints_2d=None,
-                       hand_right_keypoints_2d=[]))
+    points = [(x, y if y > 100 else y - 60) for x, y in people.BODY]  # a long neck
+    points[14:] = [(236, 10), (276, 10), (200, 40), (312, 40)]
+    picture = draw(one(pose_keypoints_2d=people.flat(points), face_keypoints_2d=[],
+                       hand_left_keypoints_2d=None, hand_right_keypoints_2d=[]))
     assert picture.shape == (512, 512, 3) and picture.dtype == np.uint8
-    assert not picture[[0, -1]].any() and not picture[:, [0, -1]].any()
-    for point, colour in {0: (255, 0, 0), 4: (170, 255, 0), 10: (0, 170, 255), 13: (85, 0, 255),
-                          17: (255, 0, 85)}.items():
-        x, y = people.BODY[point]
-        assert tuple(picture[y, x]) == colour
-    for ends, colour in {(1, 2): (153, 0, 0), (9, 10): (0, 153, 102)}.items():
-        (x0, y0), (x1, y1) = people.BODY[ends[0]], people.BODY[ends[1]]
-        assert tuple(picture[(y0 + y1) // 2, (x0 + x1) // 2]) == colour
+    assert not picture[-1].any() and not picture[:, [0, -1]].any()
+    for i, (x, y) in enumerate(points):
+        assert (picture[y, x - 4:x + 5] == wheel(20 * i)).all()  # dots of radius 4
+        assert tuple(picture[y, x - 5]) != wheel(20 * i) != tuple(picture[y, x + 5])
+    arms, legs = [(1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7)], [(1, 8), (8, 9), (9, 10),
+                                                                    (1, 11), (11, 12), (12, 13)]
+    head = [(1, 0), (0, 14), (14, 16), (0, 15), (15, 17)]
+    for i, (a, b) in enumerate(arms + legs + head):
+        (x0, y0), (x1, y1) = points[a], points[b]
+        assert tuple(picture[(y0 + y1) // 2, (x0 + x1) // 2]) == wheel(20 * i, 0.6), (a, b)
+
+
+def test_fingers_have_their_colours():
+    hand = [(40, 450)] + [(100 + 100 * j, 400 - 80 * finger)
+                          for finger in range(5) for j in range(4)]
+    picture = draw({'people': [{'hand_left_keypoints_2d': people.flat(hand)}],
+                    'canvas_width': 512, 'canvas_height': 512})
+    for i in range(20):
+        (x0, y0), (x1, y1) = hand[i if i % 4 else 0], hand[i + 1]
+        assert tuple(picture[(y0 + y1) // 2, (x0 + x1) // 2]) == tuple(
+            np.rint(255 * np.array(colorsys.hsv_to_rgb(i / 20, 1, 1)))), i
+
+
+@pytest.mark.parametrize('key', ['hand_right_keypoints_2d', 'face_keypoints_2d'])
+def test_the_first_row_and_column_are_nowhere_for_hands_and_faces(key):
+    points = [(0.5, 30), (30, 0.5), (60, 60)] + [(0.0, 0.0)] * (18 if 'hand' in key else 67)
+    picture = draw({'people': [{key: people.flat(points)}], 'canvas_width': 99,
+                    'canvas_height': 99}, 99, 99)
+    rows, columns, _ = np.nonzero(picture)
+    assert rows.min() > 50 and columns.min() > 50
 
 
 def test_hands_and_face_lie_over_the_body():
