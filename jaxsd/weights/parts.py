@@ -50,8 +50,9 @@ def _controlnets():
 
 
 def _t2i_adapters():
-    return [T2IAdapterConfig(), T2IAdapterConfig(downscale_factor=16,
-                                                 adapter_type='full_adapter_xl')]
+    kinds = (T2IAdapterConfig(),
+             T2IAdapterConfig(downscale_factor=16, adapter_type='full_adapter_xl'))
+    return [dataclasses.replace(c, in_channels=n) for c in kinds for n in (3, 1)]  # 1: gray hints
 
 
 KINDS = {
