@@ -158,6 +158,7 @@ class ModelConfig:
     text_encoder_2: TextConfig | None = None
     depth_estimator: DPTConfig | None = None
     low_res: ScheduleConfig | None = None  # upscalers: how the small picture is noised
+    max_noise_level: int = 350  # upscalers: the last timestep of low_res that was trained on
     controlnets: tuple = ()  # (name, ControlNetConfig) of those at work in a program
     aesthetic: bool = False  # the SDXL refiner's time ids end in an aesthetic score
     zero_negative: bool = False  # an empty negative prompt is zeros, not an encoded '' (SDXL base)
@@ -203,6 +204,10 @@ def read_config(folder):
     for name in TEXT_ENCODERS:
         if index.get(name, (None,))[0]:
             parts[name] = _text(_read(folder / name / 'config.json'), xl=unet.added_dim > 0)
+    if index.get('low_res_scheduler', (None,))[0]:
+        low_res = _read(folder / 'low_res_scheduler' / 'scheduler_config.json')
+        parts['low_res'] = _pick(ScheduleConfig, low_res)
+        parts['max_noise_level'] = index.get('max_noise_level', 350)
     if index.get('depth_estimator', (None,))[0]:
         parts['depth_estimator'] = _depth(_read(folder / 'depth_estimator' / 'config.json'))
     config = ModelConfig(**parts)

@@ -32,6 +32,8 @@ def write_config(config, folder, tokenizers=TEXT_ENCODERS):
     _write(folder / 'vae' / 'config.json',
            _released(config, 'vae') or _NETWORKS[type(config.vae)](config.vae))
     _write(folder / 'scheduler' / 'scheduler_config.json', _schedule(config))
+    if config.low_res is not None:
+        _write(folder / 'low_res_scheduler' / 'scheduler_config.json', _low_res(config.low_res))
     for part in TEXT_ENCODERS:
         if getattr(config, part) is not None:
             _write(folder / part / 'config.json',
@@ -83,14 +85,19 @@ def _released(config, part):
 def _index(config, tokenizers):
     xl = config.unet.added_dim > 0
     kind = {9: 'InpaintPipeline', 5: 'Depth2ImgPipeline'}.get(
-        config.unet.in_channels, 'Img2ImgPipeline' if xl and config.aesthetic else 'Pipeline')
+        config.unet.in_channels, 'UpscalePipeline' if config.low_res else
+        'Img2ImgPipeline' if xl and config.aesthetic else 'Pipeline')
     index = {'_class_name': f'StableDiffusion{"XL" * xl}{kind}',
              '_diffusers_version': '0.21.0'}  # the first to read everything written here
     if xl or config.aesthetic or config.zero_negative:
         index['force_zeros_for_empty_prompt'] = config.zero_negative
         index['requires_aesthetics_score'] = config.aesthetic
-    if not xl:
+    if config.low_res:
+        index['low_res_scheduler'] = ['diffusers', 'DDPMScheduler']
+        index['max_noise_level'] = config.max_noise_level
+    elif not xl:
         index['requires_safety_checker'] = False
+    if not xl:
         index['feature_extractor'] = index['safety_checker'] = [None, None]
     for part in TEXT_ENCODERS if xl or config.text_encoder_2 else TEXT_ENCODERS[:1]:
         text = getattr(config, part)
@@ -201,6 +208,11 @@ def _schedule(config):
             **_plain(c), 'clip_sample': False, 'set_alpha_to_one': False, 'steps_offset': 1,
             'timestep_spacing': 'trailing' if c.rescale_betas_zero_snr else 'leading',
             'trained_betas': None}
+
+
+def _low_res(c):
+    return {'_class_name': 'DDPMScheduler', **_plain(c), 'clip_sample': True,
+            'trained_betas': None, 'variance_type': 'fixed_small'}
 
 
 def _plain(c, *without):

@@ -7,7 +7,7 @@ from jaxsd.config import TEXT_ENCODERS
 from jaxsd.weights.files import PICKLES, choose
 
 WEIGHTS = ('unet', 'vae', *TEXT_ENCODERS, 'depth_estimator')
-SMALL = ('model_index.json', 'extras.safetensors', 'scheduler/*.json', 'tokenizer*/*.json',
+SMALL = ('model_index.json', 'extras.safetensors', '*scheduler/*.json', 'tokenizer*/*.json',
          'tokenizer*/*.txt', *(f'{part}/config.json' for part in WEIGHTS))
 
 

@@ -21,7 +21,7 @@ log = logging.getLogger('jaxsd')
 # What a single file can be. Its tensors are the same for sd14 and sd15, and for all of 2.x's
 # text-to-image models.
 CANDIDATES = ('sd15', 'sd15_inpainting', 'sd21', 'sd2_inpainting', 'sd2_depth', 'sdxl',
-              'sdxl_inpainting', 'sdxl_refiner')
+              'sdxl_inpainting', 'sdxl_refiner', 'x4_upscaler')
 
 
 def load(path, dtype='float32', config=None, prediction_type=None, device=None):
@@ -182,7 +182,7 @@ def _detect(file, prediction_type=None):
     if scores[best] < 0.25:
         raise ValueError(
             f'{file.path}: not a Stable Diffusion checkpoint that jaxsd knows; expected the '
-            'tensors of 1.x, 2.x, SDXL or its refiner (model.diffusion_model.*, '
+            'tensors of 1.x, 2.x, the x4 upscaler, SDXL or its refiner (model.diffusion_model.*, '
             f'first_stage_model.* ...), found {len(file.shapes)} tensors such as '
             f'{", ".join(list(file.shapes)[:3])}. Give config= for a model of other sizes.')
     if best == 'sd21' and prediction_type == 'epsilon':

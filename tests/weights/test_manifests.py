@@ -25,12 +25,14 @@ FILES = {
     'sd15_inpainting': ('sd15_inpainting', 15, 0), 'sd2': ('sd21', 28, 0),
     'sd2_inpainting': ('sd2_inpainting', 28, 0), 'sd2_depth': ('sd2_depth', 28 + 2, 0),
     'sdxl_base': ('sdxl', 4, 0), 'sdxl_refiner': ('sdxl_refiner', 3, 0),
+    'sd2_x4_upscaler': ('x4_upscaler', 36, 0),
 }
 UNETS = {'sd1': 859_520_964, 'sd2': 865_910_724, 'sd15_inpainting': 859_535_364,
          'sd2_inpainting': 865_925_124, 'sd2_depth': 865_913_604, 'sdxl': 2_567_463_684,
-         'sdxl_inpainting': 2_567_478_084, 'sdxl_refiner': 2_259_526_660}
+         'sdxl_inpainting': 2_567_478_084, 'sdxl_refiner': 2_259_526_660,
+         'x4_upscaler': 473_398_020}
 TEXTS = {'sd1': (123_060_480, 0), 'sd2': (340_387_840, 0), 'sdxl': (123_060_480, 694_659_840),
-         'sdxl_refiner': (0, 694_659_840)}
+         'sdxl_refiner': (0, 694_659_840), 'x4_upscaler': (340_387_840, 0)}
 
 
 def test_copies_are_the_originals():
@@ -70,7 +72,7 @@ def test_every_lost_or_changed_tensor_is_noticed(name, tmp_path):
 
 
 @pytest.mark.parametrize('version', ['sd15', 'sd15_inpainting', 'sd21', 'sd2_inpainting',
-                                     'sd2_depth', 'sdxl', 'sdxl_refiner', 'old'])
+                                     'sd2_depth', 'sdxl', 'sdxl_refiner', 'x4_upscaler', 'old'])
 def test_folder(version, tmp_path):
     """The released folders; 'old' has SD 1.5's float32 VAE with its old attention names."""
     config = read_config('sd15' if version == 'old' else version)
@@ -105,7 +107,7 @@ def test_parameter_counts(version):
     def of(table):  # an entry of its own, or its family's
         return table.get(version) or table['sdxl' if 'xl' in version else version[:3]]
     assert count(shapes['unet']) == of(UNETS)
-    assert count(shapes['vae']) == 83_653_863
+    assert count(shapes['vae']) == (55_325_927 if version == 'x4_upscaler' else 83_653_863)
     assert tuple(count(shapes.get(t, {})) for t in ('text_encoder', 'text_encoder_2')) == of(TEXTS)
 
 

@@ -11,7 +11,7 @@ from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.weights import write_config
 
 ALL = ('sd14', 'sd15', 'sd15_inpainting', 'sd20', 'sd20_base', 'sd21', 'sd21_base', 'sd2_depth',
-       'sd2_inpainting', 'sdxl', 'sdxl_inpainting', 'sdxl_refiner')
+       'sd2_inpainting', 'sdxl', 'sdxl_inpainting', 'sdxl_refiner', 'x4_upscaler')
 
 
 def as_custom(config):
@@ -43,12 +43,12 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 
 def test_facts_of_the_versions():
     v768 = {v for v in ALL if read_config(v).schedule.prediction_type == 'v_prediction'}
-    assert v768 == {'sd20', 'sd21'}
+    assert v768 == {'sd20', 'sd21', 'x4_upscaler'}
     assert {v for v in ALL if read_config(v).aesthetic} == {'sdxl_refiner'}
     assert {v for v in ALL if read_config(v).zero_negative} == {'sdxl', 'sdxl_inpainting'}
     sizes = {v: read_config(v).unet.sample_size for v in ALL}
-    assert {v for v in ALL if sizes[v] == 96} == v768
-    assert {v for v in ALL if sizes[v] == 128} == {v for v in ALL if 'xl' in v}
+    assert {v for v in ALL if sizes[v] == 96} == v768 - {'x4_upscaler'}
+    assert {v for v in ALL if sizes[v] == 128} == {v for v in ALL if 'x' in v}
     schedule = read_config('sdxl').schedule
     assert (schedule.beta_start, schedule.beta_end) == (0.00085, 0.012)
     assert schedule.beta_schedule == 'scaled_linear'

@@ -27,7 +27,8 @@ def tiny_config(version, vocab_size=99):
     if unet.added_dim:  # the last level's number is also the middle block's
         parts['unet'] = dataclasses.replace(
             parts['unet'], mid_transformer_layers=max(parts['unet'].transformer_layers))
-    parts['vae'] = dataclasses.replace(config.vae, block_out_channels=(4, 4, 8, 8),
+    levels = len(config.vae.block_out_channels)
+    parts['vae'] = dataclasses.replace(config.vae, block_out_channels=(4, 4, 8, 8)[-levels:],
                                        norm_num_groups=2)
     for name in TEXT_ENCODERS:
         if getattr(config, name):
