@@ -1,8 +1,8 @@
-"""Pictures from prompts.
+"""Pictures from prompts, and from other pictures.
 
 python -m launch.generate --config=configs/emoji.py --prompt="red apple" --seed=7 --config.steps=20
 
-Several --prompt and --num_images make one batch, written as PNG files and a grid picture.
+Several --prompt, --image and --num_images make one batch, written as PNG files and a grid picture.
 """
 
 import os
@@ -15,7 +15,7 @@ import warnings
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch.recipe import fields, load
+from launch.recipe import fields, load, words
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -28,9 +28,26 @@ def define_flags():
         'config', None,
         'Recipe (configs/emoji.py if left out); its fields are flags too: --config.steps, '
         '.guidance, .sampler, .schedule, .eta, .width, .height, .dtype, .tile, .prediction, and '
-        '.sampler_options="order=3, solver_type=heun", .schedule_options, .guidance_options.')
+        '.sampler_options="order=3, solver_type=heun", .schedule_options, .guidance_options, '
+        '.aspect=16:9 (SDXL), and .request="mask_blur=4, fill=edge" for any field of Request.')
     flags.DEFINE_multi_string('prompt', None, 'What to draw; repeat for several pictures.')
     flags.DEFINE_string('negative_prompt', '', 'What to keep out of the pictures.')
+    flags.DEFINE_string('prompt_2', None, "SDXL: another prompt for its second text encoder.")
+    flags.DEFINE_string('negative_prompt_2', None, 'The same for the negative prompt.')
+    flags.DEFINE_multi_string('image', None, 'A picture to start from, to paint on, to take the '
+                              'depth of, or to enlarge, as the model can; repeat for several.')
+    flags.DEFINE_float('strength', None, '0 leaves the image as it is, 1 paints all anew; 1 with '
+                       '--mask or --outpaint, else 0.75 by default.', 0, 1)
+    flags.DEFINE_string('mask', None, 'A picture of the size of --image: white is painted anew.')
+    flags.DEFINE_list('outpaint', None, 'Pixels to add to --image: left,top,right,bottom.')
+    flags.DEFINE_string('depth', None, 'A depth map, near is white, for depth models.')
+    flags.DEFINE_multi_string(
+        'control', None, 'A ControlNet and its hint, "net=PATH, image=PATH", with perhaps scale=1, '
+        'start=0, end=1, guess=original, preprocess=canny (scribble, tile, or pose from JSON); '
+        'repeat for several.')
+    flags.DEFINE_string('vae', None, 'A VAE (folder, file or Hub id) instead of the model\'s.')
+    flags.DEFINE_string('refiner', None, 'An SDXL refiner; --config.request="switch=0.8" says when '
+                        'it takes over.')
     flags.DEFINE_integer('num_images', 1, 'Pictures per prompt; their seeds count up.',
                          lower_bound=1)
     flags.DEFINE_integer('seed', -1, '0 to 2^64 - 1; -1 picks one at random.')
@@ -60,24 +77,32 @@ def run():
     start = time.perf_counter()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's chatter
     from jaxsd.run import picture  # heavy imports: only once the flags are known to be right
-    requests = _requests(recipe)
+    controls, nets = _controls(recipe)
+    requests = _requests(recipe, controls)
     out = picture.check_folder(FLAGS.out)
 
     import jax
 
     import jaxsd
     from jaxsd.run import replicated, resolve
-    model, name, dtype = load(recipe, FLAGS.checkpoint,
-                              replicated() if len(requests) > 1 else None)
+    device = replicated() if len(requests) > 1 else None
+    model, name, dtype = load(recipe, FLAGS.checkpoint, device)
+    if FLAGS.vae:
+        model = model.with_vae(jaxsd.load_vae(FLAGS.vae, dtype, device=device))
+    model = model.replace(controlnets={
+        net: jaxsd.load_controlnet(net, dtype, device=device) for net in nets})
+    refiner = load(recipe, FLAGS.refiner, device)[0] if FLAGS.refiner else None
     requests = resolve(requests, model.config)
     print(f'{name}: {model.config.version}, {dtype}, on {jax.local_device_count()} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
 
     start = time.perf_counter()
     with Bar() as bar:
-        images = jaxsd.generate(model, requests, on_step=bar, tile=recipe.tile or None)
+        images = jaxsd.generate(model, requests, on_step=bar, tile=recipe.tile or None,
+                                refiner=refiner)
     took = time.perf_counter() - start
-    print(f'{len(images)} picture(s) of {images.shape[2]}x{images.shape[1]} in {took:.1f} s '
+    sizes = sorted({f'{image.shape[1]}x{image.shape[0]}' for image in images})
+    print(f'{len(images)} picture(s) of {", ".join(sizes)} in {took:.1f} s '
           f'(compilation {bar.compilation:.1f} s, sampling {bar.sampling:.1f} s: '
           f'{bar.rate:.2f} steps/s, decoding {bar.decoding:.1f} s)')
 
@@ -85,20 +110,60 @@ def run():
         print(path)
 
 
-def _requests(recipe):
+def _controls(recipe):
+    """The --control flags -> a list of Control, and the paths of their nets."""
+    from jaxsd.run.request import Control
+    controls = []
+    for text in FLAGS.control or ():
+        given = words('--control', text)
+        for name in ('net', 'image'):
+            if name not in given:
+                raise ValueError(f'--control="{text}": expected {name}=PATH in it')
+        image = _hint(given.pop('preprocess', 'none'), given.pop('image'), recipe)
+        try:
+            controls.append(Control(image=image, **given))
+        except TypeError as error:
+            raise ValueError(f'--control="{text}": {str(error).split(") ")[-1]}') from None
+    return controls, dict.fromkeys(control.net for control in controls)
+
+
+def _hint(kind, path, recipe):
+    from jaxsd import images
+    from jaxsd.sampling.choice import choose
+    if kind == 'pose':
+        size = recipe.width, recipe.height
+        return images.draw_pose(images.read_pose(path, *size).people, *size)
+    return choose('preprocess', kind, images.PREPROCESSORS)(images.read(path))
+
+
+def _requests(recipe, controls):
     from jaxsd.run.request import MAX_SEED, Request, random_seed
     prompts = FLAGS.prompt
     if prompts is None:
         raise ValueError('--prompt is missing: say what to draw, for example --prompt="red apple" '
                          '(--prompt="" draws without a prompt)')
     seed = random_seed() if FLAGS.seed == -1 else FLAGS.seed
-    first = Request(negative_prompt=FLAGS.negative_prompt, seed=seed, **fields(recipe))
-    return [first.replace(prompt=prompt, seed=(seed + i) % (MAX_SEED + 1))
-            for prompt in prompts for i in range(FLAGS.num_images)]
+    asked = {name: FLAGS[name].value for name in (
+        'negative_prompt', 'prompt_2', 'negative_prompt_2', 'strength', 'mask', 'depth')}
+    given = {**fields(recipe), **asked, 'controls': controls}
+    if FLAGS.outpaint:  # it makes the size
+        given |= {'outpaint': _whole('--outpaint', FLAGS.outpaint), 'width': None, 'height': None}
+    first = Request(**given, image=(FLAGS.image or [None])[0])
+    return [first.replace(prompt=prompt, image=image, seed=(seed + i) % (MAX_SEED + 1))
+            for prompt in prompts for image in FLAGS.image or [None]
+            for i in range(FLAGS.num_images)]
+
+
+def _whole(flag, values):
+    try:
+        return [int(value) for value in values]
+    except ValueError:
+        raise ValueError(f'{flag}={",".join(values)}: expected whole numbers') from None
 
 
 def _write(picture, out, images, requests, name, dtype):
     """Write the pictures, and a grid if there are several; yields the paths."""
+    import numpy as np
     used = [int(m[1]) for m in (re.match(r'(\d+)-.*\.png$', p.name) for p in out.iterdir()) if m]
     number = max(used, default=-1) + 1
     texts = [{'parameters': picture.parameters(r, name),
@@ -108,10 +173,10 @@ def _write(picture, out, images, requests, name, dtype):
         path = out / f'{number + i:05d}-{request.seed}-{slug}.png'
         picture.write_png(path, image, text)
         yield path
-    if len(images) > 1:
+    if len(images) > 1 and len({image.shape for image in images}) == 1:
         columns = FLAGS.num_images if len(FLAGS.prompt) > 1 < FLAGS.num_images else None
         path = out / f'{number + len(images):05d}-grid.png'
-        picture.write_png(path, picture.grid(images, columns), texts[0])
+        picture.write_png(path, picture.grid(np.stack(images), columns), texts[0])
         yield path
 
 

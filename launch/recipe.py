@@ -28,6 +28,8 @@ def recipe(checkpoint, size, **changes):
         sampler_options='',
         schedule_options='',
         guidance_options='',
+        aspect=placeholder(str),  # SDXL: 16:9 and the like, instead of width and height
+        request='',  # any other field of jaxsd.Request: "mask_blur=4, crop=(0, 256)"
         tile=0,  # decode in tiles of this many pixels per side: less memory; 0: in one piece
     ))
     config.update(changes)
@@ -36,10 +38,11 @@ def recipe(checkpoint, size, **changes):
 
 def fields(config):
     """What a recipe says of a jaxsd.Request -> a dict of its arguments."""
-    plain = ('sampler', 'schedule', 'steps', 'guidance', 'eta', 'width', 'height')
+    plain = ('sampler', 'schedule', 'steps', 'guidance', 'eta', 'aspect')
     written = ('sampler_options', 'schedule_options', 'guidance_options')
-    return {**{name: config[name] for name in plain},
-            **{name: options(config[name]) for name in written}}
+    size = {} if config.aspect else {name: config[name] for name in ('width', 'height')}
+    return {**{name: config[name] for name in plain}, **size,
+            **{name: options(config[name]) for name in written}, **options(config.request)}
 
 
 def load(config, checkpoint=None, device=None):
@@ -71,3 +74,18 @@ def options(text):
     except (AttributeError, SyntaxError, ValueError):
         raise ValueError(f'options {text!r}: expected names with values, for example '
                          '"order=3, solver_type=heun"') from None
+
+
+def words(flag, text):
+    """'net=a/b, scale=0.5' -> a dict; values that are no Python literals are strings, paths too."""
+    found = {}
+    for part in text.split(','):
+        name, equals, value = (piece.strip() for piece in part.partition('='))
+        if not equals or not name.isidentifier() or name in found:
+            raise ValueError(f'{flag}="{text}": expected names with values, for example '
+                             '"net=PATH, image=PATH, scale=0.5"')
+        try:
+            found[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            found[name] = value
+    return found

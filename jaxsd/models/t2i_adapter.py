@@ -32,6 +32,16 @@ def apply(params, cfg, hint):
     return features
 
 
+def check(cfg, unet_cfg):
+    """ValueError unless an adapter fits a U-Net: the widths of its levels."""
+    widths = unet_cfg.block_out_channels
+    xl = cfg.adapter_type == 'full_adapter_xl'
+    if cfg.channels[:len(widths)] != widths or xl != (unet_cfg.added_dim > 0):
+        raise ValueError(f'this T2I-Adapter is for {"SDXL" if xl else "1.x or 2.x"} with levels of '
+                         f'{cfg.channels}, the model has {widths}'
+                         f'{" and is SDXL" * (unet_cfg.added_dim > 0)}; give one made for it')
+
+
 def _halve(x):
     """Mean of 2x2 pixels, of those that exist at odd edges: [B,H,W,C] -> [B,ceil(H/2),...]."""
     B, H, W, C = x.shape

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsd import images, sampling
-from jaxsd.models import controlnet
+from jaxsd.config import T2IAdapterConfig
+from jaxsd.models import controlnet, t2i_adapter
 
 try:
     from jaxsd.run import depth
@@ -18,6 +19,9 @@ except ImportError:
 from jaxsd.sampling.choice import unknown
 from jaxsd.sampling.guidance_options import steps_of
 
+# How much a ControlNet's outputs count in guess mode, from the finest to the coarsest.
+GUESS = {None: np.ones, 'diffusers': lambda count: np.logspace(-1, 0, count),
+         'original': lambda count: 0.825 ** np.arange(count - 1, -1, -1)}
 NOISE_LEVEL = 20  # of the upscaler's small picture, where a request names none
 
 
@@ -57,7 +61,7 @@ def size(request, config):
         factor = config.vae.factor
         grown = width + left + right, height + top + bottom
         return tuple(-(-n // factor) * factor for n in grown)
-    if kind(config) == 'upscaler' and request.image is not None:
+    if kind(config) == 'upscaler' and request.image is not None and request.width is None:
         height, width, _ = images.read(request.image).shape
         return width * config.vae.factor, height * config.vae.factor
     return None
@@ -143,7 +147,7 @@ def arrays(model, requests, canvases, sigmas, rows, parts):
     if any(c.picture is not None for c in canvases):
         blank = np.zeros((height, width, 3), np.uint8)
         found['picture'] = np.stack([blank if c.picture is None else c.picture for c in canvases])
-        found['signal'] = np.stack([_signal(r, c, cell[1:], factor)
+        found['signal'] = np.stack([_signal(r, c, cell[1:], factor, what == 'inpainting')
                                     for r, c in zip(requests, canvases)])
     masked = any(c.mask is not None for c in canvases)
     if what == 'inpainting':
@@ -154,8 +158,8 @@ def arrays(model, requests, canvases, sigmas, rows, parts):
         found['free'] = np.stack([np.ones(cell[1:], np.float32) if c.mask is None else
                                   images.downsample(c.mask, factor)[..., None] for c in canvases])
         found['by_strength'] = np.array([r.mask_mode == 'strength' for r in requests])
-        found['strength'] = over_rows(
-            lambda i, steps: requests[i].painted * (1 - np.arange(steps) / steps),
+        found['strength'] = _over_rows(
+            [r.painted * (1 - _fractions(levels)) for r, levels in zip(requests, sigmas)],
             sigmas, rows, 'mask_mode=strength', found['by_strength'])
     if what == 'depth':
         found['extra'] = _depths(model, requests, canvases, cell)
@@ -165,30 +169,35 @@ def arrays(model, requests, canvases, sigmas, rows, parts):
     return found | _controls(model, requests, sigmas, rows, parts)
 
 
-def over_rows(of, sigmas, rows, what, varies):
-    """`of(i, steps)` -> [steps, ...] for picture i, dealt to its rows -> [calls,B,...].
+def _fractions(levels):
+    """The part of the walk that lies before each step, [steps]; [0.] for one without steps."""
+    steps = max(len(levels) - 1, 1)
+    return np.arange(steps) / steps
+
+
+def _over_rows(values, sigmas, rows, what, varies):
+    """What pictures have for their steps, a list of [steps,...], dealt to rows -> [calls,B,...].
 
     varies bool [B]: for whom it is not constant, which adaptive steps cannot have: ValueError.
     """
-    adaptive = isinstance(rows, sampling.Adaptive)
-    if adaptive and np.any(varies):
+    if not isinstance(rows, sampling.Adaptive):
+        return np.stack([some[steps_of(levels, rows.sigma[:, i])] for i, (some, levels)
+                         in enumerate(zip(values, sigmas))], 1).astype(np.float32)
+    if np.any(varies):
         raise ValueError(f'{what}: expected no change over the steps with dpm_adaptive, which '
                          'chooses its own steps; take another sampler')
-    out = []
-    for i, levels in enumerate(sigmas):
-        values = of(i, max(len(levels) - 1, 1))
-        out.append(values[:1] if adaptive else values[steps_of(levels, rows.sigma[:, i])])
-    return np.stack(out, 1).astype(np.float32)
+    return np.stack([some[:1] for some in values], 1).astype(np.float32)
 
 
-def _signal(request, c, shape, factor):
-    """How much of the picture's latent the walk starts from [h,w,1]: none where all is painted."""
-    if c.picture is None:
+def _signal(request, c, shape, factor, seen):
+    """How much of the picture's latent the walk starts from [h,w,1]: none where all is painted.
+
+    seen: the model sees picture and mask; it then starts from noise alone, as it was published.
+    """
+    if c.picture is None or (request.painted == 1 and (seen or c.mask is None)):
         return np.zeros(shape, np.float32)
-    if request.painted < 1 and request.fill != 'latent':
+    if c.mask is None or (request.painted < 1 and request.fill != 'latent'):
         return np.ones(shape, np.float32)
-    if c.mask is None:
-        return np.full(shape, request.painted < 1, np.float32)
     mask = c.mask >= 1 if request.mask_mode == 'strength' else c.mask
     return 1 - images.downsample(mask.astype(np.float32), factor)[..., None]
 
@@ -246,27 +255,36 @@ def _controls(model, requests, sigmas, rows, parts):
                 ValueError(f'control net={name!r}: the model has no ControlNets; expected '
                            'model.replace(controlnets={name: jaxsd.load_controlnet(path)})'))
         net = model.controlnets[name]
-        controlnet.check(net.config, model.config.unet)
+        adapter = isinstance(net.config, T2IAdapterConfig)
+        (t2i_adapter if adapter else controlnet).check(net.config, model.config.unet)
         mine = [next((c for c in r.controls if c.net == name), None) for r in requests]
         hints[name] = np.stack([
             np.zeros((r.height, r.width, 3), np.uint8) if c is None else
             images.fit(images.read(c.image), r.width, r.height, r.resize)
             for c, r in zip(mine, requests)])
-        count = len(net.params['controlnet_down_blocks']) + 1
-        weights[name] = over_rows(
-            lambda i, steps, of=mine, n=count: _weights(of[i], steps, parts, n), sigmas, rows,
-            f'control {name!r} with start or end',
+        weights[name] = _over_rows(
+            [_weights(c, net, _fractions(levels), parts) for c, levels in zip(mine, sigmas)],
+            sigmas, rows, f'control {name!r} with start or end',
             [c is not None and (c.start, c.end) != (0, 1) for c in mine])
     return {'hints': hints, 'control': weights}
 
 
-def _weights(control, steps, parts, count):
-    """How much each of a net's outputs counts, [steps,P,N]."""
+def _weights(control, net, before, parts):
+    """How much each of a net's N outputs counts, [steps,P,N].
+
+    Outputs that are means over the whole picture (shuffle) count alike, and for the prompt alone,
+    as in diffusers.
+    """
+    if isinstance(net.config, T2IAdapterConfig):
+        count, pooled = len(net.config.channels), False
+    else:
+        count = len(net.params['controlnet_down_blocks']) + 1  # and the middle block's
+        pooled = net.config.global_pool_conditions
     if control is None:
-        return np.zeros((steps, parts, count))
-    step = np.arange(steps)
-    on = (step / steps >= control.start) & ((step + 1) / steps <= control.end)
-    profile = {None: np.ones(count), 'diffusers': np.logspace(-1, 0, count),
-               'original': 0.825 ** np.arange(count - 1, -1, -1)}[control.guess]
-    heard = np.ones(parts) if control.guess is None else np.arange(parts) == 1
+        return np.zeros((len(before), parts, count))
+    after = (np.arange(len(before)) + 1) / len(before)
+    on = (before >= control.start) & (after <= control.end)
+    profile = GUESS[None if pooled else control.guess](count)
+    only = pooled or control.guess is not None
+    heard = np.arange(parts) == 1 if only else np.ones(parts)
     return control.scale * on[:, None, None] * heard[:, None] * profile

@@ -91,14 +91,17 @@ def _run(model, data, height, width, tile, hear, last):
     data = Inputs(*(jax.tree.map(functools.partial(pad, axis=axis), value)
                     for axis, value in zip(data.axes, data)))
     params = {part: tree for part, tree in model.params.items() if part != 'depth_estimator'}
-    params['controlnet'] = {name: model.controlnets[name].params for name in data.hints or ()}
+    nets = {name: model.controlnets[name] for name in data.hints or ()}
+    params['controlnet'] = {name: net.params for name, net in nets.items()}
+    config = model.config.replace(
+        controlnets=tuple((name, net.config) for name, net in nets.items()))
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     ticket = np.uint32(next(_tickets) % 2**32)
     if hear is not None:
         _listeners[int(ticket)] = hear
     try:
-        found, finite = _program(params, data, ticket, config=model.config, height=height,
-                                 width=width, tile=tile, mesh=mesh, report=hear is not None,
+        found, finite = _program(params, data, ticket, config=config, height=height, width=width,
+                                 tile=tile, mesh=mesh, report=hear is not None,
                                  last=last)
         found, finite = np.asarray(found)[:count], np.asarray(finite)[:count]
         if hear is not None:

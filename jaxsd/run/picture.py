@@ -1,6 +1,7 @@
 """PNG files that say how they were made, and grids of pictures."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -46,6 +47,7 @@ def parameters(request, model=''):
         'Seed': request.seed,
         'Size': f'{request.width}x{request.height}',
         'Model': model,
+        'Denoising strength': '' if request.image is None else f'{request.painted:g}',
         'Eta': '' if request.eta is None else f'{request.eta:g}',
         'Version': f'jaxsd {jaxsd.__version__}',
     }
@@ -66,8 +68,23 @@ def record(request, **more):
     """The complete request and the versions that ran it, as JSON text."""
     names = ('jax', 'jaxlib', 'flax', 'transformers', 'numpy')
     versions = {name: importlib.metadata.version(name) for name in names}
-    return json.dumps({'request': dataclasses.asdict(request), **more,
-                       'versions': {'jaxsd': jaxsd.__version__, **versions}}, ensure_ascii=False)
+    return json.dumps({'request': _fields(request), **more,
+                       'versions': {'jaxsd': jaxsd.__version__, **versions}}, default=_describe,
+                      ensure_ascii=False)
+
+
+def _fields(request):
+    return {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+
+
+def _describe(value):
+    """What JSON does not know: controls, paths, and pictures given as such, by their hash."""
+    if dataclasses.is_dataclass(value):
+        return _fields(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    pixels = np.ascontiguousarray(value)
+    return f'{type(value).__name__} {pixels.shape} sha256:{hashlib.sha256(pixels).hexdigest()}'
 
 
 def write_png(path, image, texts=None):

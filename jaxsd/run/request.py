@@ -136,6 +136,9 @@ class Request:
         """Of what concerns pictures, all that can be known without opening them."""
         if self.strength is not None:
             _number('strength', self.strength, 0, 1)
+            if self.image is None:
+                raise ValueError(f'strength={self.strength}: expected image= as well, the picture '
+                                 'to start from')
         _number('switch', self.switch, 0, 1)
         _number('mask_blur', self.mask_blur, 0)
         one_of('resize', self.resize, RESIZE)

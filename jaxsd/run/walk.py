@@ -8,7 +8,8 @@ import numpy as np
 from jax import lax
 
 from jaxsd import sampling
-from jaxsd.models import controlnet, unet, vae
+from jaxsd.config import T2IAdapterConfig
+from jaxsd.models import controlnet, t2i_adapter, unet, vae
 from jaxsd.models.layers import attention, attention_received
 from jaxsd.prompt import conditioning
 from jaxsd.sampling.guidance import Guidance
@@ -24,7 +25,8 @@ class Conditions(NamedTuple):
 
     extra: Any = None  # [B,h,w,E]: channels beside the latent
     labels: Any = None  # int [B,P]: classes
-    hints: dict | None = None  # {ControlNet: [B,h,w,C]}, as controlnet.embed gives them
+    hints: Any = ()  # {ControlNet: [B,h,w,C]}, as controlnet.embed gives them; of a T2I-Adapter a
+    # list of such
     control: dict | None = None  # {ControlNet: [calls,B,P,N]}: weights of its N outputs
     known: Any = None  # latents [B,h,w,L], kept where not free
     free: Any = None  # a function of the row -> [B,h,w,1], 0 to 1
@@ -69,8 +71,8 @@ def _follow(params, config, inputs, keys):
     if inputs.low is not None:
         small, (signal, sigma) = _unit(inputs.low), inputs.low_scale.T[:, :, None, None, None]
         extra = signal * small + sigma * sampling.draw(keys, LOW_RES, small.shape[1:])
-    hints = inputs.hints and {name: controlnet.embed(params['controlnet'][name], hint / 255)
-                              for name, hint in inputs.hints.items()}
+    hints = {name: _embed(cfg, params['controlnet'][name], inputs.hints[name] / 255)
+             for name, cfg in config.controlnets}
 
     def free(i):
         level = jnp.asarray(inputs.strength)[jnp.minimum(i, len(inputs.strength) - 1)]
@@ -79,6 +81,13 @@ def _follow(params, config, inputs, keys):
 
     return Conditions(extra, inputs.labels, hints, inputs.control,
                       free=None if inputs.free is None else free)
+
+
+def _embed(cfg, params, hint):
+    """A hint [B,H,W,3] in [0,1] as its network takes it in the walk."""
+    if not isinstance(cfg, T2IAdapterConfig):
+        return controlnet.embed(params, hint)
+    return t2i_adapter.apply(params, cfg, hint[..., :cfg.in_channels])  # if one, the hint is gray
 
 
 def _unit(image):
@@ -93,7 +102,7 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
     conditioned: Conditioning, [B,P,...]; guidance: [] or [B], or a Guidance, and P its texts; rows:
     of the batch or per image; noise(i): standard normal, like x; on_call(i, out): sees every model
     output and returns it; info: as for `sampling.sample`. params['controlnet']: {name: params} of
-    the ControlNets that the conditions name.
+    config.controlnets, the ControlNets that the conditions name.
     """
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
@@ -125,12 +134,13 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
             freeu = guidance.at(i).freeu
             if freeu is not None:
                 freeu = [beside(jnp.broadcast_to(a, len(x) // parts)) for a in freeu]
-            residuals = _residuals(params.get('controlnet'), config.unet, weights, i,
-                                   (x, t, context), jax.tree.map(beside, conditions.hints), added)
+            residuals, features = _controls(
+                params.get('controlnet'), config.controlnets, weights, i, (x, t, context),
+                jax.tree.map(beside, conditions.hints), added)
             if conditions.extra is not None:
                 x = jnp.concatenate([x, beside(conditions.extra)], -1)
             out = unet.apply(params['unet'], config.unet, x, t, context, added, labels, hook=hook,
-                             freeu=freeu, residuals=residuals)
+                             freeu=freeu, residuals=residuals, features=features)
             out = out if on_call is None else on_call(i, out)
             return (out, *received) if received else out
 
@@ -146,25 +156,29 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
                            memory=jnp.zeros_like(x) if guidance.momentum else None)
 
 
-def _residuals(nets, config, weights, i, called, hints, added):
-    """What ControlNets add to the U-Net in row i, weighted and summed: a list, or None without any.
+def _controls(nets, configs, weights, i, called, hints, added):
+    """What to add to the U-Net in row i, weighted and summed: ControlNets' residuals, or None, and
+    T2I-Adapters' features. A ControlNet that no picture of the batch hears in it is not called."""
+    residuals, features = [], []
+    for name, cfg in configs:
+        weight = jnp.asarray(weights[name])
+        weight = weight[jnp.minimum(i, len(weight) - 1)].reshape(-1, weight.shape[-1])  # [B*P,N]
 
-    A net that no picture of the batch hears in this row is not called.
-    """
-    total = None
-    for name, weight in weights.items():
-        weight = jnp.asarray(weight)[jnp.minimum(i, len(weight) - 1)]  # [B,P,N]
-        weight = weight.reshape(-1, weight.shape[-1])
+        def weighed(outputs, weight=weight):
+            return [weight[:, k, None, None, None] * r for k, r in enumerate(outputs)]
 
-        def heard(net=nets[name], hint=hints[name], weight=weight):
-            found = controlnet.apply(net, config, *called, hint, added)
-            return [weight[:, k, None, None, None] * r for k, r in enumerate(found)]
+        def call(net=nets[name], cfg=cfg, hint=hints[name], weighed=weighed):
+            return weighed(controlnet.apply(net, cfg, *called, hint, added))
 
-        silent = jax.eval_shape(heard)
-        found = lax.cond((weight != 0).any(), heard,
-                         lambda shapes=silent: [jnp.zeros(s.shape, s.dtype) for s in shapes])
-        total = found if total is None else [a + b for a, b in zip(total, found)]
-    return total
+        if isinstance(cfg, T2IAdapterConfig):
+            features.append(weighed(hints[name]))
+        else:
+            silent = jax.eval_shape(call)
+            residuals.append(lax.cond((weight != 0).any(), call, lambda shapes=silent: [
+                jnp.zeros(s.shape, s.dtype) for s in shapes]))
+    added_up = [[sum(parts) for parts in zip(*found, strict=True)]
+                for found in (residuals, features)]
+    return added_up[0] or None, added_up[1]
 
 
 def encode(params, config, image):
