@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxsd.models import clip, unet, vae
+from jaxsd.models import clip, controlnet, unet, vae
 
 
 def signal_and_noise(alphas_cumprod, t):
@@ -70,12 +70,13 @@ def alignment(params, config, batch, key):
     return loss, {}
 
 
-def diffusion(params, config, batch, key, alphas_cumprod, caption_dropout=0.1, gamma=5.0):
+def diffusion(params, config, batch, key, alphas_cumprod, caption_dropout=0.1, gamma=5.0,
+              residuals=None):
     """The weighted squared error of the U-Net's prediction at random timesteps.
 
     batch: latent [B,H,W,C] of unit scale, tokens int [B,T], empty int [T] (the encoded '', which
     replaces a caption with probability `caption_dropout`; Ho and Salimans 2022). gamma 0: no
-    min-SNR weighting.
+    min-SNR weighting. residuals(x, t, context): what a ControlNet adds to the U-Net's states.
     """
     x0, tokens = batch['latent'], batch['tokens']
     k_t, k_noise, k_drop = jax.random.split(key, 3)
@@ -88,7 +89,24 @@ def diffusion(params, config, batch, key, alphas_cumprod, caption_dropout=0.1, g
     tokens = jnp.where(drop, batch['empty'], tokens)
     context = clip.encode(params['text_encoder'], config.text_encoder, tokens).hidden
     x = add_noise(x0, noise, alphas_cumprod, t)
-    out = unet.apply(params['unet'], config.unet, x, t, context)
+    more = None if residuals is None else residuals(x, t, context)
+    out = unet.apply(params['unet'], config.unet, x, t, context, residuals=more)
     error = jnp.square(out - target(x0, noise, alphas_cumprod, t, kind)).mean((1, 2, 3))
     weight = min_snr_weight(alphas_cumprod, t, kind, gamma) if gamma else jnp.ones(B)
     return (weight * error).mean(), {'error': error.mean()}
+
+
+def control(params, config, net, batch, key, alphas_cumprod, caption_dropout=0.5, gamma=0.0):
+    """`diffusion` under a ControlNet, the only one that learns (Zhang et al. 2023, eq. 5).
+
+    params: the ControlNet's, net its ControlNetConfig. batch: as of `diffusion`; hint uint8
+    [B,8H,8W,3], what the pictures are to follow; model, the params of the model it is made for.
+    Captions are dropped often, so that it learns to read the hint (section 3.3).
+    """
+    hint = controlnet.embed(params, batch['hint'] / 255)
+
+    def residuals(x, t, context):
+        return controlnet.apply(params, net, x, t, context, hint)
+
+    return diffusion(batch['model'], config, batch, key, alphas_cumprod, caption_dropout, gamma,
+                     residuals)
