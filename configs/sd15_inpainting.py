@@ -1,0 +1,8 @@
+"""Stable Diffusion 1.5 inpainting, 512 pixels; the mirror of the release that runwayml withdrew."""
+
+from launch.recipe import recipe
+
+
+def get_config():
+    """The recipe."""
+    return recipe('stable-diffusion-v1-5/stable-diffusion-inpainting', size=512)
