@@ -41,7 +41,8 @@ class Kind(NamedTuple):
 def _vaes():
     """1.x to SDXL share names and shapes, so a file does not tell what else sets them apart."""
     unsaid = dict.fromkeys(('scaling_factor', 'shift_factor', 'force_upcast', 'sample_size'))
-    return [dataclasses.replace(read_config('sd15').vae, **unsaid), TinyVAEConfig()]
+    return [TinyVAEConfig(), *(dataclasses.replace(read_config(version).vae, **unsaid)
+                               for version in ('sd15', 'x4_upscaler'))]
 
 
 def _controlnets():
