@@ -18,7 +18,7 @@ _WHERE = {
     **dict.fromkeys(('load', 'save', 'Model', 'Network', 'load_vae', 'load_controlnet',
                      'load_t2i_adapter', 'save_network'), 'jaxsd.weights'),
     'read_config': 'jaxsd.config', 'ModelConfig': 'jaxsd.config', 'versions': 'jaxsd.config',
-    'generate': 'jaxsd.run', 'Request': 'jaxsd.run', 'Control': 'jaxsd.run',
+    'generate': 'jaxsd.run', 'Request': 'jaxsd.run', 'Control': 'jaxsd.run', 'Preview': 'jaxsd.run',
 }
 __all__ = sorted(_WHERE)
 

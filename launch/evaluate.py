@@ -5,7 +5,9 @@
 Each caption is drawn once, all with one seed, and looked up among all emoji (launch/retrieval.py).
 Reported are the rates at which the right emoji is the nearest and among the five nearest: for plain
 captions with the recipe's guidance and with guidance 1, and for the skin tones that training never
-saw; and the PSNR of the VAE over the whole data set, where that has been built.
+saw; for plain captions beside a sketch of 16x16 pixels (image to image, strength 0.6), and beside
+the left half of the picture (inpainting); and the PSNR of the VAE over the whole data set. The last
+two need that to have been built.
 """
 
 import json
@@ -27,22 +29,25 @@ HERE = pathlib.Path(__file__).resolve().parent.parent
 CELL = 128  # pixels per picture on the contact sheet
 
 
-def drawer(model, config, seed, batch, guidance=None):
-    """A function from captions to pictures uint8 [N,H,W,3], drawn by the recipe's settings."""
-    asked = jaxsd.Request(seed=seed, **recipe.fields(config))
-    if guidance is not None:
-        asked = asked.replace(guidance=guidance)
+def drawer(model, config, seed, batch, images=None, named=True, **fields):
+    """A function from captions to pictures uint8 [N,H,W,3], drawn by the recipe's settings.
+
+    images: {caption: uint8 [H,W,3]}, what each picture starts from; named: whether the caption is
+    the prompt, too; fields: of every Request.
+    """
+    asked = jaxsd.Request(seed=seed, **{**recipe.fields(config), **fields})
 
     def draw(captions):
-        images = []
+        drawn = []
         for start in range(0, len(captions), batch):
             part = list(captions[start:start + batch])
-            padded = part + [''] * (batch - len(part))  # one batch size: one compilation
-            requests = [asked.replace(prompt=caption) for caption in padded]
-            images.append(np.asarray(jaxsd.generate(model, requests))[:len(part)])
-            logging.info('guidance %g: %d of %d pictures', asked.guidance,
+            padded = part + part[:1] * (batch - len(part))  # one batch size: one compilation
+            requests = [asked.replace(prompt=str(text) * named, image=images and images[str(text)])
+                        for text in padded]
+            drawn.append(np.asarray(jaxsd.generate(model, requests))[:len(part)])
+            logging.info('%s: %d of %d pictures', fields or 'as the recipe says',
                          start + len(part), len(captions))
-        return np.concatenate(images)
+        return np.concatenate(drawn)
 
     return draw
 
@@ -53,16 +58,21 @@ def measure(draw, captions, reference):
     draw: captions -> pictures; reference: see retrieval.read_reference.
     Raises ValueError for captions that the reference lacks.
     """
-    rows = {caption: row for row, caption in enumerate(reference['captions'])}
-    if unknown := [caption for caption in captions if caption not in rows]:
+    if unknown := sorted(set(map(str, captions)) - set(reference['captions'].tolist())):
         raise ValueError(f'captions that are no emoji of the reference: {unknown}')
-    targets = np.array([rows[caption] for caption in captions])
     images = draw(captions)
-    features = retrieval.pool(images)
-    rank = retrieval.ranks(features, targets, reference['features'])
-    found = reference['captions'][retrieval.nearest(features, reference['features'])]
+    return judge(images, captions, reference), images
+
+
+def judge(images, captions, reference, cells=slice(None)):
+    """Score pictures uint8 [N,H,W,3] against their captions; cells: the features that count."""
+    rows = {caption: row for row, caption in enumerate(reference['captions'])}
+    targets = np.array([rows[caption] for caption in captions])
+    features, known = retrieval.pool(images)[:, cells], reference['features'][:, cells]
+    rank = retrieval.ranks(features, targets, known)
+    found = reference['captions'][retrieval.nearest(features, known)]
     wrong = {str(captions[i]): str(found[i]) for i in np.flatnonzero(rank)}
-    return {**retrieval.score(rank), 'wrong': wrong}, images
+    return {**retrieval.score(rank), 'wrong': wrong}
 
 
 def psnr(model, images, batch):
@@ -130,24 +140,34 @@ def run():
     heldout = reference['captions'][reference['heldout']]
     model, _, _ = recipe.load(config, FLAGS.checkpoint)
 
-    def scored(captions, guidance=None):
-        return measure(drawer(model, config, FLAGS.seed, FLAGS.batch, guidance),
-                       captions, reference)
+    def scored(captions, **how):
+        return measure(drawer(model, config, FLAGS.seed, FLAGS.batch, **how), captions, reference)
 
     results = {}
     results[f'plain, guidance {config.guidance:g}'], images = scored(plain)
     results['plain, guidance 1'], _ = scored(plain, guidance=1.0)
     results[f'held out, guidance {config.guidance:g}'], _ = scored(heldout)
+    sketches = {str(text): retrieval.sketch(feature, config.width) for text, feature
+                in zip(reference['captions'], reference['features'])}
+    results['plain, from a 16x16 sketch, strength 0.6'], _ = scored(plain, images=sketches,
+                                                                    strength=0.6)
     if FLAGS.grid:
         picture.write_png(FLAGS.grid, contact_sheet(images[:64], plain[:64]))
     data = pathlib.Path(FLAGS.data or f'data/emoji{config.width}.npz')
     vae_psnr = None
     if data.exists():
         with np.load(data) as file:
-            vae_psnr = psnr(model, file['images'], FLAGS.batch)
+            whole = dict(zip(file['captions'].tolist(), file['images']))
+        right = np.zeros((config.height, config.width), bool)
+        right[:, config.width // 2:] = True
+        for name, named in ('plain, right half inpainted', True), ('  without its name', False):
+            results[name], halves = scored(plain, images=whole, named=named, mask=right)
+            results[name + ', scored alone'] = judge(halves, plain, reference,
+                                                     retrieval.right_half())
+        vae_psnr = psnr(model, np.stack(list(whole.values())), FLAGS.batch)
     else:
-        logging.warning('%s: no such file, so no PSNR; `python -m launch.emoji_data --size=%d` '
-                        'builds it', data, config.width)
+        logging.warning('%s: no such file, so no inpainting and no PSNR; `python -m '
+                        'launch.emoji_data --size=%d` builds it', data, config.width)
     print(table(results, vae_psnr))
     report = {'config': config.to_dict(), 'seed': FLAGS.seed, 'vae_psnr': vae_psnr, **results}
     pathlib.Path(FLAGS.out).write_text(json.dumps(report, indent=2) + '\n')

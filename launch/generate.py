@@ -46,6 +46,8 @@ def define_flags():
         'start=0, end=1, guess=original, preprocess=canny (scribble, tile, or pose from JSON); '
         'repeat for several.')
     flags.DEFINE_string('vae', None, 'A VAE (folder, file or Hub id) instead of the model\'s.')
+    flags.DEFINE_string('preview', None, 'A small VAE (TAESD: folder, files or Hub id) that shows '
+                        'the pictures come, in preview.png in the folder.')
     flags.DEFINE_string('refiner', None, 'An SDXL refiner; --config.request="switch=0.8" says when '
                         'it takes over.')
     flags.DEFINE_integer('num_images', 1, 'Pictures per prompt; their seeds count up.',
@@ -92,6 +94,8 @@ def run():
     model = model.replace(controlnets={
         net: jaxsd.load_controlnet(net, dtype, device=device) for net in nets})
     refiner = load(recipe, FLAGS.refiner, device)[0] if FLAGS.refiner else None
+    preview = _preview(picture, out, jaxsd.load_vae(FLAGS.preview, dtype, device=device)
+                       ) if FLAGS.preview else None
     requests = resolve(requests, model.config)
     print(f'{name}: {model.config.version}, {dtype}, on {jax.local_device_count()} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
@@ -99,7 +103,7 @@ def run():
     start = time.perf_counter()
     with Bar() as bar:
         images = jaxsd.generate(model, requests, on_step=bar, tile=recipe.tile or None,
-                                refiner=refiner)
+                                refiner=refiner, preview=preview)
     took = time.perf_counter() - start
     sizes = sorted({f'{image.shape[1]}x{image.shape[0]}' for image in images})
     print(f'{len(images)} picture(s) of {", ".join(sizes)} in {took:.1f} s '
@@ -125,6 +129,15 @@ def _controls(recipe):
         except TypeError as error:
             raise ValueError(f'--control="{text}": {str(error).split(") ")[-1]}') from None
     return controls, dict.fromkeys(control.net for control in controls)
+
+
+def _preview(picture, out, vae):
+    from jaxsd.run import Preview
+
+    def show(done, total, images):
+        picture.write_png(out / 'preview.png', picture.grid(images))
+
+    return Preview(vae, show)
 
 
 def _hint(kind, path, recipe):

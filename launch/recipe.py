@@ -11,14 +11,15 @@ from ml_collections.config_dict import placeholder
 def recipe(checkpoint, size, **changes):
     """A generation recipe as a locked ConfigDict; every field is a flag, `--config.steps=30`.
 
-    checkpoint: a folder, a .safetensors file or a Hugging Face Hub id; size: pixels per side.
+    checkpoint: a folder, a .safetensors file or a Hugging Face Hub id; size: pixels per side, None:
+    what the model is made for, or the image makes it.
     """
     config = ConfigDict(dict(
         checkpoint=str(checkpoint),
         dtype='auto',  # float32 on CPU, bfloat16 on accelerators
         prediction=placeholder(str),  # epsilon or v_prediction, where the file cannot tell
-        width=size,
-        height=size,
+        width=size or placeholder(int),
+        height=size or placeholder(int),
         sampler='dpmpp_2m',
         schedule='karras',
         steps=25,

@@ -16,6 +16,20 @@ def pool(images):
     return cells.mean((2, 4), dtype=np.float32).reshape(n, -1)
 
 
+def sketch(features, size):
+    """Pooled features [768] as a picture again: uint8 [size,size,3], 16x16 enlarged smoothly."""
+    from PIL import Image
+    cells = np.asarray(features, np.uint8).reshape(CELLS, CELLS, 3)
+    return np.asarray(Image.fromarray(cells).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def right_half():
+    """Which of the 768 features lie in the right half, bool [768]."""
+    half = np.zeros((CELLS, CELLS, 3), bool)
+    half[:, CELLS // 2:] = True
+    return half.reshape(-1)
+
+
 def ranks(features, targets, reference):
     """How many reference pictures lie nearer (L2) than the right one: 0 if it is the nearest.
 

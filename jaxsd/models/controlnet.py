@@ -44,9 +44,8 @@ def check(cfg, unet_cfg):
     """ValueError unless a ControlNet fits a U-Net: what it is made for and what is needed."""
     needed = dataclasses.replace(
         cfg, **{name: getattr(unet_cfg, name) for name in (
-            'cross_attention_dim', 'block_out_channels', 'layers_per_block', 'added_dim')})
-    if cfg.in_channels not in (unet_cfg.in_channels, unet_cfg.out_channels):
-        needed = dataclasses.replace(needed, in_channels=unet_cfg.out_channels)
+            'cross_attention_dim', 'block_out_channels', 'layers_per_block', 'added_dim')},
+        in_channels=unet_cfg.out_channels)  # it sees no mask that the U-Net may see
     differ = [f'{f.name} {getattr(cfg, f.name)} instead of {getattr(needed, f.name)}'
               for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(needed, f.name)]
     if differ:

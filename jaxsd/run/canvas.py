@@ -11,11 +11,7 @@ import numpy as np
 from jaxsd import images, sampling
 from jaxsd.config import T2IAdapterConfig
 from jaxsd.models import controlnet, t2i_adapter
-
-try:
-    from jaxsd.run import depth
-except ImportError:
-    depth = None  # until it is there
+from jaxsd.run import depth
 from jaxsd.sampling.choice import unknown
 from jaxsd.sampling.guidance_options import steps_of
 
@@ -217,7 +213,7 @@ def _labels(config, requests, parts, what):
             raise ValueError('class_label: this model has no classes; expected None')
         return None
     null = NOISE_LEVEL if what == 'upscaler' else count - 1
-    limit = min(count - 1, 350) if what == 'upscaler' else count - 1
+    limit = min(count - 1, config.max_noise_level) if what == 'upscaler' else count - 1
     labels = []
     for r in requests:
         label = null if r.class_label is None else r.class_label

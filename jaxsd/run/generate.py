@@ -2,6 +2,9 @@
 
 import functools
 import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +16,22 @@ from jaxsd import sampling
 from jaxsd.run import canvas
 from jaxsd.run.inputs import Inputs, inputs
 from jaxsd.run.request import resolve
-from jaxsd.run.walk import latents, pipeline
+from jaxsd.run.walk import decode, latents, pipeline
+from jaxsd.weights.model import Network
 
 
-def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None):
+class Preview(NamedTuple):
+    """How to look on: `show(done, total, images)`, uint8 [B,H',W',3], after every so many rows.
+
+    vae: a Network that fits the model's latents, small and fast: jaxsd.load_vae of a TAESD.
+    """
+
+    vae: Network
+    show: Callable
+    every: int = 1
+
+
+def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None, preview=None):
     """Make one picture per request -> uint8 [B,H,W,3].
 
     The requests of a call share their size; prompts, seeds, samplers, schedules, steps, guidance,
@@ -32,6 +47,7 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None)
     noise [B,h,w,L]: standard normal noise to start from, instead of the seeds' own.
     refiner: a Model that takes the latents over where each request's `switch` says, with the noise
         that is left (an ensemble of experts, https://arxiv.org/abs/2307.01952, section 2.5).
+    preview: a Preview, to see the pictures come.
     Raises ValueError for requests that do not fit the model and for pictures that are not finite.
     """
     config = model.config
@@ -40,8 +56,10 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None)
     if len(sizes) != 1:
         found = ', '.join(f'{w}x{h}' for h, w in sorted(sizes)) or 'no request'
         raise ValueError(f'requests: expected at least one, all of one size; found {found}')
-    if refiner is not None:
-        _check_refiner(config, refiner.config)
+    for name, other in (('refiner', refiner and refiner.config.vae),
+                        ('preview', preview and preview.vae.config)):
+        if other:
+            _check_latents(name, other, config.vae)
     if tile is not None:
         if tile < config.vae.factor or tile % config.vae.factor:
             raise ValueError(f'tile={tile}: expected a multiple of {config.vae.factor} pixels')
@@ -51,13 +69,13 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None)
     painted = {}
     for part in filter(len, map(np.flatnonzero, (~adaptive, adaptive))):  # it has no table
         some = None if noise is None else np.asarray(noise)[part]
-        images = _paint(model, [requests[i] for i in part], [canvases[i] for i in part], on_step,
-                        tile, some, refiner)
+        images = _paint(model, [requests[i] for i in part], [canvases[i] for i in part], tile, some,
+                        refiner, on_step, preview)
         painted |= zip(part.tolist(), images)
     return canvas.finish(canvases, [painted[i] for i in range(len(requests))])
 
 
-def _paint(model, requests, canvases, on_step, tile, noise, refiner):
+def _paint(model, requests, canvases, tile, noise, refiner, on_step, preview):
     """`generate` for requests that one program can do -> uint8 [B,H,W,3] at the working size."""
     if refiner is None:
         stages = [(model, inputs(model, requests, noise, canvases))]
@@ -65,12 +83,12 @@ def _paint(model, requests, canvases, on_step, tile, noise, refiner):
         plain = [r.replace(controls=()) for r in requests]  # made for the base model
         stages = [(model, inputs(model, requests, noise, canvases, 'base')),
                   (refiner, inputs(refiner, plain, None, canvases, 'refiner'))]
-    progress = None if on_step is None else _Progress([data.rows for _, data in stages], on_step)
+    progress = _Progress([data.rows for _, data in stages], on_step, preview)
     for number, (net, data) in enumerate(stages):
         if number:
             data = data._replace(noise=found)  # noqa: F821 (of the stage before)
-        found, finite = _run(net, data, requests[0].height, requests[0].width, tile,
-                             progress and functools.partial(progress, number),
+        progress.begin(number, len(requests))
+        found, finite = _run(net, data, requests[0].height, requests[0].width, tile, progress,
                              last=number == len(stages) - 1)
     if not finite.all():
         i = int(np.argmin(finite))
@@ -80,7 +98,7 @@ def _paint(model, requests, canvases, on_step, tile, noise, refiner):
     return found
 
 
-def _run(model, data, height, width, tile, hear, last):
+def _run(model, data, height, width, tile, progress, last):
     """Spread a batch over the devices and run the program -> pictures (if not last, latents) and
     whether they are finite, numpy."""
     count = len(data.keys)
@@ -95,28 +113,29 @@ def _run(model, data, height, width, tile, hear, last):
     params['controlnet'] = {name: net.params for name, net in nets.items()}
     config = model.config.replace(
         controlnets=tuple((name, net.config) for name, net in nets.items()))
+    preview = progress.preview
+    if preview is not None:
+        params['preview'] = preview.vae.params
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     ticket = np.uint32(next(_tickets) % 2**32)
-    if hear is not None:
-        _listeners[int(ticket)] = hear
+    _listeners[int(ticket)] = progress
     try:
         found, finite = _program(params, data, ticket, config=config, height=height, width=width,
-                                 tile=tile, mesh=mesh, report=hear is not None,
-                                 last=last)
+                                 tile=tile, mesh=mesh, report=progress.on_step is not None,
+                                 preview=preview and (preview.vae.config, preview.every), last=last)
         found, finite = np.asarray(found)[:count], np.asarray(finite)[:count]
-        if hear is not None:
+        if progress.on_step or preview:
             jax.effects_barrier()
     finally:
         _listeners.pop(int(ticket), None)
     return found, finite
 
 
-def _check_refiner(base, refiner):
+def _check_latents(what, found, vae):
     for name in ('latent_channels', 'factor'):
-        ours, theirs = getattr(base.vae, name), getattr(refiner.vae, name)
-        if ours != theirs:
-            raise ValueError(f'refiner: expected latents like the base model\'s, {name} {ours}; '
-                             f'found {theirs}')
+        if getattr(found, name) != getattr(vae, name):
+            raise ValueError(f'{what}: expected latents like the model\'s, {name} '
+                             f'{getattr(vae, name)}; found {getattr(found, name)}')
 
 
 def replicated():
@@ -128,15 +147,16 @@ def replicated():
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'height', 'width', 'tile', 'mesh', 'report',
-                                             'last'))
-def _program(params, data, ticket, *, config, height, width, tile, mesh, report, last):
+                                             'preview', 'last'))
+def _program(params, data, ticket, *, config, height, width, tile, mesh, report, preview, last):
     """`pipeline`, or `latents` alone if not last, each device on its own images: shard_map leaves
     XLA nothing to communicate."""
     def local(params, data, ticket):
         on_call = functools.partial(_tell, ticket) if report else None
+        watch = preview and functools.partial(_watch, params, *preview, ticket)
         if last:
-            return pipeline(params, data, config, height, width, tile, on_call)
-        x = latents(params, data, config, height, width, on_call)
+            return pipeline(params, data, config, height, width, tile, on_call, watch)
+        x = latents(params, data, config, height, width, on_call, watch=watch)
         return x, jnp.isfinite(x).all((1, 2, 3))
 
     images = PartitionSpec('data')
@@ -170,18 +190,32 @@ def _tell(ticket, i, out):
 
 
 def _hear(ticket, i):
-    listener = _listeners.get(int(ticket))
-    if listener is not None:
-        listener(int(i))
+    if listener := _listeners.get(int(ticket)):
+        listener.step(int(i))
+
+
+def _watch(params, vae, every, ticket, i, latents):
+    """Show the ticket's listener what the latents are by now, every so many rows."""
+    def show():
+        parts = {'vae': params['preview']}
+        images, _ = decode(parts, SimpleNamespace(vae=vae), latents)
+        jax.debug.callback(_look, ticket, i, lax.axis_index('data'), images)
+
+    lax.cond(i % every == 0, show, lambda: None)
+
+
+def _look(ticket, i, device, images):
+    if listener := _listeners.get(int(ticket)):
+        listener.look(int(i), int(device), np.asarray(images))
 
 
 class _Progress:
-    """Row numbers, from several devices and in any order -> on_step(done, total), rising.
+    """What the devices report, in any order, as a rising count and as whole batches of pictures.
 
-    rows: of each stage; called with a stage's number and a row's.
+    rows: of each stage; `begin` says which stage it is and of how many pictures.
     """
 
-    def __init__(self, rows, on_step):
+    def __init__(self, rows, on_step=None, preview=None):
         self.calls, before = [], 0
         for some in rows:
             if isinstance(some, sampling.Adaptive):  # how many calls it takes, nobody knows
@@ -190,10 +224,20 @@ class _Progress:
                 calls = np.cumsum((some.sigma > 0).any(1))  # model calls up to each row
             self.calls.append(before + calls)
             before += int(calls[-1])
-        self.done, self.total, self.on_step = 0, before, on_step
+        self.done, self.total, self.on_step, self.preview = 0, before, on_step, preview
 
-    def __call__(self, stage, i):
-        done = int(self.calls[stage][i])
+    def begin(self, stage, count):
+        self.stage, self.count, self.parts = stage, count, {}
+
+    def step(self, i):
+        done = int(self.calls[self.stage][i])
         if done > self.done:
             self.done = done
             self.on_step(done, self.total)
+
+    def look(self, i, device, images):
+        parts = self.parts.setdefault(i, {})
+        parts[device] = images
+        if sum(map(len, parts.values())) >= self.count:
+            whole = np.concatenate([part for _, part in sorted(self.parts.pop(i).items())])
+            self.preview.show(int(self.calls[self.stage][i]), self.total, whole[:self.count])

@@ -35,16 +35,18 @@ class Conditions(NamedTuple):
 NOTHING = Conditions()
 
 
-def pipeline(params, inputs, config, height, width, tile=None, on_call=None):
+def pipeline(params, inputs, config, height, width, tile=None, on_call=None, watch=None):
     """The one pure function: text -> latents -> pixels.
 
     -> images uint8 [B,height,width,3] and finite, bool [B].
     """
-    return decode(params, config, latents(params, inputs, config, height, width, on_call), tile)
+    x = latents(params, inputs, config, height, width, on_call, watch=watch)
+    return decode(params, config, x, tile)
 
 
-def latents(params, inputs, config, height, width, on_call=None, info=None):
-    """`pipeline` up to its decoder: text -> latents [B,h,w,L]. on_call, info: `denoise_latents`."""
+def latents(params, inputs, config, height, width, on_call=None, info=None, watch=None):
+    """`pipeline` up to its decoder: text -> latents [B,h,w,L]. on_call, info, watch:
+    `denoise_latents`."""
     conditioned = conditioning.encode(params, config, inputs.tokens, inputs.ids, inputs.zero)
     shape = (height // config.vae.factor, width // config.vae.factor, config.vae.latent_channels)
     keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
@@ -58,7 +60,7 @@ def latents(params, inputs, config, height, width, on_call=None, info=None):
             conditions = conditions._replace(known=known)
     return denoise_latents(
         params, config, x, conditioned, inputs.guidance, inputs.rows,
-        sampling.fresh(keys, inputs.rows, shape), on_call, info, conditions)
+        sampling.fresh(keys, inputs.rows, shape), on_call, info, conditions, watch)
 
 
 def _follow(params, config, inputs, keys):
@@ -96,12 +98,13 @@ def _unit(image):
 
 
 def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_call=None,
-                    info=None, conditions=NOTHING):
+                    info=None, conditions=NOTHING, watch=None):
     """Walk latents x [B,h,w,L], at the rows' first noise level, to the last one.
 
     conditioned: Conditioning, [B,P,...]; guidance: [] or [B], or a Guidance, and P its texts; rows:
     of the batch or per image; noise(i): standard normal, like x; on_call(i, out): sees every model
-    output and returns it; info: as for `sampling.sample`. params['controlnet']: {name: params} of
+    output and returns it; watch(i, latents): sees what each call takes the picture to be; info: as
+    for `sampling.sample`. params['controlnet']: {name: params} of
     config.controlnets, the ControlNets that the conditions name.
     """
     if not isinstance(guidance, Guidance):
@@ -152,8 +155,20 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
                               unguided)
     if conditions.free is not None:
         denoise = sampling.inpainted(denoise, conditions.known, conditions.free)
+    if watch is not None:
+        denoise = _watched(denoise, watch)
     return sampling.sample(denoise, x, rows, noise, info=info,
                            memory=jnp.zeros_like(x) if guidance.momentum else None)
+
+
+def _watched(denoise, watch):
+    """A denoiser, `guided`, that shows its guided output to watch(i, latents)."""
+    def look(x, sigma, i=None, *memory):
+        out = denoise(x, sigma, i, *memory)
+        watch(i, (out[0] if memory else out)[0])
+        return out
+
+    return look
 
 
 def _controls(nets, configs, weights, i, called, hints, added):

@@ -1,4 +1,4 @@
-"""Pictures, masks, hints, depth and classes: data in one program, limits that hold, clear errors."""
+"""Pictures, masks, hints, depth and classes: data in one program, limits, clear errors."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from PIL import Image
 from test_generate import _far, compilations
 
 import jaxsd
-from jaxsd import Control, Request
+from jaxsd import Control, Preview, Request
 from jaxsd.config import ControlNetConfig, DPTConfig, ScheduleConfig
 from jaxsd.models import shapes, spec
 from jaxsd.run import decode, encode
@@ -179,6 +179,19 @@ def test_a_refiner_takes_over(tiny_model):
     assert _far(handed, alone) <= 1
     assert _far(images[0], jaxsd.generate(refiner, [text])[0]) <= 1
     assert min(_far(images[1], images[0]), _far(images[1], images[2])) > 0
+
+
+def test_previews_show_the_pictures_come(tiny_model):
+    model = tiny_model('sd1')
+    vae, seen = Network(model.config.vae, model.params['vae']), []
+    preview = Preview(vae, lambda done, total, images: seen.append((done, total, images)), every=2)
+    images = jaxsd.generate(model, [Request('cat', seed=s, steps=5, sampler='euler')
+                                    for s in (1, 2)], preview=preview)
+    assert [(done, total) for done, total, _ in seen] == [(1, 5), (3, 5), (5, 5)]
+    assert _far(seen[-1][2], images) <= 1 < _far(seen[0][2], images)
+    with pytest.raises(ValueError, match='preview: expected latents like the model'):
+        other = Network(dataclasses.replace(vae.config, latent_channels=3), vae.params)
+        jaxsd.generate(model, [Request('cat')], preview=preview._replace(vae=other))
 
 
 def test_two_prompts(tiny_model):

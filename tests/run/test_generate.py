@@ -186,7 +186,9 @@ def test_progress_counts_model_calls_once():
                   for sigma in ([[0.0], [3], [2], [0]], [[1.0], [0]]))
     seen = []
     progress = _Progress([rows, more], lambda done, total: seen.append((done, total)))
+    progress.begin(0, 1)
     for row in (1, 1, 2, 1):
-        progress(0, row)
-    progress(1, 0)
+        progress.step(row)
+    progress.begin(1, 1)
+    progress.step(0)
     assert seen == [(1, 3), (2, 3), (3, 3)]
