@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'weights'))
 from tiny import flat, random_model, same  # noqa: E402
 
 pytestmark = pytest.mark.parity
-FAMILIES = ['sd15', 'sd21', 'sdxl', 'sdxl_refiner']
+FAMILIES = ['sd15', 'sd21', 'sdxl', 'sdxl_refiner', 'x4_upscaler']
 
 
 def tensors_of(folder):
