@@ -35,17 +35,17 @@ def drawer(model, config, seed, batch, images=None, named=True, **fields):
     images: {caption: uint8 [H,W,3]}, what each picture starts from; named: whether the caption is
     the prompt, too; fields: of every Request.
     """
-    asked = jaxsd.Request(seed=seed, **{**recipe.fields(config), **fields})
+    asked = jaxsd.Request(seed=seed, **recipe.fields(config))
 
     def draw(captions):
         drawn = []
         for start in range(0, len(captions), batch):
             part = list(captions[start:start + batch])
             padded = part + part[:1] * (batch - len(part))  # one batch size: one compilation
-            requests = [asked.replace(prompt=str(text) * named, image=images and images[str(text)])
-                        for text in padded]
+            requests = [asked.replace(prompt=str(text) * named, **fields,
+                                      image=images and images[str(text)]) for text in padded]
             drawn.append(np.asarray(jaxsd.generate(model, requests))[:len(part)])
-            logging.info('%s: %d of %d pictures', fields or 'as the recipe says',
+            logging.info('%s: %d of %d pictures', sorted(fields) or 'as the recipe says',
                          start + len(part), len(captions))
         return np.concatenate(drawn)
 
