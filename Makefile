@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test parity lint clean
+.PHONY: demo gallery test parity lint clean
 
 ## Pictures from the shipped model, in outputs/
 demo: $(VENV)/.demo
@@ -12,6 +12,10 @@ demo: $(VENV)/.demo
 	  --prompt="red apple" --prompt="alien" --prompt="rocket" --prompt="man student" \
 	  --prompt="hundred points" --prompt="rooster" --prompt="musical note" --prompt="red heart" \
 	  --prompt="four leaf clover"
+
+## What the shipped model can be conditioned on, in one picture
+gallery: $(VENV)/.demo
+	$(RUN) -m launch.gallery --out=outputs/gallery.png
 
 ## The tests that need neither torch, network nor accelerator
 test: $(VENV)/.test
