@@ -208,6 +208,10 @@ def read_config(folder):
         low_res = _read(folder / 'low_res_scheduler' / 'scheduler_config.json')
         parts['low_res'] = _pick(ScheduleConfig, low_res)
         parts['max_noise_level'] = index.get('max_noise_level', 350)
+        if 'force_upcast' not in _read(folder / 'vae' / 'config.json'):
+            # The release is older than the key, which diffusers takes for true; only its
+            # pipelines of upscalers and of SDXL look at it.
+            parts['vae'] = dataclasses.replace(parts['vae'], force_upcast=True)
     if index.get('depth_estimator', (None,))[0]:
         parts['depth_estimator'] = _depth(_read(folder / 'depth_estimator' / 'config.json'))
     config = ModelConfig(**parts)

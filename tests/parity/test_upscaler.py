@@ -40,7 +40,7 @@ def test_what_the_folder_says(pair):
                              (model.config.low_res, pipeline.low_res_scheduler)):
         # theirs is a float32 product of a thousand factors
         np.testing.assert_allclose(sampling.alphas_cumprod(schedule), theirs.alphas_cumprod,
-                                   rtol=1e-4)
+                                   rtol=1e-5)
 
 
 def test_unet_and_vae(pair):

@@ -88,17 +88,6 @@ def test_folder(version, tmp_path):
     assert source.extras == []
 
 
-def test_vae_file():
-    """A VAE alone in LDM names, as vae-ft-mse and sdxl_vae come, has the names without prefix."""
-    config = read_config('sd15')
-    shapes = spec(config)
-    table = names.places(config, shapes)['vae']
-    expected = {place.name.removeprefix('first_stage_model.'): list(place.shape(shape))
-                for place, shape in ((table[n], s) for n, s in shapes['vae'].items())}
-    found = {n: s for n, s in SINGLE['vae_ldm'].items() if not names.is_extra(n, config)}
-    assert found == expected
-
-
 @pytest.mark.parametrize('version', versions())
 def test_parameter_counts(version):
     """The published counts; every config in the package has one."""

@@ -6,7 +6,7 @@ import json
 import pytest
 from tiny import tiny_config
 
-from jaxsd.config import VERSIONS, read_config, versions
+from jaxsd.config import VERSIONS, ScheduleConfig, read_config, versions
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.weights import write_config
 
@@ -49,6 +49,13 @@ def test_facts_of_the_versions():
     sizes = {v: read_config(v).unet.sample_size for v in ALL}
     assert {v for v in ALL if sizes[v] == 96} == v768 - {'x4_upscaler'}
     assert {v for v in ALL if sizes[v] == 128} == {v for v in ALL if 'x' in v}
+    assert {v for v in ALL if read_config(v).low_res} == {'x4_upscaler'}
+    upscaler = read_config('x4_upscaler')
+    assert upscaler.low_res == ScheduleConfig(beta_start=0.0001, beta_end=0.02)
+    assert upscaler.schedule == dataclasses.replace(upscaler.low_res,
+                                                    prediction_type='v_prediction')
+    assert (upscaler.vae.scaling_factor, upscaler.vae.factor, upscaler.vae.force_upcast,
+            upscaler.max_noise_level) == (0.08333, 4, True, 350)
     schedule = read_config('sdxl').schedule
     assert (schedule.beta_start, schedule.beta_end) == (0.00085, 0.012)
     assert schedule.beta_schedule == 'scaled_linear'
