@@ -135,6 +135,11 @@ def arrays(model, requests, canvases, sigmas, rows, parts):
     if what == 'upscaler':
         if any(c.picture is None for c in canvases):
             raise ValueError('image: expected one, the small picture that this model enlarges')
+        for r in requests:
+            for name, given in (('mask', r.mask), ('outpaint', r.outpaint), ('depth', r.depth),
+                                ('controls', r.controls or None)):
+                if given is not None:
+                    raise ValueError(f'{name}: an upscaler follows its image and text alone')
         found['low'] = np.stack([c.picture for c in canvases])
         abar = sampling.alphas_cumprod(config.low_res)[found['labels'][:, 1]]
         found['low_scale'] = np.stack([np.sqrt(abar), np.sqrt(1 - abar)], 1).astype(np.float32)

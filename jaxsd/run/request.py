@@ -191,8 +191,9 @@ def resolve(requests, config):
     """Fill in what a request leaves open: the native size, and a random seed for -1.
 
     `generate` does this itself; call it first to know the seeds that it will use.
-    Raises ValueError for a size that the model cannot make.
+    Raises ValueError for a size or a strength that the model cannot make.
     """
+    from jaxsd.run import canvas
     if isinstance(requests, Request):
         raise ValueError('requests: expected a list of Request, found a single Request')
     factor = config.vae.factor
@@ -209,7 +210,13 @@ def resolve(requests, config):
                 raise ValueError(f'{name}={value}: expected a multiple of {factor} pixels, '
                                  f'for example {near}')
         seed = random_seed() if request.seed == -1 else int(request.seed)
-        resolved.append(request.replace(seed=seed, **size))
+        request = request.replace(seed=seed, **size)
+        if canvas.kind(config) == 'upscaler' and request.image is not None:
+            if request.strength not in (None, 1):
+                raise ValueError(f'strength={request.strength}: expected 1 with an upscaler, which '
+                                 'sees the image and starts from noise')
+            request = request.replace(strength=1)
+        resolved.append(request)
     return resolved
 
 

@@ -163,6 +163,7 @@ def test_an_upscaler_enlarges(tiny_model):
     images = jaxsd.generate(model, [request, request.replace(class_label=3), request.replace(
         image=OTHER[:12, :20])])
     assert images.shape == (3, 48, 80, 3)
+    assert resolve([request], model.config)[0].painted == 1  # from noise, all the way
     assert min(_far(images[0], images[1]), _far(images[0], images[2])) > 0
 
 
@@ -264,9 +265,12 @@ def test_what_does_not_fit_the_model(tiny_model, steered):
         jaxsd.generate(widened(tiny_model, 4, num_class_embeds=7), [Request(class_label=9)])
     with pytest.raises(ValueError, match='a U-Net of 6 input channels'):
         jaxsd.generate(widened(tiny_model, 6), [Request('cat')])
-    with pytest.raises(ValueError, match='the small picture that this model enlarges'):
-        jaxsd.generate(widened(tiny_model, 7, num_class_embeds=30, low_res=ScheduleConfig()),
-                       [Request('cat')])
+    upscaler = widened(tiny_model, 7, num_class_embeds=30, low_res=ScheduleConfig())
+    for wrong, message in ((Request('cat'), 'the small picture that this model enlarges'),
+                           (Request('cat', image=PICTURE, mask=HALF), 'mask: an upscaler'),
+                           (Request('cat', image=PICTURE, strength=0.5), 'expected 1 with an')):
+        with pytest.raises(ValueError, match=message):
+            jaxsd.generate(upscaler, [wrong])
     with pytest.raises(ValueError, match='1.x|2.x|SDXL|wide'):
         jaxsd.generate(tiny_model('sdxl').replace(controlnets=steered.controlnets),
                        [Request('cat', controls=[Control('edges', OTHER)])])
