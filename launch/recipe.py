@@ -38,12 +38,20 @@ def recipe(checkpoint, size, **changes):
 
 
 def fields(config):
-    """What a recipe says of a jaxsd.Request -> a dict of its arguments."""
+    """What a recipe says of a jaxsd.Request -> a dict of its arguments.
+
+    Raises ValueError for a field that a Request does not have.
+    """
+    from jaxsd.run.request import Request
+    from jaxsd.sampling.choice import one_of
+    more = options(config.request)
+    for name in more:
+        one_of('field of Request', name, Request.__dataclass_fields__)
     plain = ('sampler', 'schedule', 'steps', 'guidance', 'eta', 'aspect')
     written = ('sampler_options', 'schedule_options', 'guidance_options')
     size = {} if config.aspect else {name: config[name] for name in ('width', 'height')}
     return {**{name: config[name] for name in plain}, **size,
-            **{name: options(config[name]) for name in written}, **options(config.request)}
+            **{name: options(config[name]) for name in written}, **more}
 
 
 def load(config, checkpoint=None, device=None):

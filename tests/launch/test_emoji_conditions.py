@@ -1,0 +1,42 @@
+"""What the shipped model makes of sketches, halves and edges: the numbers that the docs promise."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from configs import emoji
+from launch import evaluate, recipe, retrieval
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LISTS = ROOT / 'tests' / 'data'
+SIZE, COUNT = 64, 40
+
+
+@pytest.fixture(scope='module')
+def given():
+    """The model, its recipe, the reference, 40 captions, and their pictures of 16x16 cells."""
+    config = emoji.get_config()
+    reference = retrieval.read_reference(LISTS / 'emoji_reference.npz')
+    captions = (LISTS / 'emoji_eval.txt').read_text().splitlines()[:COUNT]
+    rows = {text: row for row, text in enumerate(reference['captions'])}
+    sketches = {text: retrieval.sketch(reference['features'][rows[text]], SIZE)
+                for text in captions}
+    return recipe.load(config)[0], config, reference, captions, sketches
+
+
+def rate(given, **how):
+    model, config, reference, captions, _ = given
+    draw = evaluate.drawer(model, config, 0, COUNT, **how)
+    return evaluate.measure(draw, captions, reference)[0]['top1']
+
+
+def test_a_sketch_helps_and_a_half_is_restored(given):
+    sketches = given[4]
+    right = np.zeros((SIZE, SIZE), bool)
+    right[:, SIZE // 2:] = True
+    text = rate(given)
+    assert rate(given, images=sketches, strength=0.6) > text
+    named, nameless = (rate(given, images=sketches, mask=right, named=named)
+                       for named in (True, False))
+    assert named >= 0.7 and named > nameless
