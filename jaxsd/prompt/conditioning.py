@@ -23,9 +23,10 @@ class Conditioning(NamedTuple):
     added: jax.Array | None
 
 
-def tokens(tokenizers, *texts):
-    """P lists of B texts, the negative prompts first -> {text encoder: int32 [B,P,T]}."""
-    return {name: np.stack([tokenizer(some) for some in texts], 1)
+def tokens(tokenizers, texts):
+    """texts(text encoder): P lists of B texts, the negative prompts first -> {text encoder: int32
+    [B,P,T]}."""
+    return {name: np.stack([tokenizer(some) for some in texts(name)], 1)
             for name, tokenizer in tokenizers.items()}
 
 

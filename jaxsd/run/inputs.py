@@ -1,5 +1,6 @@
 """From resolved requests to everything that a compiled program takes, numpy on the host."""
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -64,8 +65,7 @@ def inputs(model, requests, noise=None, canvases=None, stage=None):
                              f'found {sorted(model.tokenizers)}')
     if canvases is None:
         canvases = [canvas.canvas(r, config) for r in requests]
-    tokens = {name: conditioning.tokens({name: tokenizer}, *_texts(requests, name))[name]
-              for name, tokenizer in model.tokenizers.items()}
+    tokens = conditioning.tokens(model.tokenizers, functools.partial(_texts, requests))
     for name, ids in tokens.items():
         size = getattr(config, name).vocab_size
         if ids.max() >= size:

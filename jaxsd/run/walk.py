@@ -25,8 +25,7 @@ class Conditions(NamedTuple):
 
     extra: Any = None  # [B,h,w,E]: channels beside the latent
     labels: Any = None  # int [B,P]: classes
-    hints: Any = ()  # {ControlNet: [B,h,w,C]}, as controlnet.embed gives them; of a T2I-Adapter a
-    # list of such
+    hints: Any = ()  # {ControlNet: [B,h,w,C]}, from controlnet.embed; t2i_adapter.apply's list
     control: dict | None = None  # {ControlNet: [calls,B,P,N]}: weights of its N outputs
     known: Any = None  # latents [B,h,w,L], kept where not free
     free: Any = None  # a function of the row -> [B,h,w,1], 0 to 1
@@ -104,8 +103,8 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
     conditioned: Conditioning, [B,P,...]; guidance: [] or [B], or a Guidance, and P its texts; rows:
     of the batch or per image; noise(i): standard normal, like x; on_call(i, out): sees every model
     output and returns it; watch(i, latents): sees what each call takes the picture to be; info: as
-    for `sampling.sample`. params['controlnet']: {name: params} of
-    config.controlnets, the ControlNets that the conditions name.
+    for `sampling.sample`. params['controlnet']: {name: params} of the networks in
+    config.controlnets, which the conditions name.
     """
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)

@@ -7,7 +7,7 @@ from jaxsd.prompt import conditioning
 
 
 def _encode(model, ids=None, zero=None):
-    tokens = conditioning.tokens(model.tokenizers, ['dog', ''], ['red apple', 'cat'])
+    tokens = conditioning.tokens(model.tokenizers, lambda name: [['dog', ''], ['red apple', 'cat']])
     return tokens, conditioning.encode(model.params, model.config, tokens, ids, zero)
 
 

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_generate import _far, compilations
+from test_generate import _far, compilations, on_devices
 
 import jaxsd
 from jaxsd import Control, Preview, Request
-from jaxsd.config import ControlNetConfig, DPTConfig, ScheduleConfig
+from jaxsd.config import ControlNetConfig, DPTConfig, ScheduleConfig, T2IAdapterConfig
 from jaxsd.models import shapes, spec
 from jaxsd.run import decode, encode
 from jaxsd.run.request import BUCKETS, bucket, resolve
@@ -40,13 +40,18 @@ def widened(tiny_model, in_channels, family='sd1', **parts):
     return model.replace(config=config, params=spec.init(0, config))
 
 
-@pytest.fixture(scope='module')
-def steered(tiny_model):
-    """The tiny 1.x model with two ControlNets."""
-    model = tiny_model('sd1')
+def steer(model):
+    """The tiny 1.x model with two ControlNets and a T2I-Adapter."""
     net = at_random(model.config.unet)
     other = Network(net.config, jax.tree.map(lambda a: -a, net.params))
-    return model.replace(controlnets={'edges': net, 'pose': other})
+    adapter = T2IAdapterConfig(channels=model.config.unet.block_out_channels, num_res_blocks=1)
+    adapter = Network(adapter, spec.init_part(np.random.default_rng(2), spec.names(adapter)))
+    return model.replace(controlnets={'edges': net, 'pose': other, 'sketch': adapter})
+
+
+@pytest.fixture(scope='module')
+def steered(tiny_model):
+    return steer(tiny_model('sd1'))
 
 
 def test_strength_0_is_the_round_trip_and_1_is_text_to_image(tiny_model):
@@ -115,22 +120,50 @@ def test_only_masked_and_outpainting_keep_the_rest(tiny_model):
 
 
 def test_controls_are_data(steered):
-    """Scales, spans, guess mode and which of two nets is at work differ within one program."""
+    """Scales, spans, guess mode and which of three nets is at work differ within one program."""
     text = Request('cat', seed=1, steps=4)
-    edges, pose = (Control(net, OTHER) for net in ('edges', 'pose'))
+    edges, pose, sketch = (Control(net, OTHER) for net in ('edges', 'pose', 'sketch'))
     replace = dataclasses.replace
     requests = [text.replace(controls=controls) for controls in (
         [edges], [replace(edges, scale=0.0), pose], [edges, replace(pose, image=PICTURE)], [],
         [replace(edges, start=0.5)], [replace(edges, end=0.5)], [replace(edges, scale=0.5)],
-        [replace(edges, guess='diffusers')], [replace(edges, guess='original')])]
+        [replace(edges, guess='diffusers')], [replace(edges, guess='original')], [sketch],
+        [edges, replace(sketch, end=0.5)])]
     images = jaxsd.generate(steered, requests)
     with compilations() as count:
         np.testing.assert_array_equal(jaxsd.generate(steered, requests[::-1]), images[::-1])
     assert not count
-    for i, j in np.ndindex(9, 9):
+    for i, j in np.ndindex(11, 11):
         assert i == j or _far(images[i], images[j]) > 0, (i, j)
     assert _far(images[3], jaxsd.generate(steered, [text])[0]) <= 1
     assert _far(images[0], jaxsd.generate(steered, requests[:1])[0]) <= 1
+
+
+# Three pictures on two devices, so that one is padded; masks and hints are spread with them.
+SPREAD = [
+    Request('cat', seed=1, steps=4, image=PICTURE, mask=HALF, controls=[Control('edges', OTHER)]),
+    Request('dog', seed=2, steps=2, image=OTHER, strength=0.5),
+    Request('a', seed=3, steps=4, image=OTHER, mask=SLOPE, mask_mode='strength',
+            controls=[Control('edges', PICTURE, start=0.5)]),
+]
+
+
+def test_conditions_are_spread_over_devices(steered, tmp_path):
+    seen = []
+    found = on_devices(2, tmp_path / 'a.npz', """
+from test_conditions import SPREAD, steer
+seen = []
+model = steer(model)
+vae = jaxsd.Network(config.vae, model.params['vae'])
+images = jaxsd.generate(model, SPREAD, preview=jaxsd.Preview(
+    vae, lambda done, total, images: seen.append(images), every=3))
+np.savez(path, images=images, seen=np.stack(seen))
+""")
+    vae = Network(steered.config.vae, steered.params['vae'])
+    images = jaxsd.generate(steered, SPREAD, preview=Preview(
+        vae, lambda done, total, images: seen.append(images), every=3))
+    assert _far(found['images'], images) <= 1
+    assert found['seen'].shape == (2, 3, 64, 64, 3) and _far(found['seen'], np.stack(seen)) <= 1
 
 
 def test_depth_class_and_text_together(tiny_model):

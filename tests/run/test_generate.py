@@ -91,36 +91,39 @@ def test_a_picture_does_not_depend_on_its_batch(tiny_model, devices, tmp_path):
     if devices == 1:
         batch = jaxsd.generate(model, MIXED)
     else:
-        batch = _on_devices(devices, tmp_path / 'batch.npy')
+        batch = on_devices(devices, tmp_path / 'batch.npy', """
+from test_generate import MIXED
+seen = []
+images = jaxsd.generate(model, MIXED, on_step=lambda done, total: seen.append((done, total)))
+assert seen == [(i, 5) for i in range(1, 6)], seen
+np.save(path, images)
+""")
     assert batch.shape == (5, 64, 64, 3)
     for picture, request in zip(batch, MIXED):
         assert _far(picture, jaxsd.generate(model, [request])[0]) <= 1, request
 
 
-def _on_devices(count, path):
-    """Run MIXED in a process with that many devices; 5 pictures on 4 devices need padding."""
+def on_devices(count, path, code):
+    """Run code in a process with that many devices, `model` being the tiny 1.x one -> what it saves
+    at `path`."""
     code = f"""
 import conftest, jax, numpy as np, pathlib
 import jaxsd
 from jaxsd.models import spec
 from jaxsd.prompt.tokenizer import Tokenizer
-from run.test_generate import MIXED
 assert jax.local_device_count() == {count}
-folder = pathlib.Path({str(path.parent)!r}) / 'tokenizer'
-conftest.write_tokenizer(folder)
+path = pathlib.Path({str(path)!r})
+conftest.write_tokenizer(path.parent / 'tokenizer')
 config = conftest.TINY['sd1']
 model = jaxsd.Model(config, spec.init(0, config),
-                    {{'text_encoder': Tokenizer.from_folder(folder)}})
-seen = []
-images = jaxsd.generate(model, MIXED, on_step=lambda done, total: seen.append((done, total)))
-assert seen == [(i, 5) for i in range(1, 6)], seen
-np.save({str(path)!r}, images)
-"""
-    tests = pathlib.Path(__file__).parents[1]
+                    {{'text_encoder': Tokenizer.from_folder(path.parent / 'tokenizer')}})
+""" + code
+    here = pathlib.Path(__file__).parent
     flags = os.environ.get('XLA_FLAGS', '')
+    paths = (here, here.parent, here.parents[1])
     environment = {**os.environ, 'JAX_PLATFORMS': 'cpu',
                    'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={count}',
-                   'PYTHONPATH': os.pathsep.join([str(tests), str(tests.parent)])}
+                   'PYTHONPATH': os.pathsep.join(map(str, paths))}
     subprocess.run([sys.executable, '-c', code], env=environment, check=True, timeout=600)
     return np.load(path)
 
