@@ -17,10 +17,10 @@ from launch import plain_errors
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def define_flags():
-    """Not at import: other mains have flags of these names."""
+def define_flags(recipe='train_emoji64'):
+    """Not at import: other mains have flags of these names. recipe: the default one."""
     config_flags.DEFINE_config_file(
-        'config', str(ROOT / 'configs' / 'train_emoji64.py'),
+        'config', str(ROOT / 'configs' / f'{recipe}.py'),
         'Training recipe; every field is a flag too, --config.stages.unet.steps=100.')
 
 
