@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 from test_manifests import FOLDERS, SINGLE
-from tiny import flat, same, sparse_file, tiny_config
+from tiny import flat, random_params, same, sparse_file, tiny_config
 
 from jaxsd.config import VERSIONS, ControlNetConfig, T2IAdapterConfig, read_network_config
 from jaxsd.models import shapes, spec, t2i_adapter
@@ -27,7 +27,7 @@ def tiny(version, **fields):
     cfg = ControlNetConfig(**dataclasses.asdict(tiny_config(version).unet) | fields,
                            conditioning_embedding_out_channels=(2, 4, 6, 8))
     cfg = dataclasses.replace(cfg, sample_size=64)  # which a ControlNet's config.json does not say
-    return Network(cfg, spec.init_part(np.random.default_rng(0), shapes.controlnet(cfg)))
+    return Network(cfg, random_params(np.random.default_rng(0), shapes.controlnet(cfg)))
 
 
 def as_files(network, prefix=''):
@@ -108,7 +108,7 @@ def test_round_trip(version, tmp_path):
 @pytest.mark.parametrize('kind', ['full_adapter', 'full_adapter_xl'])
 def test_adapter_round_trip(kind, tmp_path):
     cfg = T2IAdapterConfig(channels=(4, 8, 12, 12), adapter_type=kind, downscale_factor=2)
-    network = Network(cfg, spec.init_part(np.random.default_rng(0), t2i_adapter.names(cfg)))
+    network = Network(cfg, random_params(np.random.default_rng(0), t2i_adapter.names(cfg)))
     save_network(network, tmp_path / 'folder')
     write(tmp_path / 'single.safetensors', as_files(network))
     assert 'body.6.block1.weight' in load_file(tmp_path / 'single.safetensors')

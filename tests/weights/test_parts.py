@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import pathlib
 import shutil
@@ -12,12 +13,13 @@ from safetensors.numpy import load_file, save_file
 from tiny import flat, random_model, same, sparse_file
 
 import jaxsd
-from jaxsd.config import TinyVAEConfig, read_config
+from jaxsd.config import DPTConfig, TinyVAEConfig, read_config
 from jaxsd.models.spec import from_jax, names
-from jaxsd.weights import hub, parts
+from jaxsd.weights import hub, load_depth_estimator, parts
 from jaxsd.weights.names import network_places
 
-DATA = pathlib.Path(__file__).parents[1] / 'data' / 'manifests'
+HERE = pathlib.Path(__file__).parent
+DATA = HERE.parent / 'data' / 'manifests'
 SINGLE, FOLDERS = (json.loads(gzip.decompress((DATA / f'{kind}.json.gz').read_bytes()))
                    for kind in ('singlefile', 'diffusers'))
 TINY = TinyVAEConfig(encoder_block_out_channels=(6, 6), decoder_block_out_channels=(5, 5),
@@ -175,6 +177,50 @@ def test_a_model_with_taesd_goes_both_ways(model, tmp_path):
     for path in ('folder', 'single.safetensors'):
         again = jaxsd.load(tmp_path / path, config=small.config)
         assert same(flat(again.params), flat(small.params))
+
+
+def test_midas_names_are_what_transformers_converts():
+    """Each of our tensors from the same one, or third of one, as in transformers' script."""
+    config = DPTConfig()
+    places = network_places('depth_estimator', config, names(config), 'depth_model.model.')
+    lines = [f'{name} <- {place.name} {place.how}'.rstrip()
+             for name, place in sorted(places.items())]
+    golden = json.loads((HERE.parent / 'goldens' / 'dpt_names.json').read_text())
+    assert len(lines) == golden['tensors']
+    assert hashlib.sha256('\n'.join(lines).encode()).hexdigest() == golden['sha256']
+
+
+@pytest.mark.parametrize('layout', ['whole', 'depth_model', 'bare'])
+def test_released_depth_estimators_in_a_file(layout, tmp_path):
+    shapes = SINGLE['sd2_depth']
+    if layout != 'whole':
+        shapes = {k.removeprefix('depth_model.model.' * (layout == 'bare')): v
+                  for k, v in shapes.items() if k.startswith('depth_model.')}
+    sparse_file(tmp_path / 'a.safetensors', shapes)
+    source = parts._open_file('depth_estimator', tmp_path / 'a.safetensors', None)
+    assert source.mismatches() == {} and source.config == DPTConfig()
+    assert source.config == read_config('sd2_depth').depth_estimator
+
+
+def test_every_layout_gives_the_same_depth_estimator(tmp_path):
+    model = random_model('sd2_depth')
+    params, config = flat(model.params['depth_estimator']), model.config.depth_estimator
+    whole, single, bare = (tmp_path / f'{name}.safetensors' for name in ('a', 'b', 'c'))
+    jaxsd.save(model, tmp_path / 'model')
+    jaxsd.save(model, whole, layout='single-file')
+    tensors = load_file(whole) | {f'depth_model.model.pretrained.model.head.{name}':
+                                  np.zeros(shape, 'f4') for name, shape in
+                                  (('weight', (5, 12)), ('bias', 5))}
+    tensors = {k: v for k, v in tensors.items() if k.startswith('depth_model.')}
+    save_file(tensors, single)
+    save_file({k.removeprefix('depth_model.model.'): v for k, v in tensors.items()}, bare)
+    assert 'pretrained.model.blocks.0.attn.qkv.bias' in load_file(bare)
+    jaxsd.save_network(load_depth_estimator(tmp_path / 'model'), tmp_path / 'alone')
+    for path in (tmp_path / 'model', tmp_path / 'alone', whole, single, bare):
+        network = load_depth_estimator(path, config=None if path.is_dir() else config)
+        assert network.config == config and same(flat(network.params), params), path
+    said = fails(bare.rename(tmp_path / 'midas.pt'), load=load_depth_estimator, config=config)
+    assert 'pickle' in said and '.safetensors' in said
 
 
 def test_all_that_is_wrong_in_one_error(model, folder, tmp_path):

@@ -8,10 +8,11 @@ import ml_dtypes  # noqa: F401 (names bfloat16 for numpy)
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_manifests import FILES, SINGLE
 from tiny import flat, random_model, same, tiny_config
 
 import jaxsd
-from jaxsd.config import versions
+from jaxsd.config import read_config, versions
 from jaxsd.models.spec import spec
 from jaxsd.weights.names import places
 
@@ -22,12 +23,14 @@ def single_file_like(version, dtype='float32'):
     shapes = spec(config)
     tensors = {place.name: rng.standard_normal(place.shape(shapes[part][name])).astype(dtype)
                for part, table in places(config, shapes).items() for name, place in table.items()}
-    extra = ['betas', 'alphas_cumprod', 'sqrt_one_minus_alphas_cumprod', 'posterior_mean_coef1']
-    if config.unet.added_dim:
-        extra = ['denoiser.sigmas']
-    elif config.text_encoder.hidden_act == 'gelu':
-        extra += ['cond_stage_model.model.text_projection', 'cond_stage_model.model.logit_scale',
-                  'cond_stage_model.model.transformer.resblocks.3.attn.in_proj_weight']
+    released = read_config(version)
+    used = {place.name for table in places(released, spec(released)).values()
+            for place in table.values()}
+    file = next(file for file, (found, *_) in FILES.items() if found == version)
+    unused = SINGLE[file].keys() - used
+    extra = sorted(name for name in unused if 'resblocks' not in name)
+    if any('resblocks' in name for name in unused):  # 2.x's last layer, here the fourth
+        extra.append('cond_stage_model.model.transformer.resblocks.3.attn.in_proj_weight')
     tensors |= {name: rng.standard_normal(5).astype('float32') for name in extra}
     tensors['model_ema.num_updates'] = np.array(3, np.int32)
     tensors['cond_stage_model.transformer.text_model.embeddings.position_ids'] = np.arange(77)[None]
@@ -35,7 +38,8 @@ def single_file_like(version, dtype='float32'):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
-@pytest.mark.parametrize('version', ['sd15', 'sd21', 'sdxl', 'sdxl_refiner'])
+@pytest.mark.parametrize('version', ['sd15', 'sd21', 'sd2_depth', 'sdxl', 'sdxl_refiner',
+                                     'x4_upscaler'])
 def test_single_folder_single(version, dtype, tmp_path):
     config, tensors = single_file_like(version, dtype)
     save_file(tensors, tmp_path / 'a.safetensors')

@@ -48,14 +48,19 @@ def tiny_config(version, vocab_size=99):
 def random_model(version, dtype='float32', tokenizers=False):
     """A random Model of `tiny_config(version)`; with CLIP's tokenizers on request."""
     config, rng = tiny_config(version, 49408 if tokenizers else 99), np.random.default_rng(0)
-    # From numpy: init would compile a program for each shape.
-    params = {part: traverse_util.unflatten_dict(
-        {name: jax.device_put(to_jax(name, rng.standard_normal(shape).astype(dtype)))
-         for name, shape in shapes.items()}, sep='.') for part, shapes in spec(config).items()}
+    params = {part: random_params(rng, shapes, dtype) for part, shapes in spec(config).items()}
     names = {'text_encoder': 'tokenizer', 'text_encoder_2': 'tokenizer_2'}
     found = {part: Tokenizer.from_folder(VERSIONS / version / names[part])
              for part in names if tokenizers and getattr(config, part)}
     return Model(config, params, found)
+
+
+def random_params(rng, shapes, dtype='float32'):
+    """Params of these {name: shape}, all random, so that no two arrays are alike."""
+    # From numpy: init would compile a program for each shape.
+    return traverse_util.unflatten_dict(
+        {name: jax.device_put(to_jax(name, rng.standard_normal(shape).astype(dtype)))
+         for name, shape in shapes.items()}, sep='.')
 
 
 def flat(params):
