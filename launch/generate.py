@@ -116,14 +116,16 @@ def run():
 
 def _controls(recipe):
     """The --control flags -> a list of Control, and the paths of their nets."""
+    from jaxsd import images
     from jaxsd.run.request import Control
+    size = (None, None) if FLAGS.outpaint or recipe.aspect else (recipe.width, recipe.height)
     controls = []
     for text in FLAGS.control or ():
         given = words('--control', text)
         for name in ('net', 'image'):
             if name not in given:
                 raise ValueError(f'--control="{text}": expected {name}=PATH in it')
-        image = _hint(given.pop('preprocess', 'none'), given.pop('image'), recipe)
+        image = images.hint(given.pop('preprocess', 'none'), given.pop('image'), *size)
         try:
             controls.append(Control(image=image, **given))
         except TypeError as error:
@@ -138,15 +140,6 @@ def _preview(picture, out, vae):
         picture.write_png(out / 'preview.png', picture.grid(images))
 
     return Preview(vae, show)
-
-
-def _hint(kind, path, recipe):
-    from jaxsd import images
-    from jaxsd.sampling.choice import choose
-    if kind == 'pose':
-        size = recipe.width, recipe.height
-        return images.draw_pose(images.read_pose(path, *size).people, *size)
-    return choose('preprocess', kind, images.PREPROCESSORS)(images.read(path))
 
 
 def _requests(recipe, controls):

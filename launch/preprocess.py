@@ -46,23 +46,11 @@ def run(files):
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f'two of the files would be written as {name}')
-    if FLAGS.kind == 'pose':
-        hints = [_pose(images, file, **options) for file in files]
-    else:
-        preprocess = images.PREPROCESSORS[FLAGS.kind]
-        hints = [preprocess(images.read(file), **options) for file in files]
+    hints = [images.hint(FLAGS.kind, file, **options) for file in files]
     out = picture.check_folder(FLAGS.out)
     for name, hint in zip(names, hints):
         picture.write_png(out / name, hint)
         print(out / name)
-
-
-def _pose(images, file, width=None, height=None):
-    pose = images.read_pose(file, width, height)
-    width, height = width or pose.width, height or pose.height
-    if width is None or height is None:
-        raise ValueError(f'{file} names no canvas: expected --width and --height')
-    return images.draw_pose(pose.people, width, height)
 
 
 def main(argv):

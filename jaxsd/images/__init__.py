@@ -11,9 +11,9 @@ from jaxsd.images.fitting import (
     paste,
 )
 from jaxsd.images.pose import Person, Pose, draw_pose, read_pose
-from jaxsd.images.preprocess import PREPROCESSORS, canny, depth, scribble, tile
+from jaxsd.images.preprocess import PREPROCESSORS, canny, depth, hint, scribble, tile
 from jaxsd.images.reading import read, read_gray
 
 __all__ = ['PREPROCESSORS', 'Person', 'Pose', 'box', 'canny', 'check_sizes', 'cover', 'depth',
-           'downsample', 'draw_pose', 'feather', 'fit', 'pad', 'paste', 'read', 'read_gray',
+           'downsample', 'draw_pose', 'feather', 'fit', 'hint', 'pad', 'paste', 'read', 'read_gray',
            'read_pose', 'scribble', 'tile']

@@ -5,6 +5,10 @@ import numbers
 
 import numpy as np
 
+from jaxsd.images.fitting import fit
+from jaxsd.images.pose import draw_pose, read_pose
+from jaxsd.images.reading import read
+
 
 def canny(image, low=100, high=200):
     """White edges on black: Canny's, with hysteresis between two thresholds of the gradient.
@@ -67,3 +71,25 @@ def _check(option, value, low, high=math.inf):
 
 
 PREPROCESSORS = {'none': lambda image: image, 'canny': canny, 'scribble': scribble, 'tile': tile}
+
+
+def hint(kind, source, width=None, height=None, **options):
+    """The hint of a kind, for a picture of width x height, or of the source's own size.
+
+    kind: a key of PREPROCESSORS, or 'pose', for which source is OpenPose's JSON; else as for
+    `read`. The source is fitted (`fit`) before it is looked at, so that lines are a pixel thin.
+    Raises ValueError for an unknown kind, and for a pose whose size nobody says.
+    """
+    if kind == 'pose':
+        pose = read_pose(source, width, height)
+        size = width or pose.width, height or pose.height
+        if None in size:
+            raise ValueError(f'{source} names no canvas: expected width and height')
+        return draw_pose(pose.people, *size)
+    if kind not in PREPROCESSORS:
+        raise ValueError(f'unknown preprocessor {kind!r}: expected '
+                         f'{", ".join(PREPROCESSORS)} or pose')
+    image = read(source)
+    if width and height and kind != 'none':
+        image = fit(image, width, height)
+    return PREPROCESSORS[kind](image, **options)
