@@ -87,6 +87,12 @@ def is_ema(name):
     return name.startswith('model_ema.') and not is_buffer(name)
 
 
+def kind(found):
+    """What the tensors of these names are -> (what, the function that reads it or '', a name)."""
+    return next(((what, reader, name) for pattern, (what, reader) in _TELLTALES.items()
+                 for name in found if re.match(pattern, name)), ('something else', '', ''))
+
+
 def in_folder(part, name):
     """A tensor's name as current diffusers folders have it, from any that was ever in use."""
     if part in TEXT_ENCODERS and not name.startswith(('text_model.', 'text_projection.')):
@@ -114,6 +120,21 @@ _EXTRA = re.compile(
     r'|cond_stage_model\.model\.text_projection|.*\.model\.logit_scale'
     r'|(?:depth_model\.model\.)?pretrained\.model\.head\..*|loss\..*|vae_scale|vae_shift'
     r'|low_scale_model\..*')
+
+# What files are, by what a name in them starts with; the first that fits, so that a ControlNet is
+# seen beside the whole model that its first version came with.
+_TELLTALES = {
+    r'(control_model\.)?(input_hint_block|zero_convs|controlnet_)':
+        ('a ControlNet', 'load_controlnet'),
+    r'model\.diffusion_model\.(?!.*lora[._])': ('a whole checkpoint', 'load'),
+    r'(lora|lycoris)_|.*[._](lora|hada|lokr)[._]': ('a LoRA', ''),
+    r'emb_params$|clip_[lg]$|<.*>$': ('a textual inversion embedding', ''),
+    r'(text_model|embeddings)\.': ('a text encoder', ''),
+    r'(first_stage_model\.)?(encoder|decoder)\.|taesd_': ('a VAE', 'load_vae'),
+    r'(adapter\.)?body\.': ('a T2I-Adapter', 'load_t2i_adapter'),
+    r'(depth_model\.model\.)?pretrained\.|dpt\.': ('a depth estimator', 'load_depth_estimator'),
+    r'(down_blocks|input_blocks)\.': ('a U-Net', ''),
+}
 
 _OPENCLIP = [
     (r'^text_model\.embeddings\.position_embedding\.weight', 'positional_embedding'),

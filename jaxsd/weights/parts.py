@@ -64,14 +64,6 @@ KINDS = {
                             ('', 'depth_model.model.')),
 }
 
-# What else a file can be, by what a name in it starts with.
-OTHERS = {
-    r'lora_|.*[._](lora|hada|lokr)_': 'a LoRA', r'model\.diffusion_model\.': 'a whole checkpoint',
-    r'(control_model\.)?(input_hint_block|zero_convs|controlnet_)': 'a ControlNet',
-    r'(first_stage_model\.)?(encoder|decoder)\.': 'a VAE', r'(adapter\.)?body\.': 'a T2I-Adapter',
-    r'(down_blocks|input_blocks)\.': 'a U-Net', r'text_model\.': 'a text encoder',
-}
-
 
 def load_vae(path, dtype='float32', config=None, device=None):
     """Read a VAE, a Network for `model.with_vae`; arguments as of `load_part`."""
@@ -164,11 +156,9 @@ def _open_file(kind, path, config):
 
     best = max(options, key=agreement)
     if agreement(best) < 0.25:
-        other = next((other for pattern, other in OTHERS.items()
-                      if any(re.match(pattern, name) for name in shapes)), 'something else')
         raise ValueError(f'{path}: not a {what} that jaxsd knows, by its {len(shapes)} tensors '
-                         f'such as {", ".join(list(shapes)[:3])} it is {other}; give a {what}, or '
-                         'config= for one of other sizes')
+                         f'such as {", ".join(list(shapes)[:3])} it is {names.kind(shapes)[0]}; '
+                         f'give a {what}, or config= for one of other sizes')
     config, prefix, places = best
     return _source(kind, path, config, {
         name: where for name, where in tensors.items() if name.startswith(prefix)

@@ -129,6 +129,9 @@ class Source:
 
 
 def open_folder(folder, config, half, prediction_type):
+    single = (folder / 'config.json').exists() and not (folder / 'model_index.json').exists()
+    if single and not config:
+        _refuse_others(folder, [n for f in component_files(folder, half) for n in f.shapes])
     config = config or read_config(folder)
     if prediction_type:
         config = config.with_prediction(prediction_type)
@@ -168,6 +171,8 @@ def open_single(path, config, half, prediction_type):
 
 def _detect(file, prediction_type=None):
     """The ModelConfig of the released version whose names and shapes a single file has."""
+    _refuse_others(file.path, file.shapes)
+
     def agreement(version):
         config = read_config(version).replace(depth_estimator=None)  # a file may lack it
         shapes = spec(config)
@@ -199,6 +204,14 @@ def _detect(file, prediction_type=None):
         schedule = dataclasses.replace(config.schedule, rescale_betas_zero_snr=True)
         config = config.replace(schedule=schedule)
     return config
+
+
+def _refuse_others(path, found):
+    """ValueError if tensors of these names are known to be something else than a whole model."""
+    what, reader, name = names.kind(found)
+    if name and reader != 'load':
+        use = f'read it with jaxsd.{reader}' if reader else 'jaxsd reads no such file'
+        raise ValueError(f'{path}: is {what}, by its tensor {name}; expected a whole model; {use}')
 
 
 def _squeeze(shape):

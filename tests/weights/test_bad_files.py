@@ -7,9 +7,12 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import random_model
+from test_manifests import FOLDERS, SINGLE
+from tiny import random_model, sparse_file
 
 import jaxsd
+from jaxsd.config import T2IAdapterConfig
+from jaxsd.models.spec import names
 
 
 @pytest.fixture(scope='module')
@@ -158,9 +161,41 @@ def test_bad_index_of_shards(folder, tmp_path):
 
 def test_missing_path_and_unknown_model(tmp_path):
     assert 'no such file' in error(tmp_path / 'none.safetensors', FileNotFoundError)
-    save_file({'lora_unet.a': np.zeros(3, 'f4')}, tmp_path / 'lora.safetensors')
-    message = error(tmp_path / 'lora.safetensors')
-    assert 'lora_unet.a' in message and 'model.diffusion_model' in message
+    save_file({'model.diffusion_model.a': np.zeros(3, 'f4')}, tmp_path / 'other.safetensors')
+    message = error(tmp_path / 'other.safetensors')
+    assert 'model.diffusion_model.a. Give' in message and 'first_stage_model.*' in message
+
+
+@pytest.mark.parametrize('what, reader, shapes', [
+    ('a VAE', 'load_vae', SINGLE['vae_ldm']),
+    ('a VAE', 'load_vae', FOLDERS['sdxl_base_vae']),
+    ('a ControlNet', 'load_controlnet', SINGLE['controlnet_sd15_control_model']),
+    ('a ControlNet', 'load_controlnet', SINGLE['controlnet_sd15_full_1.0']),
+    ('a ControlNet', 'load_controlnet', SINGLE['controlnet_sd21_full']),
+    ('a ControlNet', 'load_controlnet', FOLDERS['controlnet_sdxl']),
+    ('a T2I-Adapter', 'load_t2i_adapter', names(T2IAdapterConfig())),
+    ('a depth estimator', 'load_depth_estimator', FOLDERS['sd2_depth_depth_estimator']),
+    ('a U-Net', None, FOLDERS['sd15_unet']),
+    ('a text encoder', None, FOLDERS['sd15_text_encoder']),
+    ('a text encoder', None, {k.removeprefix('text_model.'): v  # as transformers 5 writes it
+                              for k, v in FOLDERS['sd15_text_encoder'].items()}),
+    ('a LoRA', None, {'lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight': [4, 320]}),
+    ('a LoRA', None, {'unet.down_blocks.0.attentions.0.to_q.lora.down.weight': [4, 320]}),
+    ('a LoRA', None, {'unet.down_blocks.0.attentions.0.to_q.lora_A.weight': [4, 320]}),
+    ('a textual inversion embedding', None, {'emb_params': [2, 768]}),
+    ('a textual inversion embedding', None, {'clip_l': [2, 768], 'clip_g': [2, 1280]}),
+    ('a textual inversion embedding', None, {'<cat-toy>': [768]}),
+])
+def test_what_is_no_whole_model(what, reader, shapes, tmp_path):
+    """Released files of one network: what it is and what reads it, of a file and of a folder."""
+    path = tmp_path / 'diffusion_pytorch_model.safetensors'
+    sparse_file(path, shapes)
+    (tmp_path / 'config.json').write_text('{}')
+    for found in (path, tmp_path):
+        message = error(found)
+        assert f'{found}: is {what}, by its tensor ' in message
+        assert message.endswith(f'jaxsd.{reader}' if reader else 'reads no such file')
+        assert not reader or getattr(jaxsd, reader)
 
 
 def test_bad_options(saved):
