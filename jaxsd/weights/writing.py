@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxsd.weights.configs import TOKENIZERS, write_config
 from jaxsd.weights.files import as_dtype, write_tensors
 
 LAYOUTS = ('diffusers', 'single-file')
+_WEIGHTS = re.compile(r'(diffusion_pytorch_)?model\b.*\.safetensors\b.*')  # see files.choose
 
 
 def save(model, path, layout='diffusers', dtype=None):
@@ -139,9 +141,8 @@ def _replace(new, path):
         (path / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(new / file, path / file)
     # Shards or another variant of the old weights could be read instead of the new ones.
-    components = {file.parts[0] for file in written if len(file.parts) > 1}
-    for old in (path / 'extras.safetensors', *path.glob('diffusion_pytorch_model*.safetensors*'),
-                *path.glob('*/*.safetensors*')):
-        ours = old.parent == path or old.parent.name in components
-        if ours and old.relative_to(path) not in written:
+    folders = {path / file.parent for file in written if _WEIGHTS.fullmatch(file.name)}
+    stale = [p for folder in folders for p in folder.iterdir() if _WEIGHTS.fullmatch(p.name)]
+    for old in (path / 'extras.safetensors', *stale):
+        if old.relative_to(path) not in written:
             old.unlink(missing_ok=True)

@@ -265,6 +265,28 @@ def test_nothing_is_saved_that_cannot_be_read(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('part, stem', [('vae', 'diffusion_pytorch_model'),
+                                        ('depth_estimator', 'model')])
+def test_saving_over_a_network(part, stem, tmp_path):
+    """What would be read instead of the new weights goes, everything else stays."""
+    model = random_model('sd2_depth')
+    network = jaxsd.Network(getattr(model.config, part), model.params[part])
+    jaxsd.save_network(network, tmp_path / 'a')
+    new = {p.name for p in (tmp_path / 'a').iterdir()}
+    stale = {f'{stem}{end}' for end in (
+        '.fp16.safetensors', '-00001-of-00002.safetensors', '.fp16-00001-of-00002.safetensors',
+        '.safetensors.index.json', '.safetensors.index.fp16.json')}
+    others = {'README.md', 'preview.png', 'model_of_mine.safetensors', 'sdxl.vae.safetensors'}
+    for name in stale | others:
+        (tmp_path / 'a' / name).write_text(name)
+    jaxsd.save_network(network, tmp_path / 'a')
+    assert {p.name for p in (tmp_path / 'a').iterdir()} == new | others
+    assert all((tmp_path / 'a' / name).read_text() == name for name in others)
+    again = load_depth_estimator if part == 'depth_estimator' else jaxsd.load_vae
+    assert same(flat(again(tmp_path / 'a', 'float16').params),
+                {k: a.astype('float16') for k, a in flat(network.params).items()})
+
+
 def test_what_is_downloaded():
     weights = 'diffusion_pytorch_model.safetensors'
     alone = ['README.md', 'config.json', weights, 'diffusion_pytorch_model.bin',
