@@ -30,9 +30,12 @@ def problem(model, requests):
 
     Prompts and guidance are the requests', the noise what their seeds start from, standard normal;
     sampler, schedule and steps do not matter. Raises ValueError for guidance that changes on the
-    way, whose steps would be others.
+    way, whose steps would be others, and for pictures, masks and hints: text alone is followed.
     """
     config = model.config
+    if any(r.image is not None or r.controls or r.depth is not None for r in requests):
+        raise ValueError('image, depth, controls: expected none, what is asked here follows text '
+                         'alone')
     requests = [r.replace(sampler='euler', sampler_options={}, eta=None)
                 for r in resolve(requests, config)]
     shape = (requests[0].height // config.vae.factor, requests[0].width // config.vae.factor,

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxsd import sampling
-from jaxsd.run import Request, decode, inputs, latents, resolve
+from jaxsd.run import Request, decode, inputs, latents, networks, resolve
 from jaxsd.sampling.tables import NOISE, UNCOND
 
 REFERENCE = {'sampler': 'dpmpp_2m', 'sampler_options': {}, 'eta': None}  # of the ODE
@@ -146,7 +146,7 @@ def _pack(requests, look, size):
 
 def _runner(model, batch_size, total, on_step):
     """A function from a microbatch to latents [n,h,w,L], calls [n] and seconds [n]."""
-    config, done, programs = model.config, itertools.count(1), {}
+    done, programs = itertools.count(1), {}
     worker = concurrent.futures.ThreadPoolExecutor(1)
 
     def heard(_):
@@ -157,7 +157,7 @@ def _runner(model, batch_size, total, on_step):
         jax.debug.callback(heard, i)
         return out
 
-    def walk(params, data, height, width):
+    def walk(params, data, config, height, width):
         if not isinstance(data.rows, sampling.Row):
             return latents(params, data, config, height, width, info=lambda steps: steps.calls)
         return (latents(params, data, config, height, width, on_step and tell),
@@ -165,14 +165,15 @@ def _runner(model, batch_size, total, on_step):
 
     def run(part):
         data = inputs(model, part + part[-1:] * (batch_size - len(part)))
-        key = jax.tree.structure(data), *(a.shape for a in jax.tree.leaves(data))
+        params, config = networks(model, data)
+        key = config, jax.tree.structure(data), *(a.shape for a in jax.tree.leaves(data))
         if key not in programs:  # compiled beforehand, so that no picture's time includes it
-            programs[key] = jax.jit(walk, static_argnums=(2, 3)).lower(
-                model.params, data, part[0].height, part[0].width).compile()
+            programs[key] = jax.jit(walk, static_argnums=(2, 3, 4)).lower(
+                params, data, config, part[0].height, part[0].width).compile()
         start = time.perf_counter()
         # Not in this thread, because nobody hears a Ctrl-C inside of XLA.
         ends, calls = worker.submit(
-            lambda: [np.asarray(a) for a in programs[key](model.params, data)]).result()
+            lambda: [np.asarray(a) for a in programs[key](params, data)]).result()
         took = time.perf_counter() - start
         return [a[:len(part)] for a in (ends, calls, took * calls / calls.sum())]
 

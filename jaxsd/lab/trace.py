@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsd import sampling
 from jaxsd.lab.report import matplotlib
-from jaxsd.run import decode, inputs, latents, resolve
+from jaxsd.run import decode, inputs, latents, networks, resolve
 
 ROWS = {  # field of Trace: what it says at the left
     'noisy': 'the noisy picture $x$\n(as the network sees it,\n$x / \\sqrt{1 + \\sigma^2}$)',
@@ -42,8 +42,8 @@ def trace(model, request):
     if not isinstance(data.rows, sampling.Row):
         raise ValueError(f'sampler {request.sampler!r} has no table, so its steps are not known '
                          'beforehand; trace another one')
-    final, seen = _walk(model.params, data, config=model.config, height=request.height,
-                        width=request.width)
+    params, config = networks(model, data)
+    final, seen = _walk(params, data, config=config, height=request.height, width=request.width)
     called = data.rows.sigma[:, 0] > 0
     x, eps, denoised = (np.asarray(field)[called, 0] for field in seen)  # [calls,h,w,L]
     sigma = data.rows.sigma[called, 0].astype(np.float64)

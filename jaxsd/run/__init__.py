@@ -1,9 +1,10 @@
 """From requests to pictures: the one pure function, its jit, and the files it ends in."""
 
 from jaxsd.run.generate import Preview, generate, replicated
-from jaxsd.run.inputs import Inputs, inputs
+from jaxsd.run.inputs import Inputs, inputs, networks
 from jaxsd.run.request import Control, Request, resolve
 from jaxsd.run.walk import Conditions, decode, denoise_latents, encode, latents, pipeline
 
 __all__ = ['Conditions', 'Control', 'Inputs', 'Preview', 'Request', 'decode', 'denoise_latents',
-           'encode', 'generate', 'inputs', 'latents', 'pipeline', 'replicated', 'resolve']
+           'encode', 'generate', 'inputs', 'latents', 'networks', 'pipeline', 'replicated',
+           'resolve']

@@ -57,7 +57,8 @@ def size(request, config):
         factor = config.vae.factor
         grown = width + left + right, height + top + bottom
         return tuple(-(-n // factor) * factor for n in grown)
-    if kind(config) == 'upscaler' and request.image is not None and request.width is None:
+    if kind(config) == 'upscaler' and request.image is not None and not (
+            request.width or request.height):
         height, width, _ = images.read(request.image).shape
         return width * config.vae.factor, height * config.vae.factor
     return None
@@ -160,7 +161,7 @@ def arrays(model, requests, canvases, sigmas, rows, parts):
                                   images.downsample(c.mask, factor)[..., None] for c in canvases])
         found['by_strength'] = np.array([r.mask_mode == 'strength' for r in requests])
         found['strength'] = _over_rows(
-            [r.painted * (1 - _fractions(levels)) for r, levels in zip(requests, sigmas)],
+            [r.strength * (1 - _fractions(levels)) for r, levels in zip(requests, sigmas)],
             sigmas, rows, 'mask_mode=strength', found['by_strength'])
     if what == 'depth':
         found['extra'] = _depths(model, requests, canvases, cell)
@@ -195,9 +196,9 @@ def _signal(request, c, shape, factor, seen):
 
     seen: the model sees picture and mask; it then starts from noise alone, as it was published.
     """
-    if c.picture is None or (request.painted == 1 and (seen or c.mask is None)):
+    if c.picture is None or (request.strength == 1 and (seen or c.mask is None)):
         return np.zeros(shape, np.float32)
-    if c.mask is None or (request.painted < 1 and request.fill != 'latent'):
+    if c.mask is None or (request.strength < 1 and request.fill != 'latent'):
         return np.ones(shape, np.float32)
     mask = c.mask >= 1 if request.mask_mode == 'strength' else c.mask
     return 1 - images.downsample(mask.astype(np.float32), factor)[..., None]

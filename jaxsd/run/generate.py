@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsd import sampling
 from jaxsd.run import canvas
-from jaxsd.run.inputs import Inputs, inputs
+from jaxsd.run.inputs import Inputs, inputs, networks
 from jaxsd.run.request import resolve
 from jaxsd.run.walk import decode, latents, pipeline
 from jaxsd.weights.model import Network
@@ -65,7 +65,7 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None,
             raise ValueError(f'tile={tile}: expected a multiple of {config.vae.factor} pixels')
         tile //= config.vae.factor
     canvases = [canvas.canvas(r, config) for r in requests]
-    adaptive = np.array([r.sampler == 'dpm_adaptive' and r.painted > 0 for r in requests])
+    adaptive = np.array([r.sampler == 'dpm_adaptive' and r.strength > 0 for r in requests])
     painted = {}
     for part in filter(len, map(np.flatnonzero, (~adaptive, adaptive))):  # it has no table
         some = None if noise is None else np.asarray(noise)[part]
@@ -84,9 +84,10 @@ def _paint(model, requests, canvases, tile, noise, refiner, on_step, preview):
         stages = [(model, inputs(model, requests, noise, canvases, 'base')),
                   (refiner, inputs(refiner, plain, None, canvases, 'refiner'))]
     progress = _Progress([data.rows for _, data in stages], on_step, preview)
+    found = None
     for number, (net, data) in enumerate(stages):
         if number:
-            data = data._replace(noise=found)  # noqa: F821 (of the stage before)
+            data = data._replace(noise=found)
         progress.begin(number, len(requests))
         found, finite = _run(net, data, requests[0].height, requests[0].width, tile, progress,
                              last=number == len(stages) - 1)
@@ -108,11 +109,7 @@ def _run(model, data, height, width, tile, progress, last):
     pad = functools.partial(_pad, count=devices * each)
     data = Inputs(*(jax.tree.map(functools.partial(pad, axis=axis), value)
                     for axis, value in zip(data.axes, data)))
-    params = {part: tree for part, tree in model.params.items() if part != 'depth_estimator'}
-    nets = {name: model.controlnets[name] for name in data.hints or ()}
-    params['controlnet'] = {name: net.params for name, net in nets.items()}
-    config = model.config.replace(
-        controlnets=tuple((name, net.config) for name, net in nets.items()))
+    params, config = networks(model, data)
     preview = progress.preview
     if preview is not None:
         params['preview'] = preview.vae.params

@@ -95,22 +95,33 @@ def inputs(model, requests, noise=None, canvases=None, stage=None):
         **follow)
 
 
+def networks(model, data):
+    """What `pipeline` takes beside a batch's Inputs -> (params, config): the model's own, less what
+    has done its work on the host, and the ControlNets that the batch names."""
+    nets = {name: model.controlnets[name] for name in data.hints or ()}
+    params = {part: tree for part, tree in model.params.items() if part != 'depth_estimator'}
+    params['controlnet'] = {name: net.params for name, net in nets.items()}
+    return params, model.config.replace(
+        controlnets=tuple((name, net.config) for name, net in nets.items()))
+
+
 def _plan(request, schedule, stage=None):
     """A request's sigmas, the one that its stage starts from, and the stage's table, with A1111's
     habit for the samplers that need it."""
     options = dict(request.schedule_options)
     if request.sampler in sampling.DISCARD_PENULTIMATE['a1111']:
         options.setdefault('discard_penultimate', True)
-    if 0 < request.painted < 1:
-        options = {'convention': 'diffusers', **options, 'denoise': request.painted}
+    if 0 < request.strength < 1:
+        options = {'convention': 'diffusers', **options, 'denoise': request.strength}
     sigmas = part = np.zeros(1)
-    if request.painted > 0:
+    if request.strength > 0:
         sigmas = part = sampling.schedule(request.schedule, request.steps, schedule, **options)
     if stage is not None:
         # As diffusers' denoising_end: a fraction of the timesteps trained on, not of the steps.
         count = schedule.num_train_timesteps
         cutoff = round(count - request.switch * count)
-        done = int((sampling.sigma_to_t(sigmas[:-1], schedule) > cutoff - 1e-3).sum())
+        t = sampling.sigma_to_t(sigmas[:-1], schedule)
+        done = int((t > cutoff - 1e-3).sum())  # cutoff and above; t is rounded
         part = sigmas[:done + 1] if stage == 'base' else sigmas[done:]
     options = dict(request.sampler_options)
     if request.eta is not None:

@@ -47,7 +47,7 @@ def parameters(request, model=''):
         'Seed': request.seed,
         'Size': f'{request.width}x{request.height}',
         'Model': model,
-        'Denoising strength': '' if request.image is None else f'{request.painted:g}',
+        'Denoising strength': '' if request.image is None else f'{request.strength:g}',
         'Eta': '' if request.eta is None else f'{request.eta:g}',
         'Version': f'jaxsd {jaxsd.__version__}',
     }

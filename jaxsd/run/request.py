@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxsd.run import canvas
 from jaxsd.sampling import SAMPLERS, known_schedule
 from jaxsd.sampling.choice import choose, one_of
 from jaxsd.sampling.guidance_options import check, per_step
@@ -136,7 +137,7 @@ class Request:
         """Of what concerns pictures, all that can be known without opening them."""
         if self.strength is not None:
             _number('strength', self.strength, 0, 1)
-            if self.image is None:
+            if self.image is None and self.strength < 1:
                 raise ValueError(f'strength={self.strength}: expected image= as well, the picture '
                                  'to start from')
         _number('switch', self.switch, 0, 1)
@@ -178,22 +179,13 @@ class Request:
         """A copy with some fields replaced."""
         return dataclasses.replace(self, **fields)
 
-    @property
-    def painted(self):
-        """The strength that counts: 1 where there is no image to start from."""
-        if self.image is None:
-            return 1.0
-        partly = self.mask is not None or self.outpaint is not None
-        return (1.0 if partly else 0.75) if self.strength is None else float(self.strength)
-
 
 def resolve(requests, config):
-    """Fill in what a request leaves open: the native size, and a random seed for -1.
+    """Fill in what a request leaves open: size, strength, and a random seed for -1.
 
     `generate` does this itself; call it first to know the seeds that it will use.
     Raises ValueError for a size or a strength that the model cannot make.
     """
-    from jaxsd.run import canvas
     if isinstance(requests, Request):
         raise ValueError('requests: expected a list of Request, found a single Request')
     factor = config.vae.factor
@@ -210,19 +202,24 @@ def resolve(requests, config):
                 raise ValueError(f'{name}={value}: expected a multiple of {factor} pixels, '
                                  f'for example {near}')
         seed = random_seed() if request.seed == -1 else int(request.seed)
-        request = request.replace(seed=seed, **size)
-        if canvas.kind(config) == 'upscaler' and request.image is not None:
-            if request.strength not in (None, 1):
-                raise ValueError(f'strength={request.strength}: expected 1 with an upscaler, which '
-                                 'sees the image and starts from noise')
-            request = request.replace(strength=1)
-        resolved.append(request)
+        resolved.append(request.replace(seed=seed, strength=_strength(request, config), **size))
     return resolved
+
+
+def _strength(request, config):
+    """A request's strength, or what stands for None: 1 where there is nothing to start from."""
+    upscaler = canvas.kind(config) == 'upscaler'
+    if upscaler and request.strength not in (None, 1):
+        raise ValueError(f'strength={request.strength}: expected 1 with an upscaler, which sees '
+                         'the image and starts from noise')
+    if request.strength is not None:
+        return request.strength
+    started = request.image is not None and request.mask is None and request.outpaint is None
+    return 0.75 if started and not upscaler else 1.0
 
 
 def _size(request, config):
     """The (width, height) that an aspect or an image gives a request; None where it gives none."""
-    from jaxsd.run import canvas
     asked = request.width, request.height
     if request.aspect is not None:
         if not config.unet.added_dim:

@@ -16,7 +16,7 @@ from test_models import nchw
 import jaxsd
 from jaxsd.models import spec
 from jaxsd.prompt.tokenizer import Tokenizer
-from jaxsd.run import inputs, latents, resolve
+from jaxsd.run import inputs, latents, networks, resolve
 
 torch.set_num_threads(1)  # for such small arrays more of them wait for each other, 20 times as long
 STEPS, BOUND = 5, 1e-4
@@ -98,11 +98,7 @@ def ours(model, requests, noise, stage=None):
     """Requests through all that `generate` does before its decoder -> latents [B,h,w,L]."""
     requests = resolve(requests, model.config)
     data = inputs(model, requests, noise, stage=stage)
-    nets = {name: model.controlnets[name] for name in data.hints or ()}
-    params = {part: model.params[part] for part in model.params if part != 'depth_estimator'}
-    params['controlnet'] = {name: net.params for name, net in nets.items()}
-    config = model.config.replace(
-        controlnets=tuple((name, net.config) for name, net in nets.items()))
+    params, config = networks(model, data)
     return np.asarray(_walk(params, data, config=config, height=requests[0].height,
                             width=requests[0].width))
 

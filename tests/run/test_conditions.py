@@ -196,7 +196,7 @@ def test_an_upscaler_enlarges(tiny_model):
     images = jaxsd.generate(model, [request, request.replace(class_label=3), request.replace(
         image=OTHER[:12, :20])])
     assert images.shape == (3, 48, 80, 3)
-    assert resolve([request], model.config)[0].painted == 1  # from noise, all the way
+    assert resolve([request], model.config)[0].strength == 1  # from noise, all the way
     assert min(_far(images[0], images[1]), _far(images[0], images[2])) > 0
 
 

@@ -51,6 +51,7 @@ def _far(a, b):
 def test_pictures_are_data(tiny_model):
     model = tiny_model('sd1')
     first = Request('red apple', seed=7, steps=4)
+    jax.clear_caches()  # of other tests' programs, which may be this one
     with compilations() as count:
         image = jaxsd.generate(model, [first])
     assert count, 'the listener must see the first compilation'

@@ -90,5 +90,5 @@ def test_samplers_that_ask_for_the_config_get_the_models(tiny_model, monkeypatch
         return sampling.plan('euler', sigmas)
 
     monkeypatch.setitem(sampling.SAMPLERS, 'curious', curious)
-    _plan(Request(sampler='curious', steps=3), config)
+    _plan(Request(sampler='curious', steps=3, strength=1), config)
     assert given == [config]
