@@ -21,9 +21,9 @@ gallery: $(VENV)/.demo
 test: $(VENV)/.test
 	$(RUN) -m pytest -n auto --dist loadfile --ignore=tests/parity
 
-## Comparisons with torch, diffusers and transformers (CPU)
+## Comparisons with torch, diffusers and transformers (CPU); a process per core, a thread each
 parity: $(VENV)/.parity
-	$(RUN) -m pytest -n auto --dist loadfile tests/parity
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile tests/parity
 
 ## Style
 lint: $(VENV)/.test
