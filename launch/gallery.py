@@ -94,11 +94,13 @@ def only_masked(model):
 
 
 def controlled(model):
-    """Edges as a hint: followed with other names, less, for a while, and in guess mode."""
+    """The edges of a small apple as a hint: followed by several names, not at all, for a while."""
     whole, = jaxsd.generate(model, [BASE.replace(prompt='red apple')])
-    edges = images.canny(whole, 50, 150)
-    rows = [('red apple', {}), ('tangerine', {}), ('blue heart', {}), ('', {}),
-            ('tangerine', {'scale': 0.5}), ('tangerine', {'end': 0.3})]
+    small = np.full_like(whole, 255)
+    small[20:60, 4:44] = images.fit(whole, 40, 40)
+    edges = images.canny(small, 50, 150)
+    rows = [('red apple', {}), ('tangerine', {}), ('tomato', {}), ('', {}),
+            ('tangerine', {'end': 0.6}), ('tangerine', {'scale': 0.0})]
     made = jaxsd.generate(model, [
         BASE.replace(prompt=text, seed=5, controls=[Control('edges', edges, **how)])
         for text, how in rows])
