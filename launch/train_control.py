@@ -48,7 +48,7 @@ def examples(c):
     weights = np.where(hidden, 0, np.where(plain, c.plain_weight, 1))
     images = np.concatenate([images, *(smaller(images, i) for i in range(c.copies))])
     edges = np.stack([canny(image, c.canny.low, c.canny.high) for image in images])
-    weights = np.concatenate([max(c.copies, 1) * weights, *[weights] * c.copies])
+    weights = np.concatenate([c.whole_weight * weights, *[weights] * c.copies])
     return images, np.tile(captions, 1 + c.copies), edges, weights
 
 
@@ -90,6 +90,9 @@ def learn(c, model, net):
                               settings.min_snr_gamma)
 
     start = controlnet.init_from_unet(model.params['unet'], net, np.random.default_rng(0))
+    # As small as torch makes them, its seven convolutions would shrink the hint to 1e-4.
+    start['controlnet_cond_embedding'] = jax.tree.map(
+        lambda a: 3 * a if a.ndim == 4 else a, start['controlnet_cond_embedding'])
     return run_stage('control', loss, start, data, weights, c, preview)
 
 

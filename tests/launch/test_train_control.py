@@ -30,9 +30,9 @@ def test_what_is_seen(recipe):
     assert images.shape == edges.shape == (18, 64, 64, 3)
     assert captions.tolist() == captions[:6].tolist() * 3
     # The unseen caption, its tones and what the model never saw are hidden, a longer word is not;
-    # the glyph itself comes as often as its two smaller copies together.
+    # the glyph itself comes four times as often as each of its smaller copies.
     once = np.array([0, 0, 3, 1, 3, 0])
-    np.testing.assert_array_equal(weights, [*(2 * once), *once, *once])
+    np.testing.assert_array_equal(weights, [*(4 * once), *once, *once])
     for image, drawn in zip(images, edges):
         dark = np.argwhere(image[..., 0] < 150)
         for line in np.argwhere(drawn[..., 0]):  # every edge lies at the border of the square
