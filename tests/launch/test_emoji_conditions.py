@@ -5,8 +5,9 @@ import pathlib
 import numpy as np
 import pytest
 
+import jaxsd
 from configs import emoji
-from launch import evaluate, recipe, retrieval
+from launch import evaluate, gallery, recipe, retrieval
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LISTS = ROOT / 'tests' / 'data'
@@ -40,3 +41,20 @@ def test_a_sketch_helps_and_a_half_is_restored(given):
     named, nameless = (rate(given, images=sketches, mask=right, named=named)
                        for named in (True, False))
     assert named >= 0.7 and named > nameless
+
+
+def test_edges_place_the_picture(given):
+    """The gallery's small apple: drawn where its edges are, and all over the picture without."""
+    model = given[0].replace(controlnets={
+        'edges': jaxsd.load_controlnet(ROOT / 'checkpoints' / 'emoji_edges')})
+    row = {text: image for image, text in gallery.controlled(model)}
+    outside = np.ones((SIZE, SIZE), bool)
+    outside[16:64, 0:48] = False
+
+    def painted(image):  # the part of what is not white that lies outside
+        dark = (image < 200).any(-1)
+        return (dark & outside).sum() / dark.sum()
+
+    assert painted(row['tangerine, scale 0']) > 0.3
+    for name in ('red apple', 'tangerine', 'tomato'):
+        assert painted(row[name]) < 0.05, name
