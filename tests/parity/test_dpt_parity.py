@@ -1,6 +1,5 @@
 """MiDaS against transformers: the network, the processor, the depth map of diffusers' pipeline."""
 
-import os
 import pathlib
 import sys
 
@@ -102,7 +101,6 @@ def test_other_sizes(size, monkeypatch):
     assert error(module, TINY, pixels, theirs) <= TOLERANCE
 
 
-@pytest.mark.skipif('JAXSD_SLOW' not in os.environ, reason='two minutes; set JAXSD_SLOW=1')
 def test_full_size():
     """The released architecture, 122 million parameters: as near to float64 as torch's float32.
 
