@@ -43,7 +43,8 @@ def define_flags():
     flags.DEFINE_string('depth', None, 'A depth map, near is white, for depth models.')
     flags.DEFINE_multi_string(
         'control', None, 'A ControlNet and its hint, "net=PATH, image=PATH", with perhaps scale=1, '
-        'start=0, end=1, guess=original, preprocess=canny (scribble, tile, or pose from JSON); '
+        'start=0, end=1, guess=original, preprocess=canny (with its low=100, high=200; scribble, '
+        'tile, or pose from JSON); '
         'repeat for several.')
     flags.DEFINE_string('vae', None, 'A VAE (folder, file or Hub id) instead of the model\'s.')
     flags.DEFINE_string('preview', None, 'A small VAE (TAESD: folder, files or Hub id) that shows '
@@ -125,11 +126,15 @@ def _controls(recipe):
         for name in ('net', 'image'):
             if name not in given:
                 raise ValueError(f'--control="{text}": expected {name}=PATH in it')
-        image = images.hint(given.pop('preprocess', 'none'), given.pop('image'), *size)
+        kind, path = given.pop('preprocess', 'none'), given.pop('image')
+        options = {name: given.pop(name) for name in list(given)
+                   if name not in Control.__dataclass_fields__}
         try:
-            controls.append(Control(image=image, **given))
-        except TypeError as error:
-            raise ValueError(f'--control="{text}": {str(error).split(") ")[-1]}') from None
+            image = images.hint(kind, path, *size, **options)
+        except TypeError:
+            raise ValueError(f'--control="{text}": preprocess={kind} takes no '
+                             f'{", ".join(options)}') from None
+        controls.append(Control(image=image, **given))
     return controls, dict.fromkeys(control.net for control in controls)
 
 

@@ -81,11 +81,7 @@ def hint(kind, source, width=None, height=None, **options):
     Raises ValueError for an unknown kind, and for a pose whose size nobody says.
     """
     if kind == 'pose':
-        pose = read_pose(source, width, height)
-        size = width or pose.width, height or pose.height
-        if None in size:
-            raise ValueError(f'{source} names no canvas: expected width and height')
-        return draw_pose(pose.people, *size)
+        return _pose(source, width, height, **options)
     if kind not in PREPROCESSORS:
         raise ValueError(f'unknown preprocessor {kind!r}: expected '
                          f'{", ".join(PREPROCESSORS)} or pose')
@@ -93,3 +89,11 @@ def hint(kind, source, width=None, height=None, **options):
     if width and height and kind != 'none':
         image = fit(image, width, height)
     return PREPROCESSORS[kind](image, **options)
+
+
+def _pose(source, width, height):
+    pose = read_pose(source, width, height)
+    size = width or pose.width, height or pose.height
+    if None in size:
+        raise ValueError(f'{source} names no canvas: expected width and height')
+    return draw_pose(pose.people, *size)

@@ -182,7 +182,6 @@ def tiny_vae(c):
             for i, layer in enumerate(layers) for name, shape in layer.items()}
 
 
-
 def dpt(c):
     """DPTForDepthEstimation with is_hybrid, c: DPTConfig."""
     d, at = c.hidden_size, 'dpt.embeddings'

@@ -1,6 +1,6 @@
 """The autoencoder between pixels and latents (AutoencoderKL; Rombach et al. 2022).
 
-Where cfg is a TinyVAEConfig, taesd.py stands in for it.
+Where the parameters are an AutoencoderTiny's, taesd.py stands in for it.
 """
 
 import functools
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsd.config import TinyVAEConfig
 from jaxsd.models import taesd
 from jaxsd.models.layers import (
     attention,
@@ -28,7 +27,7 @@ EPS = 1e-6
 
 def encode(params, cfg, image):
     """image [B,fH,fW,3] in [-1,1] -> (mean, logvar), each [B,H,W,L] float32; latents unscaled."""
-    if isinstance(cfg, TinyVAEConfig):
+    if 'layers' in params['encoder']:
         mean = taesd.encode(params, cfg, image)
         return mean, jnp.full_like(mean, -30.0)
     p = params['encoder']
@@ -45,7 +44,7 @@ def encode(params, cfg, image):
 
 def decode(params, cfg, latent):
     """latent [B,H,W,L], unscaled -> image [B,fH,fW,3] float32, about [-1,1]."""
-    if isinstance(cfg, TinyVAEConfig):
+    if 'layers' in params['decoder']:
         return taesd.decode(params, cfg, latent)
     p = params['decoder']
     x = pointwise(params['post_quant_conv'], latent.astype(p['conv_in']['weight'].dtype))

@@ -16,7 +16,7 @@ from jaxsd.sampling.choice import unknown
 from jaxsd.sampling.guidance_options import steps_of
 
 # How much a ControlNet's outputs count in guess mode, from the finest to the coarsest.
-GUESS = {None: np.ones, 'diffusers': lambda count: np.logspace(-1, 0, count),
+GUESS = {'diffusers': lambda count: np.logspace(-1, 0, count),
          'original': lambda count: 0.825 ** np.arange(count - 1, -1, -1)}
 NOISE_LEVEL = 20  # of the upscaler's small picture, where a request names none
 
@@ -286,7 +286,7 @@ def _weights(control, net, before, parts):
         return np.zeros((len(before), parts, count))
     after = (np.arange(len(before)) + 1) / len(before)
     on = (before >= control.start) & (after <= control.end)
-    profile = GUESS[None if pooled else control.guess](count)
     only = pooled or control.guess is not None
+    profile = np.ones(count) if pooled or not only else GUESS[control.guess](count)
     heard = np.arange(parts) == 1 if only else np.ones(parts)
     return control.scale * on[:, None, None] * heard[:, None] * profile

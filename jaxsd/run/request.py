@@ -20,7 +20,6 @@ MAX_SEED = 2**64 - 1
 RESIZE = ('crop', 'pad', 'stretch')
 FILLS = ('original', 'edge', 'noise', 'latent')
 MASK_MODES = ('blend', 'strength')
-GUESS = ('diffusers', 'original')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +51,7 @@ class Control:
         if self.start >= self.end:
             raise ValueError(f'control start={self.start}, end={self.end}: expected start < end')
         if self.guess is not None:
-            one_of('guess mode', self.guess, GUESS)
+            one_of('guess mode', self.guess, canvas.GUESS)
 
 
 @dataclasses.dataclass(frozen=True)

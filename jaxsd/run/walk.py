@@ -138,7 +138,7 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
                 freeu = [beside(jnp.broadcast_to(a, len(x) // parts)) for a in freeu]
             residuals, features = _controls(
                 params.get('controlnet'), config.controlnets, weights, i, (x, t, context),
-                jax.tree.map(beside, conditions.hints), added)
+                jax.tree.map(beside, conditions.hints), added, labels)
             if conditions.extra is not None:
                 x = jnp.concatenate([x, beside(conditions.extra)], -1)
             out = unet.apply(params['unet'], config.unet, x, t, context, added, labels, hook=hook,
@@ -170,7 +170,7 @@ def _watched(denoise, watch):
     return look
 
 
-def _controls(nets, configs, weights, i, called, hints, added):
+def _controls(nets, configs, weights, i, called, hints, added, labels):
     """What to add to the U-Net in row i, weighted and summed: ControlNets' residuals, or None, and
     T2I-Adapters' features. A ControlNet that no picture of the batch hears in it is not called."""
     residuals, features = [], []
@@ -182,7 +182,8 @@ def _controls(nets, configs, weights, i, called, hints, added):
             return [weight[:, k, None, None, None] * r for k, r in enumerate(outputs)]
 
         def call(net=nets[name], cfg=cfg, hint=hints[name], weighed=weighed):
-            return weighed(controlnet.apply(net, cfg, *called, hint, added))
+            known = labels if cfg.num_class_embeds else None
+            return weighed(controlnet.apply(net, cfg, *called, hint, added, known))
 
         if isinstance(cfg, T2IAdapterConfig):
             features.append(weighed(hints[name]))

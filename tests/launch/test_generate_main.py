@@ -86,18 +86,20 @@ def test_pictures_from_pictures(checkpoint, tmp_path):
     (['--image=missing.png', '--outpaint=1,2,x,0'], '--outpaint=1,2,x,0: expected whole numbers'),
     (['--control=image=a.png'], 'expected net=PATH in it'),
     (['--control=net=missing, image={tmp}/file'], 'file is not an image'),
+    (['--control=net=a, image={tmp}/a.png, preprocess=canny, lo=3'], 'canny takes no lo'),
     (['--config.request=size=3'], "unknown field of Request 'size': did you mean"),
     (['--vae=missing.safetensors'], 'missing.safetensors: no such file'),
     (['red apple'], 'give prompts as --prompt="red apple"'),
 ])
 def test_bad_input_is_one_clear_line(checkpoint, tmp_path, flags, message):
     (tmp_path / 'file').touch()
+    Image.new('RGB', (64, 64)).save(tmp_path / 'a.png')
     code, stdout, stderr = _run(
         f'--checkpoint={checkpoint}', f'--out={tmp_path}/out', '--prompt=cat', '--config.width=64',
         '--config.height=64', *(flag.format(tmp=tmp_path) for flag in flags))
     assert code in (1, 2)
     assert re.fullmatch(r'error: [^\n]*\n', stderr) and re.search(message, stderr), stderr
-    assert not list(tmp_path.rglob('*.png'))
+    assert list(tmp_path.rglob('*.png')) == [tmp_path / 'a.png']
 
 
 def test_help_needs_no_model():

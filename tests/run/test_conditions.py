@@ -172,8 +172,11 @@ def test_depth_class_and_text_together(tiny_model):
     requests = [first, first.replace(depth=1 - SLOPE), first.replace(class_label=3),
                 first.replace(prompt='dog'), first.replace(class_label=None),
                 first.replace(negative_class_label=4)]
+    net = at_random(dataclasses.replace(model.config.unet, in_channels=4))  # it sees no depth map
+    model = model.replace(controlnets={'edges': net})
+    requests.append(first.replace(controls=[Control('edges', OTHER)]))
     images = jaxsd.generate(model, requests)
-    for i, j in np.ndindex(6, 6):
+    for i, j in np.ndindex(7, 7):
         assert i == j or _far(images[i], images[j]) > 0, (i, j)
 
 
