@@ -20,6 +20,9 @@ MAX_SEED = 2**64 - 1
 RESIZE = ('crop', 'pad', 'stretch')
 FILLS = ('original', 'edge', 'noise', 'latent')
 MASK_MODES = ('blend', 'strength')
+WEIGHTINGS = ('a1111', 'comfy', 'compel', 'none')
+CUTS = ('comma', 'hard')
+NOISES = ('threefry', 'torch', 'philox')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,6 +93,14 @@ class Request:
     negative_class_label: int | None = None  # None: the last class; upscaler: the same level
     prompt_2: str | None = None  # SDXL: for its second text encoder; None: the same prompt
     negative_prompt_2: str | None = None
+    weighting: str = 'a1111'  # what brackets in prompts do: a1111, comfy, compel or none
+    cut: str = 'comma'  # where a long prompt falls into blocks: comma (as A1111) or hard
+    clip_skip: int = 1  # 1: the layer that the version uses; n: n - 1 layers before it
+    adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {name: weight}, as
+    # <lora:name:weight> in the prompt; or (U-Net's weight, text encoders' weight)
+    wildcards: Any = None  # a folder of NAME.txt, or {NAME: options}, for __NAME__ in prompts
+    noise: str = 'threefry'  # or torch (its CPU generator) or philox (A1111's NV), for their seeds
+    noise_batch: tuple = (0, 1)  # torch: the picture's place in a batch drawn at once, and its size
     switch: float = 0.8  # with a refiner: the part of the noise that the base model removes
     eta: float | None = None  # noise of ddim and the ancestral samplers; None: the sampler's own
     sampler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -127,6 +138,12 @@ class Request:
             if name != 'eta' or self.eta is not None:
                 _number(name, getattr(self, name))
         self._check_image()
+        one_of('weighting', self.weighting, WEIGHTINGS)
+        one_of('cut', self.cut, CUTS)
+        one_of('noise', self.noise, NOISES)
+        _integer('clip_skip', self.clip_skip, 1)
+        self._check_noise_batch()
+        object.__setattr__(self, 'adapters', _weights(self.adapters))
         for name in ('original_size', 'crop', 'target_size'):
             value = getattr(self, name)
             if value is not None and len(tuple(value)) != 2:
@@ -173,6 +190,15 @@ class Request:
             raise ValueError(f'controls: {names} names a ControlNet twice; give it a second name '
                              'in model.controlnets')
         object.__setattr__(self, 'controls', tuple(self.controls))
+
+    def _check_noise_batch(self):
+        batch = self.noise_batch
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ValueError(f'noise_batch={batch!r}: expected two whole numbers, the place and the '
+                             'size of the batch')
+        _integer("noise_batch's size", batch[1], 1)
+        _integer("noise_batch's place", batch[0], 0, batch[1] - 1)
+        object.__setattr__(self, 'noise_batch', tuple(map(int, batch)))
 
     def replace(self, **fields):
         """A copy with some fields replaced."""
@@ -257,6 +283,22 @@ def bucket(aspect):
 def random_seed():
     """What -1 stands for: 32 bits, short enough to copy by hand, and other programs take it."""
     return random.SystemRandom().randrange(2**32)
+
+
+def _weights(adapters):
+    """{adapter: weight, or (U-Net's, text encoders')} -> {adapter: both}."""
+    if not isinstance(adapters, Mapping):
+        raise ValueError(f'adapters={adapters!r}: expected a mapping from names to weights')
+    found = {}
+    for name, weight in adapters.items():
+        both = tuple(weight) if isinstance(weight, (tuple, list)) else (weight, weight)
+        if len(both) != 2:
+            raise ValueError(f'adapters: {name}={weight!r}: expected a weight or two, of the U-Net '
+                             'and of the text encoders')
+        for value in both:
+            _number(f'weight of adapter {name!r}', value)
+        found[name] = both
+    return found
 
 
 def _number(name, value, low=-math.inf, high=math.inf):

@@ -26,6 +26,8 @@ class Model:
     extras: {name in a single file: numpy array} of what single files hold and the model does not
         use (schedule buffers, 2.x's last text layer ...), kept so that a round trip loses nothing.
     controlnets: {name: Network}, the ControlNets that requests may name; `save` leaves them out.
+    adapters: {name: Adapter}, LoRAs and their like, that requests may name; left out too.
+    embeddings: {name: Embedding}, textual inversions that prompts may name; left out too.
     """
 
     config: ModelConfig
@@ -33,6 +35,8 @@ class Model:
     tokenizers: dict = dataclasses.field(default_factory=dict)
     extras: dict = dataclasses.field(default_factory=dict)
     controlnets: dict = dataclasses.field(default_factory=dict)
+    adapters: dict = dataclasses.field(default_factory=dict)
+    embeddings: dict = dataclasses.field(default_factory=dict)
 
     def replace(self, **parts):
         """A copy with some parts replaced, e.g. `replace(params=...)`."""
