@@ -194,8 +194,8 @@ class Request:
     def _check_noise_batch(self):
         batch = self.noise_batch
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ValueError(f'noise_batch={batch!r}: expected two whole numbers, the place and the '
-                             'size of the batch')
+            raise ValueError(f'noise_batch={batch!r}: expected two whole numbers, the place '
+                             'in a batch and its size')
         _integer("noise_batch's size", batch[1], 1)
         _integer("noise_batch's place", batch[0], 0, batch[1] - 1)
         object.__setattr__(self, 'noise_batch', tuple(map(int, batch)))
