@@ -6,7 +6,7 @@ import numpy as np
 from jax import lax
 
 from .choice import unknown
-from .guidance import Guidance, blur_where, combine, zero_init, zero_prediction
+from .guidance import Guidance, blur_where, combine, compose, zero_init, zero_prediction
 from .scan import spread
 from .schedules import model_sigmas
 
@@ -73,8 +73,8 @@ def pair(*parts):
 def guided(denoise, guidance, prediction_type='epsilon', unguided=None):
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): uncond + g (cond - uncond).
 
-    denoise: takes `parts` pictures per image in `pair`'s order: uncond, cond, then perp_neg's
-    negatives and the perturbed one, where there are any. guidance: g, [] or [B], or a Guidance,
+    denoise: takes `parts` pictures per image in `pair`'s order: uncond, cond (or several, see
+    `compose`), then perp_neg's negatives and the perturbed one, where there are any. guidance: g, [] or [B], or a Guidance,
     data. prediction_type: of the network, for the kinds that act on its prediction.
     unguided: the denoiser of the unconditional pictures alone, for self-attention guidance;
     denoise then returns (denoised, attention received per position [P*B,T]).
@@ -92,6 +92,9 @@ def guided(denoise, guidance, prediction_type='epsilon', unguided=None):
         uncond, cond, *more = (out[:, k] for k in range(parts))
         row = jax.tree.map(lambda a: spread(jnp.asarray(a, out.dtype), x.ndim), guidance.at(i))
         perturbed = None if row.pag is None else more.pop()
+        if row.prompts is not None:
+            others = len(row.prompts) - 1
+            cond, more = compose(row.prompts, uncond, [cond, *more[:others]]), more[others:]
         origin = None
         if row.rescale is not None or row.zero_star is not None:
             origin = zero_prediction(x, spread(sigma, x.ndim), prediction_type)

@@ -51,11 +51,13 @@ class Guidance(NamedTuple):
     pag: Any = None  # scale of perturbed-attention guidance
     sag: Any = None  # scale of self-attention guidance
     freeu: tuple | None = None  # b1, b2, s1, s2: for `unet.apply`
+    prompts: tuple | None = None  # a weight for each of several prompts, see `compose`
 
     @property
     def parts(self):
-        """Pictures that the network sees per image: uncond, cond, negatives, perturbed."""
-        return 2 + len(self.perp_neg or ()) + (self.pag is not None)
+        """Pictures that the network sees per image: uncond, conds, negatives, perturbed."""
+        return (1 + len(self.prompts or (1,)) + len(self.perp_neg or ())
+                + (self.pag is not None))
 
     @property
     def momentum(self):
@@ -92,6 +94,17 @@ def combine(guidance, uncond, cond, negatives, perturbed, origin, memory=None):
     if g.rescale is not None:
         out = rescale(g.rescale, out, cond, origin)
     return out, memory
+
+
+def compose(weights, uncond, conds):
+    """Composable diffusion (https://arxiv.org/abs/2206.01714, eq. 11): several prompts as one.
+
+    uncond + sum of w_i (cond_i - uncond), as A1111's AND; one prompt of weight 1 stays as it is, to
+    the bit, whatever the others of its batch are.
+    """
+    first, *others = conds
+    out = first + (weights[0] - 1) * (first - uncond)
+    return out + sum(w * (cond - uncond) for w, cond in zip(weights[1:], others))
 
 
 def zero_init(guidance, out, origin):

@@ -12,15 +12,15 @@ from .guidance import Guidance, Projection, Threshold, ZeroStar
 
 # Every kind at the value that changes nothing.
 OFF = Guidance(1.0, 0.0, Threshold(1.0, 1.0, 0.0), ZeroStar(0.0, 0.0),
-               Projection(1.0, np.inf, 0.0, 1.0), (), 0.0, 0.0, (1.0, 1.0, 1.0, 1.0))
+               Projection(1.0, np.inf, 0.0, 1.0), (), 0.0, 0.0, (1.0, 1.0, 1.0, 1.0), (1.0,))
 
 
-def table(scale, options, sigmas, levels):
+def table(scale, options, sigmas, levels, prompts=(1.0,)):
     """One image's guidance -> Guidance of [calls]; what `options` does not name stays None.
 
     scale: a number or one per step; options: from `check`; sigmas [steps + 1]; levels [calls]: the
-    noise level of each row, 0 where it calls no model. A value per step holds for all calls of the
-    step (`steps_of`).
+    noise level of each row, 0 where it calls no model; prompts: the weights of several prompts. A
+    value per step holds for all calls of the step (`steps_of`).
     """
     levels, steps = np.asarray(levels), len(sigmas) - 1
     step = steps_of(sigmas, levels)
@@ -51,6 +51,8 @@ def table(scale, options, sigmas, levels):
         found['perp_neg'] = tuple(rows(weight) for _, weight in options['perp_neg'])
     if 'freeu' in options:
         found['freeu'] = tuple(map(rows, options['freeu']))
+    if tuple(prompts) != (1.0,):
+        found['prompts'] = tuple(map(rows, prompts))
     return Guidance(scale, **found)
 
 
@@ -67,14 +69,17 @@ def stack(tables):
     A kind that some image uses is there for all; for the others its values change nothing.
     """
     negatives = max(len(t.perp_neg or ()) for t in tables)
-    off = jax.tree.map(lambda value: np.full(tables[0].scale.shape, value),
-                       OFF._replace(perp_neg=(0.0,) * negatives))
+    prompts = max(len(t.prompts or (1,)) for t in tables)
+    off = jax.tree.map(lambda value: np.full(tables[0].scale.shape, value), OFF._replace(
+        perp_neg=(0.0,) * negatives, prompts=(1.0, *(0.0,) * (prompts - 1))))
     used = [any(field is not None for field in fields) for fields in zip(*tables)]
 
     def fill(t):
-        weights = t.perp_neg and (*t.perp_neg, *off.perp_neg[len(t.perp_neg):])
+        lists = {name: getattr(t, name) and (*getattr(t, name),
+                                             *getattr(off, name)[len(getattr(t, name)):])
+                 for name in ('perp_neg', 'prompts')}
         return Guidance(*((neutral if field is None else field) if use else None for field, neutral,
-                          use in zip(t._replace(perp_neg=weights), off, used)))
+                          use in zip(t._replace(**lists), off, used)))
 
     return jax.tree.map(lambda *values: np.stack(values, 1), *map(fill, tables))
 

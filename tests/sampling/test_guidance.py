@@ -133,6 +133,23 @@ def test_perp_neg_with_several_negatives():
     np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
+def test_several_prompts_add_up_and_leave_single_ones_alone():
+    """Composable diffusion by hand; beside it an image with one prompt, equal to the bit."""
+    weights = [np.array([1.0, 0.7], np.float32), np.array([0.0, -1.5], np.float32)]
+    out, uncond = walk(Guidance(3.0, prompts=weights))
+    plain, _ = walk(Guidance(3.0))
+    np.testing.assert_array_equal(out[0], plain[0])
+    u, c, d = PICTURES[:3, 1].astype(np.float64)
+    np.testing.assert_allclose(out[1], u + 3 * (0.7 * (c - u) - 1.5 * (d - u)), atol=1e-5)
+    levels = SIGMAS[:-1]
+    one = written.table(2.0, {}, SIGMAS, levels)
+    two = written.table(2.0, {}, SIGMAS, levels, (0.5, -1.0))
+    assert one.prompts is None
+    assert [tuple(w[0]) for w in written.stack([one, two]).prompts] == [(1.0, 0.5), (0.0, -1.0)]
+    mixed = Guidance(1.0, prompts=(1.0, 0.0), perp_neg=(0.5,), pag=1.0)
+    assert mixed.parts == 5
+
+
 def test_projection_removes_what_is_parallel_and_limits_the_rest():
     cond = PICTURES[1].astype(np.float64)
     out, _ = walk(Guidance(8.0, apg=Projection(0.0, 2.5)))
