@@ -62,12 +62,39 @@ class TensorFile:
             shape = (n, *shape[1:])
             offset += i * math.prod(shape) * dtype.itemsize
         size = math.prod(shape) * dtype.itemsize
-        with open(self.path, 'rb', buffering=0) as file:
-            file.seek(offset)
-            data = np.fromfile(file, np.uint8, size)
-        if data.size != size:
-            raise ValueError(f'{self.path}: ends inside {name!r}; it changed while it was read')
-        return data.view(dtype).reshape(shape)
+        return read_at(self.path, offset, size).view(dtype).reshape(shape)
+
+
+def read_at(path, offset, size):
+    """`size` bytes of a file as uint8."""
+    with open(path, 'rb', buffering=0) as file:
+        file.seek(offset)
+        data = np.fromfile(file, np.uint8, size)
+    if data.size != size:
+        raise ValueError(f'{path}: ends inside a tensor; it changed while it was read')
+    return data
+
+
+def open_tensors(path):
+    """The reader for a file of tensors by what is in it: a TensorFile or a pickles.PickleFile.
+
+    Both have `path`, `metadata`, `shapes`, `dtypes` and `read`. Raises as they do.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file() or _is_safetensors(path):
+        return TensorFile(path)
+    from jaxsd.weights.pickles import PickleFile
+    return PickleFile(path)
+
+
+def _is_safetensors(path):
+    """By the brace that opens its header; by its name where the file is cut before that."""
+    with open(path, 'rb') as file:
+        head = file.read(9)
+    if head[8:] == b'{':
+        return True
+    return not (path.suffix in PICKLES or head[:4] == b'PK\x03\x04'
+                or head[:1] == b'\x80' and head[1:2] in (b'\x02', b'\x03', b'\x04', b'\x05'))
 
 
 def _header(path):
