@@ -17,7 +17,7 @@ __version__ = '0.1.0'
 _WHERE = {
     **dict.fromkeys(('load', 'save', 'Model', 'Network', 'load_vae', 'load_controlnet',
                      'load_t2i_adapter', 'load_depth_estimator', 'load_embedding', 'Embedding',
-                     'save_network'), 'jaxsd.weights'),
+                     'load_adapter', 'Adapter', 'merge', 'save_network'), 'jaxsd.weights'),
     'read_config': 'jaxsd.config', 'ModelConfig': 'jaxsd.config', 'versions': 'jaxsd.config',
     'generate': 'jaxsd.run', 'Request': 'jaxsd.run', 'Control': 'jaxsd.run', 'Preview': 'jaxsd.run',
 }

@@ -9,7 +9,7 @@ from jax import lax
 
 def linear(p, x):
     """x [..., I] -> [..., O]; p: weight [I,O] and maybe bias [O]."""
-    y = x @ p['weight']
+    y = adapted(p, x, x @ p['weight'], jnp.matmul)
     return y + p['bias'] if 'bias' in p else y
 
 
@@ -20,24 +20,57 @@ def conv(p, x, stride=1, padding=1):
     convolutions of few pixels are one matmul over the nine shifted pictures: 1.5 times (16x16) to
     3 times (8x8) as fast there as XLA's convolution.
     """
-    w = p['weight']
+    def convolve(x, w):
+        return _convolve(x, w, stride, padding)
+
+    return adapted(p, x, convolve(x, p['weight']), convolve) + p.get('bias', 0)
+
+
+def _convolve(x, w, stride, padding):
     if (jax.default_backend() == 'cpu' and stride == 1 and w.shape[:2] == (3, 3) and padding == 1
             and w.shape[2] >= 512 and x.shape[1] * x.shape[2] <= 256):
         B, H, W, C = x.shape
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifted = [x[:, i:i + H, j:j + W] for i in range(3) for j in range(3)]
         y = jnp.concatenate(shifted, -1).reshape(-1, 9 * C) @ w.reshape(9 * C, -1)
-        return y.reshape(B, H, W, -1) + p.get('bias', 0)
+        return y.reshape(B, H, W, -1)
     pad = (padding, padding) if isinstance(padding, int) else padding
-    y = lax.conv_general_dilated(x, w, (stride, stride), [pad, pad],
-                                 dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    return y + p.get('bias', 0)
+    return lax.conv_general_dilated(x, w, (stride, stride), [pad, pad],
+                                    dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
 def pointwise(p, x):
     """A 1x1 convolution or the linear layer that stands for it: [..., I] -> [..., O]."""
-    w = p['weight']
-    return x @ w.reshape(w.shape[-2:]) + p['bias']
+    def mix(x, w):
+        return x @ w.reshape(w.shape[-2:])
+
+    return adapted(p, x, mix(x, p['weight']), mix) + p['bias']
+
+
+def adapted(p, x, y, apply):
+    """A layer's output y, without its bias, and what adapters add to it (weights.adapters.attach).
+
+    x: the layer's input; apply(x, w): the layer with other weights. Each image has its own weight
+    of each adapter: y + (apply(x, down) * gate) @ up + y * scale + bias (Hu et al. 2021).
+    """
+    path, out = p.get('adapter', {}), y
+    if 'scale' in path:
+        out = out + y * per_image(path['scale'], y)
+    if 'down' in path:
+        out = out + (apply(x, path['down']) * per_image(path['gate'], y)) @ path['up']
+    return out + per_image(path['bias'], y) if 'bias' in path else out
+
+
+def per_image(a, x):
+    """a [B,C] -> [B,1,...,C], to go with x [B,...,C]."""
+    return a.reshape(len(a), *(1,) * (x.ndim - 2), -1)
+
+
+def affine(p, x):
+    """A norm's weight and bias: [C], or [B,1,...,C] where adapters change them."""
+    path = p.get('adapter', {})
+    return tuple(p[name] + per_image(path[name], x) if name in path else p[name]
+                 for name in ('weight', 'bias'))
 
 
 def layer_norm(p, x, eps=1e-5):
@@ -45,7 +78,8 @@ def layer_norm(p, x, eps=1e-5):
     f = x.astype(jnp.float32)
     f = f - f.mean(-1, keepdims=True)
     f = f * lax.rsqrt(jnp.square(f).mean(-1, keepdims=True) + eps)
-    return (f * p['weight'] + p['bias']).astype(x.dtype)
+    weight, bias = affine(p, x)
+    return (f * weight + bias).astype(x.dtype)
 
 
 def group_norm(p, x, groups, eps):
@@ -62,8 +96,9 @@ def group_norm(p, x, groups, eps):
             x.shape[0], 1, 1, -1)
 
     centre = mean(f)
-    scale = lax.rsqrt(mean(jnp.square(f - centre)) + eps) * p['weight']
-    return (f * scale + (p['bias'] - centre * scale)).astype(x.dtype)
+    weight, bias = affine(p, x)
+    scale = lax.rsqrt(mean(jnp.square(f - centre)) + eps) * weight
+    return (f * scale + (bias - centre * scale)).astype(x.dtype)
 
 
 def attention(q, k, v, heads, causal=False):

@@ -1,5 +1,6 @@
 """Weights: safetensors files in both layouts <-> a Model or a Network, strictly."""
 
+from jaxsd.weights.adapters import Adapter, load_adapter, merge
 from jaxsd.weights.configs import write_config
 from jaxsd.weights.embeddings import Embedding, load_embedding
 from jaxsd.weights.model import Model, Network
@@ -13,6 +14,6 @@ from jaxsd.weights.parts import (
 from jaxsd.weights.reading import load
 from jaxsd.weights.writing import save
 
-__all__ = ['Embedding', 'Model', 'Network', 'load', 'load_controlnet', 'load_depth_estimator',
-           'load_embedding', 'load_t2i_adapter', 'load_vae', 'save', 'save_network',
-           'write_config']
+__all__ = ['Adapter', 'Embedding', 'Model', 'Network', 'load', 'load_adapter', 'load_controlnet',
+           'load_depth_estimator', 'load_embedding', 'load_t2i_adapter', 'load_vae', 'merge', 'save',
+           'save_network', 'write_config']

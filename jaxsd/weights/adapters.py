@@ -1,0 +1,275 @@
+"""Adapters (LoRA, LyCORIS): read from files, merged into a model, or kept beside its weights.
+
+Everything is linear in an adapter's weight: a parameter W becomes W + sum of weight * delta(W),
+each delta taken of the model's own W.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsd.config import read_config
+from jaxsd.models.spec import from_jax, spec
+from jaxsd.weights import adapter_formats, adapter_names
+from jaxsd.weights.adapter_formats import Delta
+from jaxsd.weights.files import open_tensors
+from jaxsd.weights.reading import CANDIDATES
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA or one of its kin: deltas {component: {parameter's dotted name: Delta}}.
+
+    metadata: what the file's header says (kohya's ss_* ...). device: where its side paths are put,
+    None: where the model's weights are.
+    """
+
+    deltas: dict
+    metadata: dict = dataclasses.field(default_factory=dict)
+    device: object = None
+
+
+class SidePath(NamedTuple):
+    """What several adapters add to one layer's output, or to a norm's parameters.
+
+    down [I,R] or [K,K,I,R], up [R,O], owner int [R]: the adapter that a rank belongs to, scale
+    [A,O]: factors of the layer's own output, weight and bias [A,O]: added; None: nothing.
+    """
+
+    down: jax.Array | None = None
+    up: jax.Array | None = None
+    owner: jax.Array | None = None
+    scale: jax.Array | None = None
+    weight: jax.Array | None = None
+    bias: jax.Array | None = None
+
+
+def load_adapter(path, model, device=None):
+    """Read an adapter for a model from a file -> Adapter.
+
+    path: a .safetensors or .pt file with names of kohya, LyCORIS, diffusers or PEFT. Formats that depend
+    on the weights that they change (DoRA, GLoRA, IA3, OFT) take the model's.
+    Raises ValueError of one line for a file that is no adapter for this model, which names the
+    version that it is for.
+    """
+    file = open_tensors(pathlib.Path(path).expanduser())
+    layers = _layers(file)
+    targets, unfit = _fit(layers, file.shapes, model.config)
+    if unfit or not targets:
+        raise ValueError(f'{path}: {_complaint(layers, file.shapes, model.config, unfit)}')
+    shapes, deltas = spec(model.config), {}
+    for layer, (component, target) in targets.items():
+        parts = {part: np.asarray(file.read(key), np.float32)
+                 for part, key in layers[layer].items()}
+        found = deltas.setdefault(component, {})
+        form = adapter_formats.kind(parts.keys())
+        if form:
+            name = f'{target}.weight'
+            shape = shapes[component][name]
+            get = functools.partial(_own_matrix, model, component, name)
+            found[name] = adapter_formats.weight_delta(form, parts, name, shape, get)
+        if 'diff_b' in parts:
+            found[f'{target}.bias'] = Delta(dense=parts['diff_b'].reshape(-1))
+    return Adapter(deltas, dict(file.metadata), device)
+
+
+def merge(model, adapters):
+    """A Model whose weights hold adapters, summed in float32 and cast back.
+
+    adapters: {adapter: weight}, or pairs of them; weight: a number, or (U-Net's, text encoders').
+    """
+    pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
+    params = dict(model.params)
+    for component in sorted({c for adapter, _ in pairs for c in adapter.deltas}):
+        changes = {}
+        for adapter, weight in pairs:
+            for name, delta in adapter.deltas.get(component, {}).items():
+                changes.setdefault(name, []).append((_weight(weight, component), delta))
+        params[component] = _changed(params[component], changes)
+    return model.replace(params=params)
+
+
+def factors(model, names):
+    """The side paths of some of model.adapters -> {component: nested dict with SidePaths}.
+
+    Ranks are padded, so that other adapters of like shapes make arrays of the same shapes.
+    """
+    devices = {part: (leaf.dtype, leaf.sharding) for part, tree in model.params.items()
+               for leaf in jax.tree.leaves(tree)[:1]}
+    return _factors(tuple(model.adapters[name] for name in names), tuple(devices.items()))
+
+
+def attach(params, factors, weights):
+    """The params of one component with `factors` of it, for layers.py; traceable.
+
+    weights [B,A]: of the A adapters in each of the B rows that the layers see.
+    """
+    if not isinstance(factors, SidePath):
+        return params | {key: attach(params[key], below, weights)
+                         for key, below in factors.items()}
+    path = {}
+    if factors.down is not None:
+        gate = weights[:, factors.owner].astype(factors.down.dtype)
+        path = {'down': factors.down, 'up': factors.up, 'gate': gate}  # gate [B,R]
+    for name in ('scale', 'weight', 'bias'):
+        value = getattr(factors, name)
+        if value is not None:  # [B,A] x [A,O] -> [B,O]
+            mixed = jnp.matmul(weights, value, precision='highest')
+            path[name] = mixed.astype(params['weight'].dtype)
+    return params | {'adapter': path}
+
+
+def _layers(file):
+    """{layer as the file writes it: {part: key}}."""
+    layers = {}
+    for key in file.shapes:
+        found = adapter_names.split(key)
+        if found:
+            layers.setdefault(found[0], {})[found[1]] = key
+    for layer, parts in layers.items():
+        form = adapter_formats.kind(parts.keys())
+        lack = form and form.lacks(parts.keys())
+        if lack:
+            raise ValueError(f'{file.path}: {layer} has {next(iter(parts.values()))} but no '
+                             f'{lack}; the file is incomplete, download it again')
+    return layers
+
+
+def _fit(layers, stored, config):
+    """-> {layer: (component, name)} of a config's layers, and the layers that are none of them."""
+    shapes, targets, unfit = spec(config), {}, []
+    for layer, parts in layers.items():
+        target = adapter_names.find(layer, config)
+        if target and _has_size(parts, stored, shapes[target[0]], target[1]):
+            targets[layer] = target
+        else:
+            unfit.append(layer)
+    return targets, unfit
+
+
+def _has_size(parts, stored, shapes, name):
+    """Whether the parts make a change of the weight or bias of this name."""
+    form = adapter_formats.kind(parts.keys())
+    found = {part: stored[key] for part, key in parts.items()}
+    if 'diff_b' in parts and shapes.get(f'{name}.bias') != found['diff_b']:
+        return False
+    if not form:
+        return 'diff_b' in parts
+    shape = shapes[f'{name}.weight']
+    return all(size in (None, expected) for size, expected in zip(
+        form.size(found), (shape[0], math.prod(shape[1:]))))
+
+
+FAMILIES = {'sd1': '1.x', 'sd2': '2.x', 'sdxl_refiner': "SDXL's refiner", 'sdxl': 'SDXL',
+            'x4': 'the x4 upscaler'}
+
+
+def _family(version):
+    return next((name for start, name in FAMILIES.items() if version.startswith(start)), version)
+
+
+def _complaint(layers, stored, config, unfit):
+    """What to say of a file that does not fit a model."""
+    fits = {version: len(_fit(layers, stored, read_config(version))[0]) for version in CANDIDATES}
+    best = max(fits, key=fits.get)
+    if fits[best] > len(layers) - len(unfit) and _family(best) != _family(config.version):
+        return (f'is a LoRA for {_family(best)}; this model is {_family(config.version)}; give a '
+                'model that it was made for')
+    keys = [key for layer in unfit for key in layers[layer].values()]
+    first = ', '.join(f'{key} {list(stored[key])}' for key in keys[:3]) or 'nothing'
+    return (f'{len(unfit)} of its {len(layers)} layers are none of this model\'s '
+            f'({_family(config.version)}), such as {first}; expected a LoRA or LyCORIS file for it')
+
+
+def _own(params, name):
+    for key in name.split('.'):
+        params = params[key]
+    return params
+
+
+def _own_matrix(model, component, name):
+    weight = np.asarray(_own(model.params[component], name), np.float32)
+    return from_jax(name, weight).reshape(weight.shape[-1] if weight.ndim > 1 else len(weight), -1)
+
+
+def _weight(weight, component):
+    pair = weight if isinstance(weight, tuple | list) else (weight, weight)
+    return pair[component != 'unet']
+
+
+def _changed(tree, changes, at=''):
+    """A nested dict with some of its arrays changed: {name: [(weight, Delta), ...]}."""
+    if not isinstance(tree, dict):
+        own = np.asarray(tree, np.float32)
+        change = sum(np.float32(weight) * delta.of(own) for weight, delta in changes[at])
+        return jax.device_put((own + change).astype(tree.dtype), tree.sharding)
+    found = dict(tree)
+    for key in {name.removeprefix(at).lstrip('.').split('.')[0] for name in changes}:
+        name = f'{at}.{key}' if at else key
+        inner = {n: c for n, c in changes.items() if n == name or n.startswith(f'{name}.')}
+        found[key] = _changed(tree[key], inner, name)
+    return found
+
+
+@functools.lru_cache(4)  # generate asks for them in every call
+def _factors(adapters, devices):
+    found = {}
+    for component, (dtype, sharding) in devices:
+        layers = {}
+        for owner, adapter in enumerate(adapters):
+            for name, delta in adapter.deltas.get(component, {}).items():
+                layer, _, kind = name.rpartition('.')
+                layers.setdefault(layer, []).append((owner, kind, delta))
+        for layer, deltas in layers.items():
+            path = _side_path(deltas, len(adapters), dtype)
+            tree = found.setdefault(component, {})
+            *above, last = layer.split('.')
+            for key in above:
+                tree = tree.setdefault(key, {})
+            tree[last] = jax.device_put(path, adapters[0].device or sharding)
+    return found
+
+
+def _side_path(deltas, count, dtype):
+    """[(owner, 'weight' or 'bias', Delta), ...] of one layer -> SidePath of numpy arrays."""
+    downs, ups, owners, rows = [], [], [], {}
+    for owner, kind, delta in deltas:
+        down, up = delta.down, delta.up
+        if delta.dense is not None and delta.dense.ndim > 1:
+            down, up = _split(delta.dense)
+        elif delta.dense is not None:
+            rows.setdefault(kind, np.zeros((count, delta.dense.size), np.float32))
+            rows[kind][owner] = delta.dense
+        if delta.scale is not None:
+            rows.setdefault('scale', np.zeros((count, delta.scale.size), np.float32))
+            rows['scale'][owner] = delta.scale
+        if down is not None:
+            downs.append(down)
+            ups.append(up)
+            owners += [owner] * len(up)
+    if not downs:
+        return SidePath(**rows)
+    more = _bucket(len(owners)) - len(owners)
+    down = np.concatenate([*downs, np.zeros((*downs[0].shape[:-1], more))], -1)
+    up = np.concatenate([*ups, np.zeros((more, ups[0].shape[1]))])
+    return SidePath(down.astype(dtype), up.astype(dtype), np.int32(owners + [0] * more), **rows)
+
+
+def _split(dense):
+    """A weight [I,O] or [K,K,I,O] as a product of the smallest rank that always does."""
+    if dense[..., 0].size < dense.shape[-1]:
+        one = np.eye(dense[..., 0].size, dtype=np.float32)
+        return one.reshape(*dense.shape[:-1], -1), dense.reshape(-1, dense.shape[-1])
+    return dense, np.eye(dense.shape[-1], dtype=np.float32)
+
+
+def _bucket(rank):
+    """A rank rounded up: to a power of two, from 64 on to a multiple of 64."""
+    return max(4, 2 ** (rank - 1).bit_length()) if rank <= 64 else -(-rank // 64) * 64
