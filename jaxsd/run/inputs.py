@@ -14,7 +14,7 @@ from jaxsd.run import canvas
 from jaxsd.sampling.guidance import Guidance
 from jaxsd.sampling.guidance_options import stack, table
 
-BY_ROW = ('rows', 'guidance', 'strength', 'control')
+BY_ROW = ('rows', 'guidance', 'strength', 'control', 'draws')
 REFINER = np.uint32([0x9E3779B9, 0])  # so that a refiner draws other noise than the base did
 
 
@@ -32,6 +32,8 @@ class Inputs(NamedTuple):
     sigma: np.ndarray  # [B]: the noise level to start from
     rows: sampling.Rows  # [calls,B,...]; or sampling.Adaptive [B]
     noise: np.ndarray | None = None  # [B,h,w,L] to start from; None: drawn from the keys
+    draws: np.ndarray | None = None  # [calls,B,h,w,L]: the noise of stochastic samplers
+    given: np.ndarray | None = None  # bool [B]: whose noise and draws hold; None: everybody's
     labels: np.ndarray | None = None  # int32 [B,P] classes
     picture: np.ndarray | None = None  # uint8 [B,H,W,3] to start from, or to keep where not `free`
     signal: np.ndarray | None = None  # [B,h,w,1]: weight of its latent at the start
@@ -74,13 +76,6 @@ def inputs(model, requests, noise=None, canvases=None, stage=None):
     parts = next(iter(tokens.values())).shape[1]
     sigmas, starts, tables = zip(*(_plan(r, config.schedule, stage) for r in requests))
     rows = sampling.stack(tables)
-    if noise is not None:
-        factor = config.vae.factor
-        shape = (len(requests), requests[0].height // factor, requests[0].width // factor,
-                 config.vae.latent_channels)
-        if np.shape(noise) != shape:
-            raise ValueError(f'noise {np.shape(noise)}: expected the shape {shape}')
-        noise = np.asarray(noise, np.float32)
     keys = np.array([divmod(r.seed, 2**32) for r in requests], np.uint32)
     follow = canvas.arrays(model, requests, canvases, sigmas, rows, parts)
     if stage == 'refiner':
@@ -91,8 +86,8 @@ def inputs(model, requests, noise=None, canvases=None, stage=None):
         zero=np.array([config.zero_negative and not (r.negative_prompt or r.negative_prompt_2)
                        for r in requests]),
         guidance=_guidance(requests, sigmas, rows), keys=keys,
-        sigma=np.array(starts, np.float32), rows=jax.tree.map(np.float32, rows), noise=noise,
-        **follow)
+        sigma=np.array(starts, np.float32), rows=jax.tree.map(np.float32, rows),
+        **_noise(config, requests, rows, noise, stage), **follow)
 
 
 def networks(model, data):
@@ -143,6 +138,33 @@ def _guidance(requests, sigmas, rows):
     return jax.tree.map(np.float32, stack([
         table(r.guidance, r.guidance_options, s, levels[:, i])
         for i, (r, s) in enumerate(zip(requests, sigmas))]))
+
+
+def _noise(config, requests, rows, noise, stage):
+    """The fields of Inputs that hold noise: what a caller gives, or other generators' draws."""
+    factor = config.vae.factor
+    shape = (requests[0].height // factor, requests[0].width // factor, config.vae.latent_channels)
+    if noise is not None:
+        if np.shape(noise) != (len(requests), *shape):
+            raise ValueError(f'noise {np.shape(noise)}: expected the shape '
+                             f'{(len(requests), *shape)}')
+        return {'noise': np.asarray(noise, np.float32)}
+    given = np.array([r.noise != 'threefry' for r in requests])
+    if stage == 'refiner' or not given.any():
+        return {}
+
+    def draw(i, number):
+        r = requests[i]
+        return sampling.randn(r.noise, r.seed, (shape[-1], *shape[:-1]), number, r.noise_batch)
+
+    start = np.zeros((len(requests), *shape), np.float32)
+    noisy = getattr(rows, 'mix', np.zeros((0, len(requests), 2, 4)))[..., sampling.NOISE].any(-1)
+    draws = np.zeros((len(noisy), *start.shape), np.float32) if noisy[:, given].any() else None
+    for i in np.flatnonzero(given):
+        start[i] = draw(i, 0)
+        for number, row in enumerate(np.flatnonzero(noisy[:, i]), 1):
+            draws[row, i] = draw(i, number)
+    return {'noise': start, 'draws': draws, 'given': None if given.all() else given}
 
 
 def _texts(requests, encoder):

@@ -49,8 +49,7 @@ def latents(params, inputs, config, height, width, on_call=None, info=None, watc
     conditioned = conditioning.encode(params, config, inputs.tokens, inputs.ids, inputs.zero)
     shape = (height // config.vae.factor, width // config.vae.factor, config.vae.latent_channels)
     keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
-    start = sampling.initial(keys, shape) if inputs.noise is None else inputs.noise
-    x = start * inputs.sigma[:, None, None, None]
+    x = _start(inputs, keys, shape) * _each(inputs.sigma)
     conditions = _follow(params, config, inputs, keys)
     if inputs.picture is not None:
         known = encode(params, config, _unit(inputs.picture))
@@ -59,7 +58,28 @@ def latents(params, inputs, config, height, width, on_call=None, info=None, watc
             conditions = conditions._replace(known=known)
     return denoise_latents(
         params, config, x, conditioned, inputs.guidance, inputs.rows,
-        sampling.fresh(keys, inputs.rows, shape), on_call, info, conditions, watch)
+        _fresh(inputs, keys, shape), on_call, info, conditions, watch)
+
+
+def _start(inputs, keys, shape):
+    """The noise that the pictures start from, [B,h,w,L]."""
+    if inputs.noise is not None and inputs.given is None:
+        return inputs.noise
+    drawn = sampling.initial(keys, shape)
+    return drawn if inputs.noise is None else jnp.where(_each(inputs.given), inputs.noise, drawn)
+
+
+def _fresh(inputs, keys, shape):
+    """The noise of stochastic samplers: a function of the row -> [B,h,w,L]."""
+    drawn = sampling.fresh(keys, inputs.rows, shape)
+    if inputs.draws is None:
+        return drawn
+    given = jnp.ones(len(keys), bool) if inputs.given is None else inputs.given
+    return lambda i: jnp.where(_each(given), jnp.asarray(inputs.draws)[i], drawn(i))
+
+
+def _each(per_image):
+    return per_image[:, None, None, None]
 
 
 def _follow(params, config, inputs, keys):
@@ -70,15 +90,15 @@ def _follow(params, config, inputs, keys):
         seen = jnp.broadcast_to(jnp.where(inputs.hole, 0, seen), (*inputs.hole.shape[:3], 3))
         extra = jnp.concatenate([extra, encode(params, config, seen)], -1)
     if inputs.low is not None:
-        small, (signal, sigma) = _unit(inputs.low), inputs.low_scale.T[:, :, None, None, None]
+        small, (signal, sigma) = _unit(inputs.low), map(_each, inputs.low_scale.T)
         extra = signal * small + sigma * sampling.draw(keys, LOW_RES, small.shape[1:])
     hints = {name: _embed(cfg, params['controlnet'][name], inputs.hints[name] / 255)
              for name, cfg in config.controlnets}
 
     def free(i):
         level = jnp.asarray(inputs.strength)[jnp.minimum(i, len(inputs.strength) - 1)]
-        painted = inputs.free >= level[:, None, None, None]
-        return jnp.where(inputs.by_strength[:, None, None, None], painted, inputs.free)
+        painted = inputs.free >= _each(level)
+        return jnp.where(_each(inputs.by_strength), painted, inputs.free)
 
     return Conditions(extra, inputs.labels, hints, inputs.control,
                       free=None if inputs.free is None else free)

@@ -8,13 +8,14 @@ from .plans import SAMPLERS, calls, plan
 from .scan import Call, State, bucket, idle, init, log_probability, pad, sample, stack, step
 from .schedule_tables import write_schedule
 from .schedules import SCHEDULES
-from .tables import HISTORY, Row, Rows
+from .sources import randn
+from .tables import HISTORY, NOISE, Row, Rows
 from .walk import CONVENTIONS, DISCARD_PENULTIMATE, known_schedule, schedule
 
 __all__ = [
-    'Adaptive', 'CONVENTIONS', 'Call', 'DISCARD_PENULTIMATE', 'HISTORY', 'Row', 'Rows', 'SAMPLERS',
-    'SCHEDULES', 'State', 'Steps', 'alphas_cumprod', 'betas', 'bucket', 'calls', 'denoiser', 'draw',
-    'fresh', 'guided', 'idle', 'init', 'initial', 'inpainted', 'keys', 'known_schedule',
-    'log_probability', 'model_sigmas', 'pad', 'pair', 'plan', 'sample', 'schedule', 'sigma_to_t',
-    'stack', 'step', 't_to_sigma', 'timestep', 'write_schedule',
+    'Adaptive', 'CONVENTIONS', 'Call', 'DISCARD_PENULTIMATE', 'HISTORY', 'NOISE', 'Row', 'Rows',
+    'SAMPLERS', 'SCHEDULES', 'State', 'Steps', 'alphas_cumprod', 'betas', 'bucket', 'calls',
+    'denoiser', 'draw', 'fresh', 'guided', 'idle', 'init', 'initial', 'inpainted', 'keys',
+    'known_schedule', 'log_probability', 'model_sigmas', 'pad', 'pair', 'plan', 'randn', 'sample',
+    'schedule', 'sigma_to_t', 'stack', 'step', 't_to_sigma', 'timestep', 'write_schedule',
 ]

@@ -74,8 +74,9 @@ def guided(denoise, guidance, prediction_type='epsilon', unguided=None):
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): uncond + g (cond - uncond).
 
     denoise: takes `parts` pictures per image in `pair`'s order: uncond, cond (or several, see
-    `compose`), then perp_neg's negatives and the perturbed one, where there are any. guidance: g, [] or [B], or a Guidance,
-    data. prediction_type: of the network, for the kinds that act on its prediction.
+    `compose`), then perp_neg's negatives and the perturbed one, where there are any. guidance: g,
+    [] or [B], or a Guidance, data. prediction_type: of the network, for the kinds that act on its
+    prediction.
     unguided: the denoiser of the unconditional pictures alone, for self-attention guidance;
     denoise then returns (denoised, attention received per position [P*B,T]).
     -> denoise(x, sigma, i) for B images, which gives (guided, uncond); with momentum
