@@ -1,14 +1,16 @@
-"""safetensors files, read and written tensor by tensor.
+"""Files of tensors, read and written tensor by tensor.
 
-The format: 8 bytes with the header's length, a JSON header {name: dtype, shape, data_offsets}, the
-data. The safetensors package checks the header; tensors are read with plain reads, because pages
-of a memory map count as memory until the last tensor is read.
+The format of safetensors: 8 bytes with the header's length, a JSON header {name: dtype, shape,
+data_offsets}, the data. The safetensors package checks the header; tensors are read with plain
+reads, because pages of a memory map count as memory until the last tensor is read.
 """
 
+import itertools
 import json
 import math
 import os
 import pathlib
+import re
 
 import ml_dtypes
 import numpy as np
@@ -38,7 +40,7 @@ def as_dtype(dtype):
 class TensorFile:
     """One safetensors file: `shapes` and `dtypes` by name from its header, tensors on demand.
 
-    Raises FileNotFoundError, and ValueError for a pickle or a truncated or corrupt file.
+    Raises FileNotFoundError, and ValueError for a truncated or corrupt file.
     """
 
     def __init__(self, path):
@@ -76,15 +78,48 @@ def read_at(path, offset, size):
 
 
 def open_tensors(path):
-    """The reader for a file of tensors by what is in it: a TensorFile or a pickles.PickleFile.
+    """The reader for a file of tensors, by what is in it: TensorFile, or pickles.PickleFile.
 
-    Both have `path`, `metadata`, `shapes`, `dtypes` and `read`. Raises as they do.
+    Both have `path`, `metadata`, `shapes`, `dtypes` and `read`, and raise alike. Weights with a
+    scale beside them are read as their product.
     """
-    path = pathlib.Path(path)
-    if not path.is_file() or _is_safetensors(path):
-        return TensorFile(path)
     from jaxsd.weights.pickles import PickleFile
-    return PickleFile(path)
+    path = pathlib.Path(path)
+    file = (TensorFile if not path.is_file() or _is_safetensors(path) else PickleFile)(path)
+    return ScaledFile(file) if any(map(_BESIDE.fullmatch, file.shapes)) else file
+
+
+class ScaledFile:
+    """Another reader's file where float8 weights have scales beside them: read as the product.
+
+    ComfyUI's scaled_fp8: `x.weight` stands for x.weight * x.scale_weight (x.weight_scale in later
+    files); the scales of inputs are for multiplying in float8, and not needed.
+    """
+
+    def __init__(self, file):
+        self._file, self.path, self.metadata = file, file.path, file.metadata
+        self._scales = {f'{found[1]}weight': name for name in file.shapes
+                        if (found := _BESIDE.fullmatch(name)) and found[2]}
+        self.shapes = {n: s for n, s in file.shapes.items() if not _BESIDE.fullmatch(n)}
+        self.dtypes = {name: np.dtype(np.float32) if name in self._scales else file.dtypes[name]
+                       for name in self.shapes}
+        for name, scale in self._scales.items():
+            dtype, shape = file.dtypes.get(name), file.shapes[scale]
+            if not str(dtype).startswith('float8') or math.prod(shape) != 1:
+                raise ValueError(f'{self.path}: {name!r} of {dtype} has a scale of shape '
+                                 f'{list(shape)}; jaxsd reads float8 with one scale per tensor')
+
+    def read(self, name, rows=None):
+        """As TensorFile.read; what has a scale comes in float32."""
+        array = self._file.read(name, rows)
+        if name not in self._scales:
+            return array
+        return array.astype(np.float32) * self._file.read(self._scales[name]).astype(np.float32)
+
+
+# What stands beside float8 weights: scales of weights, of inputs, and marks of the file or a layer.
+_BESIDE = re.compile(r'(.*\.)?(?:(scale_weight|weight_scale)|scale_input|input_scale|scaled_fp8'
+                     r'|comfy_quant)')
 
 
 def _is_safetensors(path):
@@ -104,10 +139,6 @@ def _header(path):
         raise FileNotFoundError(f'{path}: no such file')
     with open(path, 'rb') as file:
         head = file.read(8)
-        if path.suffix in PICKLES or head[:4] == b'PK\x03\x04' or head[:2] in (b'\x80\x02',
-                                                                               b'\x80\x04'):
-            raise ValueError(f'{path}: is a pickle, which can run any code when it is opened, so '
-                             'jaxsd does not read it; convert it to .safetensors')
         try:
             with safetensors.safe_open(path, 'numpy'):
                 pass
@@ -165,34 +196,29 @@ class replacing:
 def choose(names, half=False):
     """The file among a component's files that holds its weights, or its shards' index; or None.
 
-    half: prefer the fp16 variant, which is half the size.
+    half: prefer the fp16 variant, which is half the size. A pickle where there is nothing else.
     """
-    names = set(names)
-    for variant in ('.fp16', '') if half else ('', '.fp16'):
-        for stem in ('diffusion_pytorch_model', 'model'):
-            for name in (f'{stem}{variant}.safetensors',
-                         f'{stem}{variant}.safetensors.index.json',
-                         f'{stem}.safetensors.index{variant}.json'):  # as older versions wrote it
-                if name in names:
-                    return name
+    variants = ('.fp16', '') if half else ('', '.fp16')
+    stems = ('diffusion_pytorch_model', 'model', 'pytorch_model')
+    for end, variant, stem in itertools.product(('safetensors', 'bin'), variants, stems):
+        for name in (f'{stem}{variant}.{end}', f'{stem}{variant}.{end}.index.json',
+                     f'{stem}.{end}.index{variant}.json'):  # as older versions wrote it
+            if name in names:
+                return name
     return None
 
 
 def component_files(folder, half=False):
-    """The open TensorFiles of one component of a diffusers folder."""
+    """The readers of one component of a diffusers folder."""
     folder = pathlib.Path(folder)
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     name = choose(names, half)
     if name is None:
-        pickles = [n for n in names if n.endswith(PICKLES)]
-        if pickles:
-            raise ValueError(f'{folder / pickles[0]}: is a pickle, which can run any code when it '
-                             'is opened, so jaxsd does not read it; convert it to .safetensors')
         raise FileNotFoundError(f'{folder}: no weights here; expected a '
                                 'diffusion_pytorch_model.safetensors or model.safetensors (or its '
                                 'fp16 variant or shards). Download the whole folder.')
     if not name.endswith('.json'):
-        return [TensorFile(folder / name)]
+        return [open_tensors(folder / name)]
     try:
         shards = sorted(set(json.loads((folder / name).read_text())['weight_map'].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -200,4 +226,4 @@ def component_files(folder, half=False):
     for shard in shards:
         if pathlib.PurePath(shard).name != shard:
             raise ValueError(f'{folder / name}: shard {shard!r} is not in the same folder')
-    return [TensorFile(folder / shard) for shard in shards]
+    return [open_tensors(folder / shard) for shard in shards]

@@ -65,13 +65,9 @@ def _weights(repo, folder, files, half):
     inside = [f.removeprefix(folder) for f in files if f.startswith(folder)]
     name = choose(inside, half)
     if name is None:
-        if any(f.endswith(PICKLES) for f in inside):
-            raise ValueError(f'{repo!r}: its {folder.rstrip("/") or "network"} comes only as a '
-                             'pickle, which can run any code when it is opened; look for a copy '
-                             'with .safetensors files')
         return []
     if not name.endswith('.json'):
         return [folder + name]
-    variant = 'fp16' in name
-    return [folder + name, *(folder + f for f in inside if f.endswith('.safetensors')
+    variant, end = 'fp16' in name, '.bin' if '.bin.' in name else '.safetensors'
+    return [folder + name, *(folder + f for f in inside if f.endswith(end)
                              and '-of-' in f and ('fp16' in f) == variant)]

@@ -87,6 +87,11 @@ def is_ema(name):
     return name.startswith('model_ema.') and not is_buffer(name)
 
 
+def ema(name):
+    """What the averaged copy of a U-Net's tensor is called: without its dots."""
+    return 'model_ema.' + name.removeprefix('model.').replace('.', '')
+
+
 def kind(found):
     """What the tensors of these names are -> (what, the function that reads it or '', a name)."""
     return next(((what, reader, name) for pattern, (what, reader) in _TELLTALES.items()
@@ -127,8 +132,9 @@ _TELLTALES = {
     r'(control_model\.)?(input_hint_block|zero_convs|controlnet_)':
         ('a ControlNet', 'load_controlnet'),
     r'model\.diffusion_model\.(?!.*lora[._])': ('a whole checkpoint', 'load'),
-    r'(lora|lycoris)_|.*[._](lora|hada|lokr)[._]': ('a LoRA', ''),
-    r'emb_params$|clip_[lg]$|<.*>$': ('a textual inversion embedding', ''),
+    r'(lora|lycoris)_|.*[._](lora|hada|lokr)[._]': ('a LoRA', 'load_adapter'),
+    r'emb_params$|string_to_param\.|clip_[lg]$|<.*>$':
+        ('a textual inversion embedding', 'load_embedding'),
     r'(text_model|embeddings)\.': ('a text encoder', ''),
     r'(first_stage_model\.)?(encoder|decoder)\.|taesd_': ('a VAE', 'load_vae'),
     r'(adapter\.)?body\.': ('a T2I-Adapter', 'load_t2i_adapter'),

@@ -18,7 +18,7 @@ from jaxsd.config import (
 from jaxsd.models import spec
 from jaxsd.weights import hub, names
 from jaxsd.weights.configs import write_network_config
-from jaxsd.weights.files import TensorFile, as_dtype, component_files
+from jaxsd.weights.files import as_dtype, component_files, open_tensors
 from jaxsd.weights.model import Network
 from jaxsd.weights.reading import Source
 from jaxsd.weights.writing import check, replacing_folder, write_component
@@ -86,11 +86,11 @@ def load_depth_estimator(path, dtype='float32', config=None, device=None):
 
 
 def load_part(kind, path, dtype='float32', config=None, device=None):
-    """Read one network of a kind in KINDS from a folder, a .safetensors file or the Hub.
+    """Read one network of a kind in KINDS from a folder, a file or the Hub.
 
     path: a folder with a config.json; a whole model's folder or file, of which it takes this
-        component; a file in the original or in diffusers' names; or a Hub id ('owner/name') where
-        there is no such path.
+        component; a file (.safetensors, or a pickle of torch.save) in the original or in
+        diffusers' names; or a Hub id ('owner/name') where there is no such path.
     dtype, device: as of `load`. config: replaces what config.json, or names and shapes, say.
     Raises ValueError that lists everything that is wrong with the tensors; ValueError or
     FileNotFoundError of one line for files that cannot be read or are of another kind.
@@ -140,7 +140,7 @@ def _open_folder(kind, folder, config, half):
 def _open_file(kind, path, config):
     """As the config and the layout, of all that are possible, that most tensors agree with."""
     what, _, released, prefixes = KINDS[kind]
-    tensors = _tensors(kind, [TensorFile(path)])
+    tensors = _tensors(kind, [open_tensors(path)])
     if all(name[0].isdigit() for name in tensors):
         tensors = _taesd(path)
     shapes = {name: file.shapes[inner] for name, (file, inner) in tensors.items()}
@@ -179,7 +179,7 @@ def _taesd(path):
     """The tensors of TAESD's own two files, as one: path is either of them."""
     found = {}
     for side in ('encoder', 'decoder'):
-        file = TensorFile(path.with_name(re.sub('encoder|decoder', side, path.name)))
+        file = open_tensors(path.with_name(re.sub('encoder|decoder', side, path.name)))
         found |= {f'taesd_{side}.{name}': (file, name) for name in file.shapes}
     return found
 

@@ -291,8 +291,9 @@ class PickleFile:
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError,
                 OverflowError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
             text = ' '.join(str(error).split())[:300]
-            raise ValueError(f'{path}: not a whole file of torch.save, it is truncated or corrupt '
-                             f'({text or type(error).__name__}); download it again') from None
+            raise ValueError(f'{path}: not a whole pickle of torch.save, it is truncated or '
+                             f'corrupt ({text or type(error).__name__}); download it '
+                             'again') from None
         self._tensors = tensors
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}

@@ -14,7 +14,7 @@ from jaxsd.models.spec import spec, to_jax
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.weights import hub, names
 from jaxsd.weights.configs import TOKENIZERS
-from jaxsd.weights.files import TensorFile, as_dtype, component_files
+from jaxsd.weights.files import TensorFile, as_dtype, component_files, open_tensors
 from jaxsd.weights.model import Model
 
 log = logging.getLogger('jaxsd')
@@ -24,37 +24,63 @@ CANDIDATES = ('sd15', 'sd15_inpainting', 'sd21', 'sd2_inpainting', 'sd2_depth', 
               'sdxl_inpainting', 'sdxl_refiner', 'x4_upscaler')
 
 
-def load(path, dtype='float32', config=None, prediction_type=None, device=None):
-    """Read a model from a diffusers folder, a single .safetensors file or the Hugging Face Hub.
+def load(path, dtype='float32', config=None, prediction_type=None, device=None, ema=False,
+         base=None, strays=False):
+    """Read a model from a diffusers folder, a single file or the Hugging Face Hub.
 
-    path: a folder, a file, or a Hub id ('owner/name') where there is no such path.
+    path: a folder, a file (.safetensors, or a pickle of torch.save: .ckpt, .pt ..., in which
+        nothing is run), or a Hub id ('owner/name') where there is no such path.
     dtype: float32, float16 or bfloat16 for all weights; None keeps each tensor's own.
     config: a ModelConfig that replaces what the folder's config.json files, or the names and
         shapes in a single file, say.
     prediction_type: epsilon, v_prediction or sample, where the file cannot tell.
     device: a jax Device or Sharding on which every tensor is put as soon as it is read.
+    ema: the U-Net's averaged weights, of a single file that holds both (model_ema.*).
+    base: a model, as `path`, whose VAE or text encoders serve where a single file has none.
+    strays: leave out tensors of a single file or folder that are not the model's, with a warning.
     Raises ValueError that lists every missing, unexpected, mis-shaped and non-finite tensor;
     ValueError or FileNotFoundError of one line for files that cannot be read.
     Memory: the weights in `dtype` and the largest tensor.
     """
     dtype = as_dtype(dtype)
     half = dtype is not None and dtype.itemsize == 2
-    folder = pathlib.Path(path).expanduser()
-    if not folder.exists():
+    source = open_source(path, config, half, prediction_type, ema)
+    tokenizers = _tokenizers(source.path, source.config)
+    absent = [] if source.path.is_dir() else source.absent()
+    if absent:
+        if base is None:
+            raise ValueError(f'{path}: has no {", ".join(absent)}; give base=, a model of the same '
+                             'version to take it from')
+        other = open_source(base, None, half)
+        source.take(absent, other)
+        tokenizers |= {part: tokenizer for part, tokenizer in _tokenizers(
+            other.path, other.config).items() if part in absent}
+    if strays:
+        source.drop_strays()
+    params, extras = source.read(dtype, device)
+    return Model(source.config, params, tokenizers, extras)
+
+
+def open_source(path, config=None, half=False, prediction_type=None, ema=False):
+    """The Source of a model at a path or on the Hub; arguments as of `load`."""
+    found = pathlib.Path(path).expanduser()
+    if not found.exists():
         if not hub.is_hub_id(path):
             raise FileNotFoundError(f'{path}: no such file or folder')
-        folder = hub.download(str(path), half)
-    open_source = open_folder if folder.is_dir() else open_single
-    source = open_source(folder, config, half, prediction_type)
-    params, extras = source.read(dtype, device)
-    return Model(source.config, params, _tokenizers(folder, source.config), extras)
+        found = hub.download(str(path), half)
+    if not found.is_dir():
+        return open_single(found, config, half, prediction_type, ema)
+    if ema:
+        raise ValueError(f'{path}: is a folder, which holds one U-Net; ema=True is for a single '
+                         'file that holds two')
+    return open_folder(found, config, half, prediction_type)
 
 
 class Source:
     """The tensors that a model is made of, found in files but not read yet.
 
-    tensors: {stored name: (TensorFile, name in that file)}; extras: the stored names that are kept
-    as they are; places: {component: {folder name: Place}}, see names.py.
+    tensors: {stored name: (its file's reader, name in that file)}; extras: the stored names that
+    are kept as they are; places: {component: {folder name: Place}}, see names.py.
     """
 
     def __init__(self, path, config, shapes, tensors, places, extras):
@@ -83,6 +109,31 @@ class Source:
         return ({part: traverse_util.unflatten_dict(flat, sep='.')
                  for part, flat in params.items()},
                 {name: self._raw(name) for name in self.extras})
+
+    def absent(self):
+        """The components of which there is no tensor."""
+        return [part for part, table in self.places.items()
+                if not any(place.name in self.tensors for place in table.values())]
+
+    def take(self, parts, base):
+        """Complete it with these components of another Source."""
+        for part in parts:
+            if self.shapes[part] != base.shapes.get(part):
+                raise ValueError(f'{base.path}: has no {part} for {self.path}, which is '
+                                 f'{self.config.version}; found {base.config.version}')
+            self.places[part] = base.places[part]
+            self.tensors |= {place.name: base.tensors[place.name]
+                             for place in base.places[part].values() if place.name in base.tensors}
+        self.config = self.config.replace(**{part: getattr(base.config, part) for part in parts})
+
+    def drop_strays(self):
+        """Leave out the tensors that are not the model's, and log them."""
+        found = list(self.mismatches().get('unexpected', ()))
+        if found:
+            log.warning('%s: left out %d tensors that are not the model\'s: %s', self.path,
+                        len(found), ', '.join(found))
+        for name in found:
+            del self.tensors[name]
 
     def mismatches(self):
         """{kind of problem: {stored name: detail}}, from the headers alone."""
@@ -123,9 +174,11 @@ class Source:
             more = f' and {len(lines) - most} more' if len(lines) > most else ''
             lists.append(f'{len(lines)} {kind}: {", ".join(lines[:most])}{more}')
         what = getattr(self.config, 'version', ', '.join(self.places))  # or the network's kind
+        stray = ', or strays=True to leave out the unexpected ones'
         raise ValueError(f'{self.path}: the tensors are not those of the expected model '
                          f'({what}): {"; ".join(lists)}. Download the file again, '
-                         'or give config= for a model of other sizes')
+                         'or give config= for a model of other sizes'
+                         + stray * ('unexpected' in problems and hasattr(self.config, 'version')))
 
 
 def open_folder(folder, config, half, prediction_type):
@@ -147,26 +200,34 @@ def open_folder(folder, config, half, prediction_type):
         places[part] = {name: names.Place(f'{part}/{name}') for name in expected}
     extras = []
     if (folder / 'extras.safetensors').exists():
-        file = TensorFile(folder / 'extras.safetensors')
+        file = TensorFile(folder / 'extras.safetensors')  # jaxsd's own, see save
         extras = list(file.shapes)
         tensors.update({name: (file, name) for name in extras})
     return Source(folder, config, shapes, tensors, places, extras)
 
 
-def open_single(path, config, half, prediction_type):
-    file = TensorFile(path)
+def open_single(path, config, half, prediction_type, ema=False):
+    file = open_tensors(path)
     if config is None:
         config = _detect(file, prediction_type)
     if prediction_type:
         config = config.with_prediction(prediction_type)
     tensors = {names.in_single(name): (file, name) for name in file.shapes
                if not names.is_ema(name)}
-    if len(tensors) < len(file.shapes):
-        log.warning('%s: ignoring model_ema.*, a second copy of the U-Net (%d tensors)', path,
-                    len(file.shapes) - len(tensors))
     shapes = spec(config)
+    places = names.places(config, shapes)
+    if ema:
+        averaged = {place.name: names.ema(place.name) for place in places['unet'].values()}
+        if not any(name in file.shapes for name in averaged.values()):
+            raise ValueError(f'{path}: has no averaged weights (model_ema.*); load it without '
+                             'ema=True')
+        tensors = {k: v for k, v in tensors.items() if k not in averaged} | {
+            name: (file, inner) for name, inner in averaged.items() if inner in file.shapes}
+    elif any(map(names.is_ema, file.shapes)):
+        log.warning('%s: ignoring model_ema.*, the averaged copy of the U-Net; ema=True reads it '
+                    'instead', path)
     extras = [name for name in tensors if names.is_extra(name, config)]
-    return Source(path, config, shapes, tensors, names.places(config, shapes), extras)
+    return Source(path, config, shapes, tensors, places, extras)
 
 
 def _detect(file, prediction_type=None):

@@ -118,13 +118,13 @@ def test_headers_that_lie(tmp_path, data):
 
 
 @pytest.mark.parametrize('name', ['model.ckpt', 'model.pt', 'model.bin', 'renamed.safetensors'])
-def test_pickles_are_refused_unopened(tmp_path, name):
+def test_attacks_are_refused(tmp_path, name):
     class Bomb:
         def __reduce__(self):
             return (tmp_path.joinpath('exploded').mkdir, ())
     (tmp_path / name).write_bytes(pickle.dumps(Bomb(), protocol=2))
     message = error(tmp_path / name)
-    assert 'pickle' in message and 'run any code' in message and 'safetensors' in message
+    assert 'getattr' in message and 'Nothing of it was run' in message
     assert not (tmp_path / 'exploded').exists()
 
 
@@ -134,11 +134,11 @@ def test_folder_without_a_component(folder, part):
     assert part in error(folder, FileNotFoundError)
 
 
-def test_folder_without_weights_or_with_pickles_only(folder):
+def test_folder_without_weights_or_with_a_bad_pickle(folder):
     (folder / 'vae' / 'diffusion_pytorch_model.safetensors').unlink()
     assert str(folder / 'vae') in error(folder, FileNotFoundError)
     (folder / 'vae' / 'diffusion_pytorch_model.bin').write_bytes(b'x')
-    assert 'pickle' in error(folder)
+    assert 'not a whole pickle' in error(folder)
 
 
 def test_folder_without_its_tokenizer(tmp_path):
@@ -179,12 +179,13 @@ def test_missing_path_and_unknown_model(tmp_path):
     ('a text encoder', None, FOLDERS['sd15_text_encoder']),
     ('a text encoder', None, {k.removeprefix('text_model.'): v  # as transformers 5 writes it
                               for k, v in FOLDERS['sd15_text_encoder'].items()}),
-    ('a LoRA', None, {'lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight': [4, 320]}),
-    ('a LoRA', None, {'unet.down_blocks.0.attentions.0.to_q.lora.down.weight': [4, 320]}),
-    ('a LoRA', None, {'unet.down_blocks.0.attentions.0.to_q.lora_A.weight': [4, 320]}),
-    ('a textual inversion embedding', None, {'emb_params': [2, 768]}),
-    ('a textual inversion embedding', None, {'clip_l': [2, 768], 'clip_g': [2, 1280]}),
-    ('a textual inversion embedding', None, {'<cat-toy>': [768]}),
+    ('a LoRA', 'load_adapter',
+     {'lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight': [4, 320]}),
+    ('a LoRA', 'load_adapter', {'unet.down_blocks.0.attentions.0.to_q.lora.down.weight': [4, 320]}),
+    ('a LoRA', 'load_adapter', {'unet.down_blocks.0.attentions.0.to_q.lora_A.weight': [4, 320]}),
+    ('a textual inversion embedding', 'load_embedding', {'emb_params': [2, 768]}),
+    ('a textual inversion embedding', 'load_embedding', {'clip_l': [2, 768], 'clip_g': [2, 1280]}),
+    ('a textual inversion embedding', 'load_embedding', {'<cat-toy>': [768]}),
 ])
 def test_what_is_no_whole_model(what, reader, shapes, tmp_path):
     """Released files of one network: what it is and what reads it, of a file and of a folder."""
