@@ -15,5 +15,5 @@ from jaxsd.weights.reading import load
 from jaxsd.weights.writing import save
 
 __all__ = ['Adapter', 'Embedding', 'Model', 'Network', 'load', 'load_adapter', 'load_controlnet',
-           'load_depth_estimator', 'load_embedding', 'load_t2i_adapter', 'load_vae', 'merge', 'save',
-           'save_network', 'write_config']
+           'load_depth_estimator', 'load_embedding', 'load_t2i_adapter', 'load_vae', 'merge',
+           'save', 'save_network', 'write_config']

@@ -6,8 +6,10 @@ each delta taken of the model's own W.
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from jaxsd.config import read_config
 from jaxsd.models.spec import from_jax, spec
-from jaxsd.weights import adapter_formats, adapter_names
+from jaxsd.weights import adapter_formats, adapter_names, names
 from jaxsd.weights.adapter_formats import Delta
 from jaxsd.weights.files import open_tensors
 from jaxsd.weights.reading import CANDIDATES
@@ -27,8 +29,7 @@ from jaxsd.weights.reading import CANDIDATES
 class Adapter:
     """A LoRA or one of its kin: deltas {component: {parameter's dotted name: Delta}}.
 
-    metadata: what the file's header says (kohya's ss_* ...). device: where its side paths are put,
-    None: where the model's weights are.
+    metadata: what the file's header says (kohya's ss_* ...). device: as of `load_adapter`.
     """
 
     deltas: dict
@@ -54,20 +55,27 @@ class SidePath(NamedTuple):
 def load_adapter(path, model, device=None):
     """Read an adapter for a model from a file -> Adapter.
 
-    path: a .safetensors or .pt file with names of kohya, LyCORIS, diffusers or PEFT. Formats that depend
-    on the weights that they change (DoRA, GLoRA, IA3, OFT) take the model's.
+    path: a file (.safetensors, or torch's pickles) with names of kohya, LyCORIS, diffusers or PEFT.
+        An adapter_config.json beside PEFT's adapter_model.safetensors is read too.
+    device: a jax Device or Sharding for its side paths; None: where the model's weights are.
+    Formats that depend on the weights that they change (DoRA, GLoRA, OFT ...) take the model's.
     Raises ValueError of one line for a file that is no adapter for this model, which names the
-    version that it is for.
+    version that it is for; ValueError or FileNotFoundError for one that cannot be read.
     """
     file = open_tensors(pathlib.Path(path).expanduser())
+    what, _, name = names.kind(file.shapes)
+    if what not in ('a LoRA', 'something else'):
+        raise ValueError(f'{path}: is {what}, by its tensor {name}; expected a LoRA')
     layers = _layers(file)
     targets, unfit = _fit(layers, file.shapes, model.config)
     if unfit or not targets:
         raise ValueError(f'{path}: {_complaint(layers, file.shapes, model.config, unfit)}')
-    shapes, deltas = spec(model.config), {}
+    shapes, settings, deltas = spec(model.config), _settings(file), {}
     for layer, (component, target) in targets.items():
         parts = {part: np.asarray(file.read(key), np.float32)
                  for part, key in layers[layer].items()}
+        if 'down' in parts:
+            parts.setdefault('alpha', _alpha(settings, component, target, len(parts['down'])))
         found = deltas.setdefault(component, {})
         form = adapter_formats.kind(parts.keys())
         if form:
@@ -96,14 +104,14 @@ def merge(model, adapters):
     return model.replace(params=params)
 
 
-def factors(model, names):
-    """The side paths of some of model.adapters -> {component: nested dict with SidePaths}.
+def factors(model, chosen):
+    """The side paths of model.adapters of these names -> {component: nested dict of SidePaths}.
 
     Ranks are padded, so that other adapters of like shapes make arrays of the same shapes.
     """
     devices = {part: (leaf.dtype, leaf.sharding) for part, tree in model.params.items()
                for leaf in jax.tree.leaves(tree)[:1]}
-    return _factors(tuple(model.adapters[name] for name in names), tuple(devices.items()))
+    return _factors(tuple(model.adapters[name] for name in chosen), tuple(devices.items()))
 
 
 def attach(params, factors, weights):
@@ -124,6 +132,24 @@ def attach(params, factors, weights):
             mixed = jnp.matmul(weights, value, precision='highest')
             path[name] = mixed.astype(params['weight'].dtype)
     return params | {'adapter': path}
+
+
+def _settings(file):
+    """PEFT's config of an adapter, from where diffusers or PEFT keep it; else {}."""
+    beside = file.path.with_name('adapter_config.json')
+    if file.path.stem == 'adapter_model' and beside.exists():
+        return json.loads(beside.read_text())
+    return json.loads(file.metadata.get('lora_adapter_metadata', '{}'))
+
+
+def _alpha(settings, component, layer, rank):
+    """The alpha that PEFT's settings give a layer, as kohya writes it; without any, the rank."""
+    def get(key):  # diffusers keeps the settings of several networks in one dict
+        return settings.get(f'{component}.{key}', settings.get(key))
+
+    alpha = next((alpha for pattern, alpha in (get('alpha_pattern') or {}).items()
+                  if re.fullmatch(rf'(.*\.)?({pattern})', layer)), get('lora_alpha') or rank)
+    return alpha * math.sqrt(rank) if get('use_rslora') else alpha
 
 
 def _layers(file):
