@@ -20,9 +20,11 @@ class Features(NamedTuple):
     pooled: jax.Array
 
 
-def encode(params, cfg, tokens):
+def encode(params, cfg, tokens, keep=None, extra=None, skip=None):
     """Tokens int [B,T], T at most cfg.max_position_embeddings -> Features.
 
+    keep, bool [B,T]: tokens that the others may see; extra [E,D]: the vectors that stand for tokens
+    -1, -2 ... -E; skip, int [B]: more layers to leave out than the version does (clip skip).
     `cfg.skip` layers are left out of `hidden`, which passes the final norm if `cfg.final_norm`.
     `pooled` always comes from the last layer, normalised, and projected where the model has a
     text_projection.
@@ -33,16 +35,23 @@ def encode(params, cfg, tokens):
     T = tokens.shape[1]
     if T > positions.shape[0]:
         raise ValueError(f'{T} tokens: this text encoder takes at most {positions.shape[0]}')
-    x = table[tokens] + positions[:T]  # [B,T,D]
+    x = table[tokens]  # [B,T,D]
+    if extra is not None:
+        vectors = extra[jnp.maximum(-1 - tokens, 0)].astype(x.dtype)
+        x = jnp.where(tokens[..., None] < 0, vectors, x)
+    x = x + positions[:T]
     layers = children(p['encoder']['layers'])
     hidden = x
     for i, layer in enumerate(layers):
-        x = _block(layer, cfg, x)
-        if i == len(layers) - 1 - cfg.skip:
+        x = _block(layer, cfg, x, keep)
+        left = len(layers) - 1 - cfg.skip - i  # layers from here to the one that the version uses
+        if skip is not None:
+            hidden = jnp.where((skip == left)[:, None, None], x, hidden)
+        elif left == 0:
             hidden = x
     last = layer_norm(p['final_layer_norm'], x, cfg.layer_norm_eps)
     if cfg.final_norm:
-        hidden = (last if cfg.skip == 0
+        hidden = (last if cfg.skip == 0 and skip is None
                   else layer_norm(p['final_layer_norm'], hidden, cfg.layer_norm_eps))
     # Old config.json files say eos_token_id=2 for vocabularies whose end of text is the highest id.
     end = jnp.argmax(tokens if cfg.eos_token_id == 2 else tokens == cfg.eos_token_id, -1)
@@ -52,12 +61,17 @@ def encode(params, cfg, tokens):
     return Features(hidden, pooled)
 
 
-def _block(p, cfg, x):
+def _block(p, cfg, x, keep=None):
     """A pre-norm transformer block with causal self-attention: [B,T,D] -> [B,T,D]."""
     h = layer_norm(p['layer_norm1'], x, cfg.layer_norm_eps)
-    a = p['self_attn']
-    h = attention(linear(a['q_proj'], h), linear(a['k_proj'], h), linear(a['v_proj'], h),
-                  cfg.num_attention_heads, causal=True)
+    a, heads = p['self_attn'], cfg.num_attention_heads
+    qkv = [linear(a[name], h) for name in ('q_proj', 'k_proj', 'v_proj')]
+    if keep is None:
+        h = attention(*qkv, heads, causal=True)
+    else:
+        h = jax.nn.dot_product_attention(
+            *(y.reshape(*y.shape[:2], heads, -1) for y in qkv), mask=keep[:, None, None],
+            is_causal=True).reshape(x.shape)
     x = x + linear(a['out_proj'], h)
     h = layer_norm(p['layer_norm2'], x, cfg.layer_norm_eps)
     h = linear(p['mlp']['fc1'], h)

@@ -9,18 +9,33 @@ import numpy as np
 from jaxsd.config import TEXT_ENCODERS
 from jaxsd.models import clip
 from jaxsd.models.layers import timestep_embedding
+from jaxsd.prompt.blocks import Texts
 
 
 class Conditioning(NamedTuple):
-    """context [B,P,T,D]: text features of the negative prompt, the prompt, and perhaps further
-    negatives; added [B,P,A]: SDXL's vector.
+    """What N texts of B images come to.
 
-    `added` is None for models that take none. The P texts have an axis of its own, so that a batch
-    sharded over devices stays where it is.
+    context [B,N,T,D]: features; added [B,N,A]: SDXL's vector, or None. heard, int [calls,B,P]: the
+    text that each of P parts of the guidance hears in each row; None: its own, N = P. The texts
+    have an axis of its own, so that a batch sharded over devices stays where it is.
     """
 
     context: jax.Array
     added: jax.Array | None
+    heard: jax.Array | None = None
+
+    def of(self, parts, i):
+        """What some parts hear in row i -> context [B*P',T,D], added [B*P',A] or None, image after
+        image; parts: numpy int [P']."""
+        def choose(a):
+            if self.heard is None:
+                found = a[:, parts]
+            else:
+                texts = jnp.asarray(self.heard)[jnp.minimum(i, len(self.heard) - 1)][:, parts]
+                found = jax.vmap(lambda a, which: a[which])(a, texts)
+            return found.reshape(-1, *a.shape[2:])
+
+        return choose(self.context), None if self.added is None else choose(self.added)
 
 
 def tokens(tokenizers, texts):
@@ -41,31 +56,60 @@ def aesthetic_ids(original, crop, score=6.0, negative_score=2.5):
     return np.array([[*original, *crop, negative_score], [*original, *crop, score]], np.float32)
 
 
-def encode(params, config, tokens, ids=None, zero=None):
+def encode(params, config, texts, ids=None, zero=None, skip=None):
     """Run the text encoders -> Conditioning.
 
-    tokens: {text encoder: int [B,P,T]}; ids [B,P,N]: time ids, for models with `added`;
-    zero, bool [B]: images whose negative conditioning is zeros (SDXL base, no negative prompt).
-    SDXL: features are concatenated; `added` is the last encoder's pooled vector ++ sinusoids of
-    the time ids (Podell et al. 2023, section 2.2).
+    texts: {text encoder: prompt.blocks.Texts}, of N texts of K blocks for B images; ids [B,N,I]:
+    time ids, for models with `added`; zero, bool [B,N]: texts whose features are zeros (SDXL base,
+    no negative prompt); skip, int [B]: layers to leave out beyond the version's own (clip skip).
+    params['embeddings'] {text encoder: [E,D]}: vectors of textual inversion that the texts name.
+    SDXL: features are concatenated; `added` is the last encoder's pooled vector of the first block
+    ++ sinusoids of the time ids (Podell et al. 2023, section 2.2).
     """
-    features = []
-    for name in TEXT_ENCODERS:
-        if name in tokens:
-            pairs = tokens[name]  # [B,P,T]
-            found = clip.encode(params[name], getattr(config, name),
-                                pairs.reshape(-1, pairs.shape[-1]))
-            features.append(jax.tree.map(lambda a, s=pairs.shape[:2]: a.reshape(*s, *a.shape[1:]),
-                                         found))
-    context = jnp.concatenate([f.hidden for f in features], -1)  # [B,P,T,D]
-    pooled = features[-1].pooled  # [B,P,E]
+    texts = {name: some if isinstance(some, Texts) else _plain(some)
+             for name, some in texts.items()}
+    if zero is not None and zero.ndim == 1:
+        zero = jnp.pad(zero[:, None], ((0, 0), (0, len(texts[min(texts)].restore[0]) - 1)))
+    vectors = params.get('embeddings', {})
+    features = [_features(params[name], getattr(config, name), texts[name], vectors.get(name), skip)
+                for name in TEXT_ENCODERS if name in texts]
+    context = jnp.concatenate([f.hidden for f in features], -1)  # [B,N,K*T,D]
+    pooled = features[-1].pooled  # [B,N,E]
     if zero is not None:
-        others = [jnp.ones_like(zero)] * (pooled.shape[1] - 1)
-        keep = jnp.stack([~zero, *others], 1)[..., None]  # [B,P,1]
-        context = jnp.where(keep[..., None], context, 0)
-        pooled = jnp.where(keep, pooled, 0)
+        context = jnp.where(zero[..., None, None], 0, context)
+        pooled = jnp.where(zero[..., None], 0, pooled)
     if not config.unet.added_dim:
         return Conditioning(context, None)
-    sinusoids = timestep_embedding(ids, config.unet.added_time_dim)  # [B,P,N,256]
+    sinusoids = timestep_embedding(ids, config.unet.added_time_dim)  # [B,N,I,256]
     sinusoids = sinusoids.reshape(*ids.shape[:2], -1).astype(pooled.dtype)
     return Conditioning(context, jnp.concatenate([pooled, sinusoids], -1))
+
+
+def _features(params, cfg, texts, vectors, skip):
+    """One text encoder's hidden [B,N,K*T,D] and pooled [B,N,E] for its Texts."""
+    B, R, T = texts.tokens.shape
+    N, K = texts.restore.shape[1:]
+
+    def rows(a):  # [B,...] -> [B*R,...]
+        return None if a is None else jnp.repeat(a, R, 0)
+
+    keep = None if texts.keep is None else texts.keep.reshape(-1, T)
+    found = clip.encode(params, cfg, texts.tokens.reshape(-1, T), keep, vectors, rows(skip))
+    hidden, pooled = (a.reshape(B, R, *a.shape[1:]) for a in found)  # [B,R,T,D], [B,R,E]
+    mixed = jax.vmap(_mix)(hidden.astype(jnp.float32), texts).astype(hidden.dtype)
+    return clip.Features(mixed.reshape(B, N, K * T, -1), pooled[:, :N * K:K])
+
+
+def _mix(hidden, texts):
+    """One image's rows [R,T,D] -> its blocks [N,K,T,D], weighted."""
+    mixed = (hidden[texts.source] * texts.weight[..., None]).sum(2)
+    own = hidden[:texts.restore.size].mean((1, 2)).reshape(texts.restore.shape)
+    scale = jnp.where(texts.restore, own / mixed.mean((2, 3)), 1)
+    return mixed * scale[..., None, None]
+
+
+def _plain(tokens):
+    """Rows of tokens [B,N,T] -> Texts of one block each."""
+    B, N, T = tokens.shape
+    source = jnp.broadcast_to(jnp.arange(N)[:, None, None], (B, N, 1, 1))
+    return Texts(tokens, source, jnp.ones((B, N, 1, 1, T)), jnp.zeros((B, N, 1), bool))

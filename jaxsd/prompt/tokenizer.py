@@ -63,8 +63,8 @@ class Tokenizer:
 
     def __call__(self, texts):
         """Tokenize a list of B texts -> int32 [B, length]; warns about words that do not fit."""
-        room = self.length - 2
-        rows = np.full((len(texts), self.length), self.pad_id, np.int32)
+        room = self.room
+        rows = np.zeros((len(texts), self.length), np.int32)
         for row, text in zip(rows, texts):
             found = self.backend(text, add_special_tokens=False, return_offsets_mapping=True,
                                  verbose=False)
@@ -75,9 +75,27 @@ class Tokenizer:
                     f'prompt too long: {len(tokens)} tokens, of which this model reads the first '
                     f'{room}; dropped: {text[start:].strip()!r}', stacklevel=2)
                 tokens = tokens[:room]
-            ids = [self.backend.bos_token_id, *tokens, self.backend.eos_token_id]
-            row[:len(ids)] = ids
+            row[:] = self.row(tokens)
         return rows
+
+    @property
+    def room(self):
+        """Tokens of text that fit between start and end."""
+        return self.length - 2
+
+    @property
+    def comma(self):
+        """The id of a comma; None where the vocabulary has none."""
+        return self.backend.get_vocab().get(',</w>')
+
+    def ids(self, text):
+        """Text of any length -> its tokens' ids, without start and end."""
+        return self.backend(text, add_special_tokens=False, verbose=False)['input_ids']
+
+    def row(self, ids):
+        """At most `room` ids -> `length` of them: start, ids, end, padding."""
+        row = [self.backend.bos_token_id, *ids, self.backend.eos_token_id]
+        return row + [self.pad_id] * (self.length - len(row))
 
 
 def _backend(folder, settings):

@@ -1,0 +1,251 @@
+"""Prompts of any length: blocks of tokens to encode, and how the results are weighted and mixed."""
+
+import itertools
+import math
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxsd.sampling.choice import unknown
+
+try:
+    from jaxsd.prompt.grammar import BREAK
+except ImportError:  # until the grammar is there
+    BREAK = None
+
+BACKTRACK = 20  # A1111's comma_padding_backtrack: tokens that may move to stand behind their comma
+WORD = 8  # ComfyUI's max_word_length: words of so many tokens may be cut
+FILES = ('.safetensors', '.pt', '.bin')
+
+
+class Texts(NamedTuple):
+    """What one text encoder reads for B images, N texts of K blocks each; numpy, or traced.
+
+    R rows of T tokens are encoded; row n K + k is block k of text n as it is written, the others
+    (empty, or with some tokens hidden) serve the weights. Block (n, k) is, at each token, the sum
+    over S of weight times row `source`.
+    """
+
+    tokens: Any  # int32 [B,R,T]; i below 0 is row -1 - i of the embeddings' table
+    source: Any  # int32 [B,N,K,S]
+    weight: Any  # float32 [B,N,K,S,T]
+    restore: Any  # bool [B,N,K]: scaled to the mean that row n K + k has, over tokens and features
+    keep: Any = None  # bool [B,R,T]: tokens that others may see; None: all
+
+
+class Token(NamedTuple):
+    """A token's id, its weight, and the number of the segment that it belongs to."""
+
+    id: int
+    weight: float
+    segment: int
+
+
+def texts(tokenizers, variants, weighting, cut, embeddings=None):
+    """Segments of text (prompt.grammar) -> ({text encoder: Texts}, the embeddings' table).
+
+    variants(text encoder): for each of B images a list of N lists of Segment or BREAK; weighting
+    ('a1111', 'comfy', 'compel', 'none') and cut ('comma', 'hard', 'word'): one per image. All
+    texts get the K blocks of the longest, empty ones at the end. embeddings: {name: Embedding}.
+    The table is {text encoder: float32 [E,D]} of the vectors in use, or None: there are none.
+    R, S and E are padded, so that few programs serve all prompts; a batch of plain prompts has
+    R = N K and S = 1.
+    Raises ValueError for `embedding:name` that is not among the embeddings.
+
+    Weights: AUTOMATIC1111's sd_emphasis.EmphasisOriginal scales features and restores their mean
+    over a block; ComfyUI's ClipTokenWeightEncoder goes from the empty prompt's features towards
+    them; compel's EmbeddingsProvider does so too and mixes in, for every segment of a weight below
+    1, the prompt with this segment hidden (DownweightMode.MASK).
+    """
+    found, tables = {}, {}
+    for name, tokenizer in tokenizers.items():
+        vectors = _Vectors(tokenizer, name, embeddings or {})
+        packed = [[_blocks(tokenizer, text, how, vectors) for text in image]
+                  for image, how in zip(variants(name), cut, strict=True)]
+        found[name] = packed
+        if vectors.rows:
+            tables[name] = vectors.table()
+    K = max(len(text) for packed in found.values() for image in packed for text in image)
+    return {name: _stack([_image(tokenizers[name], image, K, rule)
+                          for image, rule in zip(packed, weighting, strict=True)], weighting, K)
+            for name, packed in found.items()}, tables or None
+
+
+def count(tokenizers, variants, cut, embeddings=None):
+    """The blocks that each image's longest text takes -> int [B]; arguments as of `texts`."""
+    def longest(name, tokenizer, image, how):
+        vectors = _Vectors(tokenizer, name, embeddings or {})
+        return max(len(_blocks(tokenizer, text, how, vectors)) for text in image)
+
+    return np.max([[longest(name, tokenizer, image, how)
+                    for image, how in zip(variants(name), cut, strict=True)]
+                   for name, tokenizer in tokenizers.items()], 0)
+
+
+class _Vectors:
+    """Textual inversion: finds embeddings' names in texts, and numbers the vectors in use."""
+
+    def __init__(self, tokenizer, encoder, embeddings):
+        self.encoder, self.embeddings = encoder, embeddings
+        self.first, self.rows = {}, []  # {name: its first row}, of the table so far
+        names = [(tokenizer.ids(name), name) for name in embeddings]
+        self.names = sorted((n for n in names if n[0]), key=lambda n: -len(n[0]))  # longest first
+        marks = [f'<{re.escape(name)}>' for name in embeddings]
+        self.mentions = re.compile('|'.join([r'(?<!\S)embedding:[^\s,]+', *marks]))
+
+    def ids(self, name):
+        """The ids of a name's vectors: -1 - row of the table."""
+        vectors = self.embeddings[name].vectors
+        if self.encoder not in vectors:
+            raise ValueError(f'embedding {name!r}: expected vectors for {self.encoder}, found '
+                             f'those for {", ".join(vectors)}; it belongs to another version')
+        if name not in self.first:
+            self.first[name] = len(self.rows)
+            self.rows.extend(np.asarray(vectors[self.encoder], np.float32))
+        return [-1 - self.first[name] - i for i in range(len(vectors[self.encoder]))]
+
+    def at(self, tokens, i):
+        """The longest name that stands at token i -> (its length, its name); else (1, None)."""
+        return next(((len(ids), name) for ids, name in self.names
+                     if tokens[i:i + len(ids)] == ids), (1, None))
+
+    def named(self, mention):
+        """`embedding:name`, as ComfyUI writes it, or `<name>` -> name."""
+        name = mention.removeprefix('embedding:')
+        plain = name.removesuffix(next((end for end in FILES if name.endswith(end)), ''))
+        for known in (name, plain, mention[1:-1]):
+            if known in self.embeddings:
+                return known
+        if not self.embeddings:
+            raise ValueError(f'{mention}: expected its vectors in model.embeddings, found none')
+        raise unknown('embedding', plain, self.embeddings)
+
+    def table(self):
+        """The vectors in use -> float32 [E,D], E a power of two."""
+        return np.pad(self.rows, ((0, _bucket(len(self.rows)) - len(self.rows)), (0, 0)))
+
+
+def _pieces(tokenizer, text, cut, vectors):
+    """A segment's text -> lists of ids: what shall stand in one block."""
+    found, end = [], 0
+    for mention in vectors.mentions.finditer(text):
+        found += _words(tokenizer, text[end:mention.start()], cut, vectors)
+        found.append(vectors.ids(vectors.named(mention[0])))
+        end = mention.end()
+    found += _words(tokenizer, text[end:], cut, vectors)
+    longest = WORD - 1 if cut == 'word' else tokenizer.room
+    return [part for piece in found
+            for part in ([piece] if len(piece) <= longest else [[token] for token in piece])]
+
+
+def _words(tokenizer, text, cut, vectors):
+    """Text without mentions -> lists of ids: words if cut between words, else tokens; vectors."""
+    words = text.replace('\n', ' ').split(' ') if cut == 'word' else [text]
+    ids = [tokenizer.ids(word) for word in words]
+    tokens = list(itertools.chain(*ids))
+    numbers = range(len(tokens))
+    if cut == 'word':
+        numbers = [number for number, word in enumerate(ids) for _ in word]
+    found, i, last = [], 0, None
+    while i < len(tokens):
+        length, name = vectors.at(tokens, i)
+        if name is not None:
+            found.append(vectors.ids(name))
+            last = None
+        elif numbers[i] == last:
+            found[-1].append(tokens[i])
+        else:
+            found.append([tokens[i]])
+            last = numbers[i]
+        i += length
+    return found
+
+
+def _blocks(tokenizer, text, cut, vectors):
+    """Segments -> lists of Token, at most tokenizer.room each, cut as A1111's tokenize_line does
+    (comma, hard) or as ComfyUI's tokenize_with_weights (word)."""
+    blocks, block = [], []
+    for number, segment in enumerate(text):
+        if segment is BREAK:
+            blocks.append(block)
+            block = []
+            continue
+        for piece in _pieces(tokenizer, segment.text, cut, vectors):
+            while len(block) + len(piece) > tokenizer.room:
+                at = len(block)
+                if cut == 'comma' and at == tokenizer.room and piece != [tokenizer.comma]:
+                    at = _after_comma(block, tokenizer.comma)
+                blocks.append(block[:at])
+                block = block[at:]
+            block = block + [Token(i, segment.weight, number) for i in piece]
+    return blocks + [block] if block or not blocks else blocks
+
+
+def _after_comma(block, comma):
+    """Where to cut a full block: behind its last comma, if that is near its end."""
+    near = range(len(block) - 1, max(len(block) - BACKTRACK, 0) - 1, -1)
+    return next((i + 1 for i in near if block[i].id == comma), len(block))
+
+
+def _mixture(tokenizer, block, weighting, missing):
+    """A block of Tokens -> [(row of ids, the places hidden in it, weight [T])], itself first.
+
+    missing: {segment: compel's share of the text without it, against 1 of the text as it is}.
+    """
+    row, empty = (tuple(tokenizer.row(ids)) for ids in ([token.id for token in block], []))
+    weight = np.ones(tokenizer.length)
+    weight[1:1 + len(block)] = [token.weight for token in block]
+    if weighting == 'none' or (weight == 1).all():
+        return [(row, (), np.ones_like(weight))]
+    shares = {(): 1 + sum(missing.values())}  # by what is hidden
+    for segment, share in missing.items():
+        hidden = tuple(i for i, token in enumerate(block, 1) if token.segment == segment)
+        if hidden:
+            shares[hidden] = share
+            shares[()] -= share
+    mixed = [(row, hidden, weight * share / (1 + sum(missing.values())))
+             for hidden, share in shares.items()]
+    return mixed if weighting == 'a1111' else [*mixed, (empty, (), 1 - weight)]
+
+
+def _image(tokenizer, image, K, weighting):
+    """One image's N lists of blocks of Tokens -> N K lists of `_mixture`."""
+    found = []
+    for text in image:
+        missing = {token.segment: math.tan((1 - max(token.weight, 1e-5)) * math.pi / 2)
+                   for block in text for token in block
+                   if weighting == 'compel' and token.weight < 1}
+        found += [_mixture(tokenizer, block, weighting, missing)
+                  for block in [*text, *[[]] * (K - len(text))]]
+    return found
+
+
+def _stack(images, weighting, K):
+    """`_image` of each image -> Texts."""
+    B, blocks = len(images), len(images[0])  # N K
+    extra = [dict.fromkeys(part[:2] for mixed in image for part in mixed[1:]) for image in images]
+    R = blocks + _bucket(max(map(len, extra)))
+    S = _bucket(max(len(mixed) for image in images for mixed in image))
+    T = len(images[0][0][0][0])
+    tokens = np.zeros((B, R, T), np.int32)
+    keep = np.ones((B, R, T), bool)
+    source = np.zeros((B, blocks, S), np.int32)
+    weight = np.zeros((B, blocks, S, T), np.float32)
+    for b, image in enumerate(images):
+        own = [mixed[0][:2] for mixed in image]
+        for r, (ids, hidden) in enumerate([*own, *extra[b]]):
+            tokens[b, r] = ids
+            keep[b, r, list(hidden)] = False
+        rows = {row: r for r, row in enumerate(extra[b], blocks)}
+        for i, mixed in enumerate(image):
+            source[b, i, :len(mixed)] = [i, *(rows[part[:2]] for part in mixed[1:])]
+            weight[b, i, :len(mixed)] = [part[2] for part in mixed]
+    restore = (weight[:, :, 0] != 1).any(-1) & (np.array(weighting) == 'a1111')[:, None]
+    source, weight, restore = (a.reshape(B, -1, K, *a.shape[2:]) for a in (source, weight, restore))
+    return Texts(tokens, source, weight, restore, None if keep.all() else keep)
+
+
+def _bucket(count):
+    """The next power of two; 0 stays."""
+    return count and 1 << (count - 1).bit_length()
