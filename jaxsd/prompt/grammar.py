@@ -1,0 +1,409 @@
+"""What people write in prompts: AND, schedules, alternation, emphasis, BREAK, adapters' tags.
+
+The language is that of A1111's web UI (modules/prompt_parser.py and extra_networks.py, 1.10), read
+in its order: tags leave the text, AND divides it, schedules and alternation make of each part one
+text for each step, and brackets in that text are weights. So `(cat:[1:1.3:0.5])` is a scheduled
+weight.
+
+A1111 parses schedules with Earley's algorithm, whose time explodes with brackets. Here a linear
+pass (`_tokens`) finds the brackets that can be schedules and makes letters of all others; what is
+left is LALR. A bracket is a letter where it is unbalanced, or holds one that is, or colons or bars
+where they mean nothing: `[a:b:c:0.5]`. As in A1111 a bar outside of `[a|b]`, or a backslash at the
+end of a line, makes letters of all schedules of its part. Unlike it, brackets are letters around
+schedules nested more than DEEPEST levels, and a weight that is no number, `(a:1.2.3)`, is letters;
+A1111 fails on both.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import re
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+
+DEEPEST = 64
+ADAPTERS = ('lora', 'lyco')
+
+
+class Segment(NamedTuple):
+    """A piece of a prompt, and the weight of its words."""
+
+    text: str
+    weight: float
+
+
+BREAK = Segment('BREAK', -1.0)  # among segments: a new block of tokens starts here
+
+
+class Part(NamedTuple):
+    """One of the prompts that AND joins.
+
+    schedule: ((end step, segments), ...): the segments up to and with that step, counted from 1; of
+    several entries the first that ends late enough holds, and the last one ends at `steps`.
+    """
+
+    weight: float
+    schedule: tuple
+
+
+class Plan(NamedTuple):
+    """parts: of Part; adapters: ((name, U-Net's weight, text encoders' weight), ...) as written."""
+
+    parts: tuple
+    adapters: tuple
+
+
+class Prompt(NamedTuple):
+    """The tree. tags: ((place in the text without tags, kind, arguments), ...); terms: of Term."""
+
+    tags: tuple
+    terms: tuple
+
+
+class Term(NamedTuple):
+    """nodes: strings, Switch and Alternate; weight: as written, with colon and spaces, or spaces"""
+
+    nodes: tuple
+    weight: str
+
+
+class Switch(NamedTuple):
+    """`[before:after:when]`, or `[after:when]`, where before is None; when: as written."""
+
+    before: tuple | None
+    after: tuple
+    when: str
+
+
+class Alternate(NamedTuple):
+    """`[a|b|c]`: another option at each step."""
+
+    options: tuple
+
+
+def plan(text, steps, weighting='a1111', negative=False):
+    """What a prompt asks for, at each of so many steps -> Plan.
+
+    weighting: whose brackets these are. a1111, compel: `(a)` times 1.1, `(a:1.3)`, `[a]` divided by
+    1.1; comfy: `(a)` and `(a:1.3)`, where an inner weight replaces an outer one; none: letters.
+    negative: tags and AND are letters, as in A1111's negative prompts.
+    Raises ValueError for an adapter's tag without a name or with a weight that is no number.
+    """
+    tree = Prompt((), (Term(_schedules(text), ''),)) if negative else parse(text)
+    read = functools.cache(READERS[weighting])
+    parts = []
+    for nodes, weight in tree.terms:
+        ends = sorted({steps} | {end for end in _ends(nodes, steps) if end >= 1})
+        parts.append(Part(float(weight.replace(':', '').strip() or 1), tuple(
+            (end, read(''.join(_at(nodes, end, steps)))) for end in ends)))
+    ignored = sorted({kind for _, kind, _ in tree.tags} - {*ADAPTERS})
+    if ignored:
+        warnings.warn(f'prompt: left out the tags of kind {", ".join(ignored)}; '
+                      f'known: {", ".join(ADAPTERS)}', stacklevel=2)
+    return Plan(tuple(parts), tuple(_adapter(kind, arguments) for _, kind, arguments in tree.tags
+                                    if kind in ADAPTERS))
+
+
+def parse(text):
+    """Text -> Prompt, the tree. No text is an error."""
+    tags, taken = [], 0
+    for found in TAG.finditer(text):
+        tags.append((found.start() - taken, *found.groups()))
+        taken += len(found[0])
+    terms = []
+    for term in re.split(r'\bAND\b', TAG.sub('', text)):
+        weight = WEIGHT.search(term)
+        words = (term[:weight.start()] if weight else term).rstrip()
+        terms.append(Term(_schedules(words), term[len(words):]))
+    return Prompt(tuple(tags), tuple(terms))
+
+
+def write(tree):
+    """The tree -> the text that it was parsed from."""
+    text = 'AND'.join(_source(nodes) + weight for nodes, weight in tree.terms)
+    for place, kind, arguments in reversed(tree.tags):
+        text = f'{text[:place]}<{kind}:{arguments}>{text[place:]}'
+    return text
+
+
+TAG = re.compile(r'<(\w+):([^>]+)>')
+WEIGHT = re.compile(r':\s*[-+]?(?:\d+\.?|\d*\.\d+)\s*$')
+
+
+def _adapter(kind, arguments):
+    """-> (name, U-Net's weight, text encoders' weight).
+
+    `name:te:unet` or `name:te=0.5:unet=1`; the U-Net's weight is the text encoders' unless given.
+    """
+    items = [item.split('=', 2) for item in arguments.split(':')]
+    named = {item[0]: item[1] for item in items if len(item) == 2}
+    name, *weights = ['='.join(item) for item in items if len(item) != 2] or ['']
+    if not name:
+        raise ValueError(f'prompt: <{kind}:{arguments}> names no adapter; '
+                         f'expected <{kind}:name:weight>')
+    try:
+        text = float(named.get('te', weights[0] if weights else 1))
+        return name, float(named.get('unet', weights[1] if len(weights) > 1 else text)), text
+    except ValueError:
+        raise ValueError(f'prompt: <{kind}:{arguments}> has a weight that is no number; '
+                         f'expected <{kind}:name:weight>') from None
+
+
+# Schedules and alternation.
+
+GRAMMAR = """
+start: nodes
+nodes: (LETTERS | switch | alternate)*
+switch: _OPEN [nodes _COLON] nodes WHEN _CLOSE
+alternate: _OPEN nodes (_BAR nodes)+ _CLOSE
+%declare LETTERS WHEN _OPEN _COLON _BAR _CLOSE
+"""
+TOKEN = re.compile(r"""
+    (?P<letters>(?:[^\\\[\]():|]+|\\.)+)
+    | (?P<when>:\s*[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\s*)(?=\])
+    | [][():|\\]""", re.VERBOSE)
+# A group of brackets by its marks, '.' for a number before the bracket that closes.
+SHAPE = re.compile(r'\(:?\)|\[\]|(?P<schedule>\[(?::?\.|\|+)\])')
+ROLES = {'[': '_OPEN', ':': '_COLON', '.': 'WHEN', '|': '_BAR', ']': '_CLOSE'}
+
+
+@dataclasses.dataclass
+class _Group:
+    """Brackets that are open, or just closed."""
+
+    tokens: list = dataclasses.field(default_factory=list)  # numbers of those that are its marks
+    marks: str = ''
+    depth: int = 0  # of schedules within it
+
+
+def _roles(tokens):
+    """The terminal of GRAMMAR that each token is, in linear time."""
+    roles = ['LETTERS'] * len(tokens)
+    groups = []
+    for i, token in enumerate(tokens):
+        if token['letters']:
+            continue
+        mark = '.' if token['when'] else token[0]
+        if mark in '([':
+            groups.append(_Group())
+        if not groups:
+            continue
+        group = groups[-1]
+        group.tokens.append(i)
+        group.marks += mark
+        if mark in ')]':
+            shape = SHAPE.fullmatch(group.marks)
+            group.depth += bool(shape and shape['schedule'])
+            if not shape or group.depth > DEEPEST:
+                groups.clear()  # these brackets are letters, and so are those around them
+                continue
+            groups.pop()
+            if groups:
+                groups[-1].depth = max(groups[-1].depth, group.depth)
+            if shape['schedule']:
+                for n, mark in zip(group.tokens, group.marks):
+                    roles[n] = ROLES[mark]
+    if any(role == 'LETTERS' and token[0] in ('|', '\\') for role, token in zip(roles, tokens)):
+        return ['LETTERS'] * len(tokens)
+    return roles
+
+
+@functools.cache
+def _parser():
+    import lark
+
+    class Lexer(lark.lexer.Lexer):
+        def __init__(self, conf):
+            pass
+
+        def lex(self, text):
+            tokens = list(TOKEN.finditer(text))
+            for role, run in itertools.groupby(zip(_roles(tokens), tokens), lambda pair: pair[0]):
+                texts = [token[0] for _, token in run]
+                for piece in [''.join(texts)] if role == 'LETTERS' else texts:
+                    yield lark.Token(role, piece)
+
+    class Tree(lark.Transformer):
+        def start(self, children):
+            return children[0]
+
+        def nodes(self, children):
+            return tuple(str(node) if isinstance(node, lark.Token) else node for node in children)
+
+        def switch(self, children):
+            before, after, when = children
+            return Switch(before, after, str(when[1:]))  # without its colon
+
+        def alternate(self, children):
+            return Alternate(tuple(children))
+
+    return lark.Lark(GRAMMAR, parser='lalr', lexer=Lexer, transformer=Tree())
+
+
+def _schedules(text):
+    """Text without AND -> nodes."""
+    return _parser().parse(text)
+
+
+def _source(nodes):
+    return ''.join(node if isinstance(node, str) else _brackets(node) for node in nodes)
+
+
+def _brackets(node):
+    if isinstance(node, Alternate):
+        return f'[{"|".join(map(_source, node.options))}]'
+    before = '' if node.before is None else f'{_source(node.before)}:'
+    return f'[{before}{_source(node.after)}:{node.when}]'
+
+
+def _last(when, steps):
+    """The last step before a switch: a number with a point is a fraction of the steps."""
+    last = float(when) * (steps if '.' in when else 1)
+    return int(max(0, min(steps, last)))
+
+
+def _ends(nodes, steps):
+    """The steps, counted from 1, after which the text may change."""
+    for node in nodes:
+        if isinstance(node, Switch):
+            yield _last(node.when, steps)
+            yield from _ends((node.before or ()) + node.after, steps)
+        elif isinstance(node, Alternate):
+            yield from range(1, steps + 1)
+            yield from _ends(sum(node.options, ()), steps)
+
+
+def _at(nodes, step, steps):
+    """The text at a step, counted from 1, in pieces."""
+    for node in nodes:
+        if isinstance(node, str):
+            yield node
+        elif isinstance(node, Switch):
+            early = step <= _last(node.when, steps)
+            yield from _at((node.before or ()) if early else node.after, step, steps)
+        else:
+            yield from _at(node.options[(step - 1) % len(node.options)], step, steps)
+
+
+# Emphasis: the text at one step -> a tuple of Segment and BREAK, at least one.
+
+EMPHASIS = re.compile(r"""
+    \\(?P<escaped>[][()\\]?)
+    | (?P<open>[([])
+    | :\s*(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+))\s*\)
+    | (?P<close>[])])
+    | [^\\()[\]:]+
+    | :""", re.VERBOSE)
+FACTORS = {'(': 1.1, '[': 1 / 1.1}
+
+
+def _divided(text):
+    """Text -> segments of weight 1 with BREAK between them."""
+    first, *others = re.split(r'\bBREAK\b', text)
+    if not others:
+        return [Segment(text, 1.0)]
+    segments = [Segment(first.rstrip(), 1.0)]
+    for i, piece in enumerate(others, 1):
+        piece = piece.lstrip() if i == len(others) else piece.strip()
+        segments += [BREAK, Segment(piece, 1.0)]
+    return segments
+
+
+def _a1111(text):
+    """parse_prompt_attention of A1111.
+
+    Round and square brackets are counted apart and may cross, so this is no tree. The weight of
+    BREAK is multiplied as well: within brackets it is a word, as in A1111.
+    """
+    segments, ranges = [], []
+    opened = {'(': [], '[': []}
+    for found in EMPHASIS.finditer(text):
+        bracket = found['open'] or {')': '(', ']': '['}.get(found[0][-1])
+        if found['escaped'] is not None:
+            segments.append(Segment(found['escaped'], 1.0))
+        elif found['open']:
+            opened[bracket].append(len(segments))
+        elif (found['close'] or found['weight']) and opened[bracket]:
+            factor = float(found['weight'] or FACTORS[bracket])
+            ranges.append((opened[bracket].pop(), len(segments), factor))
+        else:
+            segments += _divided(found[0])
+    if not segments:
+        return (Segment('', 1.0),)
+    ranges += [(start, None, FACTORS[bracket]) for bracket in opened for start in opened[bracket]]
+    weights = np.array([segment.weight for segment in segments])
+    with np.errstate(over='ignore', invalid='ignore'):
+        for start, end, factor in ranges:
+            weights[start:end] *= factor
+    runs = itertools.groupby(zip(weights.tolist(), segments), lambda pair: pair[0])
+    merged = [Segment(''.join(text for _, (text, _) in run), weight) for weight, run in runs]
+    return tuple(BREAK if segment == BREAK else segment for segment in merged)
+
+
+def _comfy(text):
+    """token_weights of ComfyUI (comfy/sd1_clip.py), in linear time.
+
+    As there, a bracket that closes nothing makes a letter of the next one that opens, and for one
+    that stays open the last character counts as its partner if it closes.
+    """
+    text = text.replace('\\)', '\0\1').replace('\\(', '\0\2')
+    brackets = [found.start() for found in re.finditer(r'[()]', text)]
+    partners, opened = {}, []
+    for place in brackets:
+        if text[place] == '(':
+            opened.append(place)
+        elif opened:
+            partners[opened.pop()] = place
+
+    def items(start, end, weight):
+        """What a range holds: (start, end, weight, whether it was in brackets)."""
+        owed, n = 0, bisect.bisect_left(brackets, start)
+        while n < len(brackets) and brackets[n] < end:
+            place = brackets[n]
+            n += 1
+            if text[place] == ')':
+                owed += 1
+            elif owed:
+                owed -= 1
+            else:
+                yield start, place, weight, False
+                start = min(partners.get(place, end) + 1, end)
+                if start - place < 2 or text[start - 1] != ')':
+                    yield place, end, weight, False
+                    return
+                yield *_weighted(text, place + 1, start - 1, weight * 1.1), True
+                n = bisect.bisect_left(brackets, start)
+        yield start, end, weight, False
+
+    segments = []
+    todo = [(0, len(text), 1.0, True)]  # the first comes last
+    while todo:
+        start, end, weight, inner = todo.pop()
+        if inner:
+            todo += reversed(list(items(start, end, weight)))
+        elif start < end:
+            words = text[start:end].replace('\0\1', ')').replace('\0\2', '(')
+            segments += [piece if piece is BREAK else Segment(piece.text, weight)
+                         for piece in _divided(words)]
+    return tuple(segments) or (Segment('', 1.0),)
+
+
+def _weighted(text, start, end, weight):
+    """A range without the `:1.2` that it may end in -> (start, end, weight)."""
+    colon = text.rfind(':', start, end)
+    with contextlib.suppress(ValueError):
+        if colon > start and math.isfinite(found := float(text[colon + 1:end])):
+            return start, colon, found
+    return start, end, weight
+
+
+def _letters(text):
+    return tuple(_divided(text))
+
+
+READERS = {'a1111': _a1111, 'compel': _a1111, 'comfy': _comfy, 'none': _letters}
