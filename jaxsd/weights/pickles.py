@@ -24,7 +24,7 @@ import numpy as np
 from jaxsd.weights.files import read_at
 
 MAGIC = 0x1950a86a20f9469cfc6c  # torch's, in the first pickle of its older format
-LONGEST_PICKLE = 1 << 25  # bytes; that of SDXL, without its tensors, has half a million
+LONGEST_PICKLE = 1 << 23  # bytes; that of SDXL, without its tensors, has a third of a million
 LONGEST_NAME = 1000
 WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'params')
 
@@ -170,8 +170,8 @@ class _Machine:
             elif code.name in _STEPS:
                 _STEPS[code.name](self, arg)
             else:
-                name = f' {arg!r}'.replace(' ', '.').replace('.', ' ', 1) if arg else ''
-                raise Refused(f'has the instruction {code.name}{name[:LONGEST_NAME]}')
+                name = '.'.join(str(arg).split())[:LONGEST_NAME]
+                raise Refused(f'has the instruction {code.name} ({name})')
 
     def above(self):
         """Take off everything above the last mark."""
@@ -314,10 +314,11 @@ class PickleFile:
                                      offset=tensor.offset + i * n * tensor.strides[0])
         size = tensor.dtype.itemsize
         start = self._at[tensor.storage.key][0] + tensor.offset * size
-        flat = read_at(self.path, start, tensor.span * size).view(tensor.dtype)
-        strides = [stride * size for stride in tensor.strides]
-        view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides if len(flat) else None)
-        return np.asarray(view, order='C')
+        # As unsigned numbers: numpy has strides for no float8.
+        flat = read_at(self.path, start, tensor.span * size).view(f'u{size}')
+        strides = [stride * size for stride in tensor.strides] if len(flat) else None
+        view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides)
+        return np.asarray(view, order='C').view(tensor.dtype)
 
 
 def _open_zip(machine, file):
@@ -353,6 +354,8 @@ def _start(file, info):
 
 
 def _slice(file, start, size):
+    if start < 0:
+        raise ValueError('entries before the start of the file')
     file.seek(start)
     return file.read(size)
 
