@@ -8,10 +8,12 @@ import math
 import os
 import pathlib
 import tempfile
+from collections.abc import Mapping
 
 import numpy as np
 
 import jaxsd
+from jaxsd import images
 
 # The names that stable-diffusion-webui (A1111) knows, so that its "PNG Info" reads our pictures.
 SAMPLERS = {
@@ -30,32 +32,51 @@ SCHEDULES = {
 }
 
 
-def parameters(request, model=''):
+WEIGHTINGS = {'none': 'None', 'comfy': 'comfy', 'compel': 'compel'}  # a1111: the default there
+NOISES = {'torch': 'CPU', 'philox': 'NV'}
+
+
+def parameters(request, model='', vae='', refiner=''):
     """The `parameters` text that A1111 writes into its PNG files.
 
-    Prompt, then `Negative prompt:` if there is one, then one line of `Key: value` pairs. A guidance
-    for each step is told by its first: `record` has them all.
+    Prompt, then `Negative prompt:` if there is one, then one line of `Key: value` pairs. Adapters
+    stand in the prompt. A guidance for each step is told by its first: `record` has them all.
+    model, vae, refiner: their names.
     """
     schedule = request.schedule
     if not isinstance(schedule, str):  # the noise levels themselves
-        schedule = ','.join(f'{level:g}' for level in schedule)
+        schedule = ','.join(map(_short, schedule))
     pairs = {
         'Steps': request.steps,
         'Sampler': SAMPLERS.get(request.sampler, request.sampler),
         'Schedule type': SCHEDULES.get(schedule, schedule),
-        'CFG scale': f'{np.ravel(request.guidance)[0]:g}',
+        'CFG scale': _short(np.ravel(request.guidance)[0]),
         'Seed': request.seed,
         'Size': f'{request.width}x{request.height}',
         'Model': model,
-        'Denoising strength': '' if request.image is None else f'{request.strength:g}',
-        'Eta': '' if request.eta is None else f'{request.eta:g}',
+        'VAE': vae,
+        'Denoising strength': '' if request.image is None else _short(request.strength),
+        'Mask blur': _short(request.mask_blur) if request.mask_blur else '',
+        'Clip skip': request.clip_skip if request.clip_skip > 1 else '',
+        'RNG': NOISES.get(request.noise, ''),
+        'Eta': '' if request.eta is None else _short(request.eta),
+        'Emphasis': WEIGHTINGS.get(request.weighting, ''),
+        'Refiner': refiner,
+        'Refiner switch at': _short(request.switch) if refiner else '',
         'Version': f'jaxsd {jaxsd.__version__}',
     }
-    lines = [request.prompt]
+    tags = [f'<lora:{name}:{_short(text)}:{_short(unet)}>'
+            for name, (unet, text) in request.adapters.items()]
+    lines = [' '.join([request.prompt, *tags])]
     if request.negative_prompt:
         lines.append(f'Negative prompt: {request.negative_prompt}')
     lines.append(', '.join(f'{k}: {_quote(v)}' for k, v in pairs.items() if v != ''))
     return '\n'.join(lines)
+
+
+def _short(value):
+    """A number as people write it, with all of its digits where it has more."""
+    return f'{value:g}' if float(f'{value:g}') == value else repr(float(value))
 
 
 def _quote(value):
@@ -64,27 +85,62 @@ def _quote(value):
     return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n') else text
 
 
-def record(request, **more):
-    """The complete request and the versions that ran it, as JSON text."""
+def record(request, **run):
+    """The complete request, the files that it follows, and what made it, as JSON text.
+
+    run: what else a repetition needs, see launch/generate.py.
+    """
+    files = {name: digest(name) for name in _files(request)}
+    return json.dumps({'request': _fields(request), **run, 'files': files, 'versions': versions(),
+                       'device': device()}, default=describe, ensure_ascii=False)
+
+
+def versions():
+    """What the bits of a picture may depend on -> {package: version}."""
     names = ('jax', 'jaxlib', 'flax', 'transformers', 'numpy')
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return json.dumps({'request': _fields(request), **more,
-                       'versions': {'jaxsd': jaxsd.__version__, **versions}}, default=_describe,
-                      ensure_ascii=False)
+    return {'jaxsd': jaxsd.__version__} | {
+        name: importlib.metadata.version(name) for name in names}
+
+
+def device():
+    """The kind of device that pictures are made on, 'cpu' or 'NVIDIA H100 80GB HBM3'."""
+    import jax
+    return jax.devices()[0].device_kind
+
+
+def digest(path):
+    """The sha256 of a picture's pixels, with gray to its 16 bits and transparency, or of a file
+    that is no picture. Raises as `images.read` does."""
+    if os.fspath(path).endswith('.json'):
+        return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(images.read(path).tobytes()
+                          + images.read_gray(path).tobytes()).hexdigest()
+
+
+def _files(request):
+    """The paths of the files that a request names."""
+    given = [request.image, request.mask, request.depth, *(c.image for c in request.controls)]
+    if str(request.schedule).endswith('.json'):
+        given.append(request.schedule)
+    return {os.fspath(path) for path in given if isinstance(path, (str, os.PathLike))}
 
 
 def _fields(request):
     return {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
 
 
-def _describe(value):
+def describe(value):
     """What JSON does not know: controls, paths, and pictures given as such, by their hash."""
     if dataclasses.is_dataclass(value):
         return _fields(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, np.generic):
+        return value.item()
     pixels = np.ascontiguousarray(value)
-    return f'{type(value).__name__} {pixels.shape} sha256:{hashlib.sha256(pixels).hexdigest()}'
+    return {'shape': list(pixels.shape), 'sha256': hashlib.sha256(pixels).hexdigest()}
 
 
 def write_png(path, image, texts=None):

@@ -1,0 +1,290 @@
+"""How a picture was made, read back from its file: our own record, or what A1111 writes."""
+
+import json
+import re
+import struct
+import zlib
+from typing import Any, NamedTuple
+
+from jaxsd.run import picture
+from jaxsd.run.request import Control, Request
+from jaxsd.sampling import SAMPLERS, SCHEDULES
+
+
+class Past(NamedTuple):
+    """fields: arguments of a Request. run: what else `picture.record` was given (checkpoint,
+    dtype, vae ...), empty for pictures of other programs. notes: a line for each thing that cannot
+    be honoured."""
+
+    fields: dict[str, Any]
+    run: dict[str, Any]
+    notes: list[str]
+
+
+def read(path):
+    """A picture's file -> Past.
+
+    A PNG of ours tells everything; of PNG, JPEG and WebP files of other programs the text is read
+    that stable-diffusion-webui (A1111) writes. Raises ValueError where there is neither, and where
+    a picture that the request follows has changed; FileNotFoundError for files that are gone.
+    """
+    texts = _texts(path)
+    if 'jaxsd' in texts:
+        return _recorded(path, texts['jaxsd'])
+    if not texts.get('parameters'):
+        raise ValueError(f'{path} does not say how it was made: expected the text that this '
+                         'program or stable-diffusion-webui writes into its pictures')
+    return foreign(texts['parameters'])
+
+
+def _texts(path):
+    """The text chunks of a PNG, and the EXIF user comment as 'parameters'."""
+    from PIL import Image, UnidentifiedImageError
+    try:
+        with Image.open(path) as file:
+            file.load()  # PNG: text may stand behind the pixels
+            texts = {key: value for key, value in file.info.items() if isinstance(value, str)}
+            comment = file.getexif().get_ifd(0x8769).get(0x9286)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'no such file: {path}') from None
+    except UnidentifiedImageError:
+        raise ValueError(f'{path} is not an image that Pillow can read') from None
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        if getattr(error, 'errno', None):
+            raise
+        raise ValueError(f'{path} is damaged or cut off: {error}') from None
+    return ({'parameters': _comment(comment)} if comment else {}) | texts
+
+
+def _comment(value):
+    """EXIF's user comment: 8 bytes that name the code, then text; UTF-16 in either order."""
+    if isinstance(value, str):
+        return value
+    code, text = value[:8], value[8:]
+    if code.startswith(b'UNICODE'):
+        low = text[1::2].count(0) > text[::2].count(0)  # ASCII's zeros come second
+        return text.decode('utf-16-le' if low else 'utf-16-be', 'replace')
+    return text.decode('utf-8', 'replace')
+
+
+# Our own record.
+
+
+def _recorded(path, text):
+    try:
+        run = json.loads(text)
+        versions, files = run['versions'], run.pop('files', {})
+        found = {name: _tuples(value) for name, value in run.pop('request').items()}
+        controls, image = found.pop('controls'), found['image']
+        hints = [dict(control) for control in controls]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'{path}: its record is damaged, expected the JSON that this program '
+                         'writes') from None
+    for name, digest in files.items():
+        if picture.digest(name) != digest:
+            raise ValueError(f'{name} has changed since {path} was made from it')
+    notes = []
+    for name in [name for name in found if name not in Request.__dataclass_fields__]:
+        notes.append(f'{name}={found.pop(name)!r}: unknown here, written by jaxsd '
+                     f'{versions.get("jaxsd")}')
+    for name in [name for name, value in found.items() if _lost(value)]:
+        notes.append(f'{name}: was given as an array, which the record does not hold')
+        found[name] = None
+    if image is None:
+        found.pop('strength', None)  # so that an image given now has the default
+    if 'control' in run:  # how to make the hints again
+        run['hints'] = [hint['image'] for hint in hints]
+    else:
+        kept = [hint for hint in hints if not _lost(hint['image'])]
+        notes += [f'ControlNet {hint["net"]!r}: its hint was given as an array, which the record '
+                  'does not hold' for hint in hints if hint not in kept]
+        found['controls'] = tuple(Control(**hint) for hint in kept)
+    return Past(found, run, notes)
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _lost(value):
+    return isinstance(value, dict) and 'sha256' in value
+
+
+def differences(run):
+    """What of a record's versions and device is otherwise here: a line, '' for nothing."""
+    then = {**run['versions'], 'device': run.get('device')}
+    now = {**picture.versions(), 'device': picture.device()}
+    changed = [f'{name} {value}, here {now.get(name)}' for name, value in then.items()
+               if value and value != now.get(name)]
+    return f'made with {"; ".join(changed)}: the last bits may differ' if changed else ''
+
+
+# What A1111 writes.
+
+PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # A1111's own
+# Nothing that changes a picture, or told elsewhere in the text.
+HARMLESS = ('Version', 'Model hash', 'VAE hash', 'Lora hashes', 'TI hashes', 'Hashes', 'User',
+            'Batch size', 'Batch pos', 'Init image hash', 'Downcast alphas_cumprod', 'Pad conds',
+            'Wildcard prompt', 'Wildcard negative prompt')
+SAMPLER_NAMES = {name.lower(): ours for ours, name in picture.SAMPLERS.items()} | {
+    name: name for name in SAMPLERS} | {
+    'dpm++ 2m sde heun': 'dpmpp_2m_sde', 'heunpp2': 'heunpp2', 'er sde': 'er_sde',
+    'ddim cfg++': 'euler_cfg_pp'}
+SCHEDULE_NAMES = {name.lower(): ours for ours, name in picture.SCHEDULES.items()} | {
+    name: name for name in SCHEDULES} | {
+    'uniform': 'normal', 'ddim uniform': 'ddim_uniform', 'align your steps gits': 'gits',
+    'turbo': 'turbo'}
+# modules/sd_samplers_kdiffusion.py and sd_samplers_timesteps.py: what 'Automatic' stands for.
+AUTOMATIC = {
+    **dict.fromkeys(('dpmpp_2m', 'dpmpp_sde', 'dpmpp_2s_ancestral', 'dpm_2', 'dpm_2_ancestral',
+                     'restart'), 'karras'),
+    **dict.fromkeys(('dpmpp_2m_sde', 'dpmpp_3m_sde'), 'exponential')}
+BY_TIMESTEPS = ('ddim', 'plms', 'unipc')  # whose schedule is always the same
+BROWNIAN = ('dpmpp_sde', 'dpmpp_2m_sde', 'dpmpp_3m_sde')
+HABITS = {  # what A1111 calls samplers with, where that is not their own default here
+    'unipc': {'order': 3, 'variant': 'bh1'}, 'dpm_fast': {'eta': 1.0}, 'dpm_adaptive': {'eta': 1.0}}
+NOISES = {'CPU': 'torch', 'NV': 'philox', 'GPU': 'philox'}  # Philox is what CUDA draws
+EMPHASIS = {'Original': 'a1111', 'None': 'none', 'comfy': 'comfy', 'compel': 'compel'}
+FIELDS = {  # of A1111's keys that are fields of a Request: what they become
+    'Steps': lambda v: {'steps': int(v)},
+    'CFG scale': lambda v: {'guidance': float(v)},
+    'Seed': lambda v: {'seed': int(v)},
+    'Size': lambda v: dict(zip(('width', 'height'), map(int, v.split('x')), strict=True)),
+    'Denoising strength': lambda v: {'strength': float(v)},
+    'Clip skip': lambda v: {'clip_skip': max(1, int(v))},
+    'Eta': lambda v: {'eta': float(v)},
+    'RNG': lambda v: {'noise': NOISES[v]},
+    'Emphasis': lambda v: {'weighting': EMPHASIS[v]},
+    'Mask blur': lambda v: {'mask_blur': float(v)},
+    'Refiner switch at': lambda v: {'switch': float(v)},
+}
+SCHEDULE_OPTIONS = {'Schedule max sigma': ('sigma_max', float), 'Schedule rho': ('rho', float),
+                    'Schedule min sigma': ('sigma_min', float)}
+SAMPLER_OPTIONS = {'Sigma churn': ('s_churn', float), 'Sigma tmin': ('s_tmin', float),
+                   'Sigma tmax': ('s_tmax', float), 'Sigma noise': ('s_noise', float),
+                   'UniPC order': ('order', int), 'UniPC variant': ('variant', str)}
+
+
+def parse(text):
+    """A1111's text -> prompt, negative prompt, {key: value}, all as text.
+
+    modules/infotext_utils.py (parse_generation_parameters): the last line holds the pairs, if it
+    has three.
+    """
+    *lines, last = text.strip().split('\n')
+    pairs = PAIR.findall(last)
+    if len(pairs) < 3:
+        lines, pairs = [*lines, last], []
+    prompt, negative = [], []
+    into = prompt
+    for line in map(str.strip, lines):
+        if line.startswith('Negative prompt:'):
+            into, line = negative, line[16:].strip()
+        into.append(line)
+    prompt, negative = ('\n'.join(some).lstrip('\n') for some in (prompt, negative))
+    return prompt, negative, {key: _unquote(value) for key, value in pairs}
+
+
+def _unquote(value):
+    try:
+        return json.loads(value) if value[:1] == value[-1:] == '"' else value
+    except ValueError:
+        return value
+
+
+def foreign(text):
+    """A1111's text -> Past, with a note for each pair that has no counterpart here."""
+    prompt, negative, pairs = parse(text)
+    notes = [] if pairs else ['the text holds a prompt, but no settings']
+    ours = pairs.get('Version', '').startswith('jaxsd')
+    run = {name.lower(): pairs.pop(name) for name in ('Model', 'VAE', 'Refiner') if name in pairs}
+    hires = [key for key in pairs if key.startswith('Hires')]
+    if hires:
+        notes.append('Hires fix is left out: the picture comes in the size of its first pass')
+        pairs = {key: pairs[key] for key in pairs if key not in (*hires, 'Denoising strength')}
+    fields = {'prompt': prompt, 'negative_prompt': negative,
+              'noise': 'threefry' if ours else 'philox'}
+    for key in [key for key in FIELDS if key in pairs]:
+        fields |= _value(FIELDS[key], key, pairs.pop(key), notes) or {}
+    fields |= _walk(pairs, ours, notes)
+    if 'strength' in fields:
+        notes.append('the picture that it was made from is not in the text: give it as --image')
+        if not ours:
+            fields['schedule_options'] = {**fields['schedule_options'], 'convention': 'a1111'}
+    notes += [f'{run[name]!r} is not known by its name alone: give its file as --{name}'
+              for name in ('vae', 'refiner') if run.get(name, 'None') not in ('None', 'Automatic')]
+    notes += [f'{key}: {value} is not honoured' for key, value in pairs.items()
+              if key not in HARMLESS]
+    return Past(fields, {'model': run['model']} if 'model' in run else {}, notes)
+
+
+def _value(convert, key, text, notes):
+    """The converted text; None, and a note, for what is not understood."""
+    try:
+        return convert(text)
+    except (ValueError, KeyError):
+        notes.append(f'{key}: {text} is not understood')
+
+
+def _walk(pairs, ours, notes):
+    """Sampler, schedule and their options -> fields of a Request; takes them out of the pairs."""
+    name, kind = pairs.pop('Sampler', ''), pairs.pop('Schedule type', '')
+    sampler, schedule = _sampler(name.lower())
+    if sampler is None:
+        notes.append(f'Sampler: {name} is not known here: name one as --config.sampler')
+    if kind == 'Automatic':
+        schedule = schedule or AUTOMATIC.get(sampler)
+    elif kind:
+        schedule = _value(_schedule, 'Schedule type', kind, notes)
+    if sampler in BY_TIMESTEPS and not ours:
+        schedule = 'ddim_uniform'
+    options = _options(pairs, SCHEDULE_OPTIONS, notes)
+    options = {option: value for option, value in options.items() if value}  # 0: its own
+    if schedule == 'beta' and not ours:
+        options['space'] = 'sigma'
+    habits = {} if ours else HABITS.get(sampler, {})
+    if name.lower() == 'dpm++ 2m sde heun':
+        habits = {'solver_type': 'heun'}
+    if sampler in BROWNIAN and not ours:
+        notes.append(f'{name}: A1111 takes its noise from a Brownian tree that is not repeated '
+                     'here: the picture differs in its details')
+    known = {'sampler': sampler} if sampler else {}
+    return {**known, 'schedule': schedule or 'normal', 'schedule_options': options,
+            'sampler_options': {**habits, **_options(pairs, SAMPLER_OPTIONS, notes)}}
+
+
+def _options(pairs, table, notes):
+    found = {name: _value(convert, key, pairs.pop(key), notes)
+             for key, (name, convert) in table.items() if key in pairs}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _sampler(name):
+    """'dpm++ 2m karras' -> our names of the sampler and, or None, of the schedule."""
+    if name in SAMPLER_NAMES:
+        return SAMPLER_NAMES[name], None
+    for end, schedule in SCHEDULE_NAMES.items():
+        if SAMPLER_NAMES.get(name.removesuffix(' ' + end)) and name.endswith(' ' + end):
+            return SAMPLER_NAMES[name.removesuffix(' ' + end)], schedule
+    return None, None
+
+
+def _schedule(text):
+    """The written name of a schedule, a path or levels -> what a Request takes."""
+    if ',' in text:
+        return tuple(map(float, text.split(',')))
+    return text if text.endswith('.json') else SCHEDULE_NAMES[text.lower()]
+
+
+def fit(requests, config):
+    """Requests read from A1111's text, as A1111 takes it with this model -> them, and notes."""
+    notes = []
+    for i, request in enumerate(requests):
+        if request.clip_skip > 1 and (config.text_encoder_2 or config.text_encoder.skip):
+            notes = [f'Clip skip: {request.clip_skip}: A1111 has it for 1.x models only']
+            request = request.replace(clip_skip=1)
+        if request.schedule == 'ays' and config.text_encoder_2:
+            request = request.replace(
+                schedule_options={**request.schedule_options, 'table': 'sdxl'})
+        requests = [*requests[:i], request, *requests[i + 1:]]
+    return requests, notes

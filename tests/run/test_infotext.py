@@ -1,0 +1,231 @@
+"""How a picture was made, read back from its file."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from jaxsd.run import infotext, picture
+from jaxsd.run.request import Control, Request
+
+BLANK = np.zeros((8, 8, 3), np.uint8)
+# As stable-diffusion-webui 1.10 writes it; what is read from it stands in the tests.
+A1111 = '''girl with an artist's beret, (blue eyes:1.2), [cat|dog]
+in the desert <lora:add_detail:0.6>
+Negative prompt: ugly, (fat:1.2),
+blurry
+Steps: 28, Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale: 7.5, Seed: 965400086, \
+Size: 512x768, Model hash: 45dee52b1c, Model: a model, VAE hash: 735e4c3a44, \
+VAE: vae-ft-mse.safetensors, Clip skip: 2, ENSD: 31337, RNG: CPU, Emphasis: No norm, \
+Lora hashes: "add_detail: 7c6bad76eb54", TI hashes: "easynegative: c74b4e810b03", \
+Token merging ratio: 0.5, Hypernet: "a, b", Variation seed: 5, Variation seed strength: 0.1, \
+Version: v1.10.1'''
+
+
+def test_parse_as_a1111_does():
+    prompt, negative, pairs = infotext.parse(A1111)
+    assert prompt == ("girl with an artist's beret, (blue eyes:1.2), [cat|dog]\n"
+                      'in the desert <lora:add_detail:0.6>')
+    assert negative == 'ugly, (fat:1.2),\nblurry'
+    assert list(pairs)[:3] == ['Steps', 'Sampler', 'Schedule type'] and len(pairs) == 21
+    assert pairs['Lora hashes'] == 'add_detail: 7c6bad76eb54' and pairs['Hypernet'] == 'a, b'
+    assert infotext.parse('a\nb: 1, c: 2') == ('a\nb: 1, c: 2', '', {})  # two pairs are prose
+    assert infotext.parse('Negative prompt: x\nSteps: 1, Seed: 2, Size: 8x8')[:2] == ('', 'x')
+
+
+def test_what_a1111_wrote():
+    past = infotext.foreign(A1111)
+    found = dict(past.fields)
+    assert found.pop('prompt').endswith('<lora:add_detail:0.6>')
+    assert found.pop('negative_prompt') == 'ugly, (fat:1.2),\nblurry'
+    assert found == dict(
+        steps=28, sampler='dpmpp_2m_sde', schedule='karras', guidance=7.5, seed=965400086,
+        width=512, height=768, clip_skip=2, noise='torch', schedule_options={}, sampler_options={})
+    assert past.run == {'model': 'a model'}
+    for part in ('Brownian', "'vae-ft-mse.safetensors'.*--vae", 'ENSD: 31337', 'Emphasis: No norm',
+                 'Token merging ratio: 0.5', 'Hypernet: a, b', 'Variation seed: 5',
+                 'strength: 0.1'):
+        assert any(re.search(part, note) for note in past.notes), part
+    assert len(past.notes) == 8
+    Request(**past.fields)
+
+
+def _fields(settings):
+    return infotext.foreign(f'x\nSteps: 20, {settings}, CFG scale: 7, Seed: 1').fields
+
+
+@pytest.mark.parametrize('written, sampler, schedule', [
+    ('Sampler: DPM++ 2M Karras', 'dpmpp_2m', 'karras'),
+    ('Sampler: DPM++ 2M', 'dpmpp_2m', 'normal'),  # before 1.9 a name without a schedule had none
+    ('Sampler: DPM++ 2M, Schedule type: Automatic', 'dpmpp_2m', 'karras'),
+    ('Sampler: Euler a, Schedule type: Automatic', 'euler_ancestral', 'normal'),
+    ('Sampler: DPM++ 3M SDE Exponential', 'dpmpp_3m_sde', 'exponential'),
+    ('Sampler: DPM2 a Karras', 'dpm_2_ancestral', 'karras'),
+    ('Sampler: Euler, Schedule type: SGM Uniform', 'euler', 'sgm_uniform'),
+    ('Sampler: Euler, Schedule type: Uniform', 'euler', 'normal'),
+    ('Sampler: DDIM', 'ddim', 'ddim_uniform'),
+    ('Sampler: Heun, Schedule type: Align Your Steps', 'heun', 'ays'),
+    ('Sampler: euler_ancestral', 'euler_ancestral', 'normal'),
+])
+def test_samplers_and_schedules(written, sampler, schedule):
+    found = _fields(written)
+    assert (found['sampler'], found['schedule']) == (sampler, schedule)
+
+
+def test_what_a1111_does_otherwise():
+    assert _fields('Sampler: UniPC')['sampler_options'] == {'order': 3, 'variant': 'bh1'}
+    assert _fields('Sampler: UniPC, UniPC variant: vary_coeff, UniPC order: 2')[
+        'sampler_options'] == {'order': 2, 'variant': 'vary_coeff'}
+    assert _fields('Sampler: DPM fast')['sampler_options'] == {'eta': 1}
+    assert _fields('Sampler: DPM fast, Eta: 0.5')['eta'] == 0.5
+    assert _fields('Sampler: Heun, Sigma churn: 0.5')['sampler_options'] == {'s_churn': 0.5}
+    assert _fields('Sampler: LMS, Schedule type: Beta')['schedule_options'] == {'space': 'sigma'}
+    assert _fields('Sampler: Euler Karras, Schedule max sigma: 10, Schedule min sigma: 0')[
+        'schedule_options'] == {'sigma_max': 10}
+    assert [_fields(f'Sampler: Euler{rng}')['noise'] for rng in (
+        '', ', RNG: GPU', ', RNG: NV', ', RNG: CPU')] == ['philox', 'philox', 'philox', 'torch']
+    assert _fields('Sampler: Euler, Emphasis: None')['weighting'] == 'none'
+
+
+def test_pictures_made_in_two_passes_or_from_pictures():
+    hires = infotext.foreign('x\nSteps: 20, Sampler: Euler, Seed: 1, Denoising strength: 0.4, '
+                             'Hires upscale: 2, Hires upscaler: Latent')
+    assert 'strength' not in hires.fields and len(hires.notes) == 1
+    assert hires.notes[0].startswith('Hires fix is left out')
+    image = infotext.foreign('x\nSteps: 20, Sampler: Euler, Seed: 1, Denoising strength: 0.4, '
+                             'Mask blur: 4')
+    assert image.fields['schedule_options'] == {'convention': 'a1111'}
+    assert (image.fields['strength'], image.fields['mask_blur']) == (0.4, 4)
+    assert image.notes == ['the picture that it was made from is not in the text: give it as '
+                           '--image']
+
+
+def test_what_is_not_understood():
+    past = infotext.foreign('x\nSteps: many, Sampler: Foo, Size: 3x4x5, RNG: dice, Seed: 1')
+    assert past.fields['seed'] == 1 and not {'steps', 'width', 'sampler'} & set(past.fields)
+    assert [note.split(':')[0] for note in past.notes] == ['Steps', 'Size', 'RNG', 'Sampler']
+
+
+def test_models_that_know_no_clip_skip(tiny_model):
+    request = Request(clip_skip=2, schedule='ays')
+    (kept,), notes = infotext.fit([request], tiny_model('sd1').config)
+    assert kept == request and not notes
+    (sdxl, _), notes = infotext.fit([request, request], tiny_model('sdxl').config)
+    assert (sdxl.clip_skip, sdxl.schedule_options, len(notes)) == (1, {'table': 'sdxl'}, 1)
+
+
+LINES = st.lists(st.text(st.characters(exclude_categories=('C', 'Z')), min_size=1).filter(
+    lambda line: not line.startswith('Negative prompt:')), max_size=3).map('\n'.join)
+NUMBERS = st.floats(0.01, 30)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.builds(
+    Request, prompt=LINES, negative_prompt=LINES, seed=st.integers(0, 2**64 - 1),
+    steps=st.integers(1, 200), guidance=NUMBERS, width=st.integers(1, 9999),
+    height=st.integers(1, 9999), clip_skip=st.integers(1, 12),
+    sampler=st.sampled_from(sorted(set(infotext.SAMPLER_NAMES.values()))),
+    schedule=st.sampled_from(sorted(set(infotext.SCHEDULE_NAMES.values()) - {'lambda_uniform'}))
+    | st.just((14.6, 1 / 3, 0.0)) | st.just('a b/levels.json'),
+    weighting=st.sampled_from(['a1111', 'comfy', 'compel', 'none']), eta=st.none() | NUMBERS,
+    noise=st.sampled_from(['threefry', 'torch', 'philox']), mask_blur=st.just(0) | NUMBERS),
+    LINES)
+def test_what_is_written_is_read(request, model):
+    past = infotext.foreign(picture.parameters(request, model))
+    assert Request(**past.fields) == request and not past.notes
+    assert past.run == ({'model': model} if model else {})
+
+
+def test_adapters_stand_in_the_prompt():
+    text = picture.parameters(Request(prompt='cat', adapters={'a': 0.8, 'b': (1, 0.5)}))
+    assert text.startswith('cat <lora:a:0.8:0.8> <lora:b:0.5:1>\n')
+
+
+@pytest.mark.parametrize('ending', ['jpg', 'webp'])
+@pytest.mark.parametrize('head, code', [(b'UNICODE\0', 'utf-16-be'), (b'UNICODE\0', 'utf-16-le'),
+                                        (b'ASCII\0\0\0', 'ascii')])
+def test_texts_in_exif(tmp_path, ending, head, code):
+    exif = Image.Exif()
+    text = 'cat\nSteps: 3, Sampler: Euler, Seed: 4'
+    exif.get_ifd(0x8769)[0x9286] = head + text.encode(code)
+    Image.new('RGB', (8, 8)).save(tmp_path / f'a.{ending}', exif=exif)
+    assert infotext.read(tmp_path / f'a.{ending}').fields['steps'] == 3
+
+
+def _record(path, request, **run):
+    text = picture.record(request, **run)
+    picture.write_png(path, BLANK, {'jaxsd': text})
+    return path
+
+
+def test_our_own_record(tmp_path):
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+    request = Request(
+        prompt='für', image=tmp_path / 'a.png', mask=str(tmp_path / 'a.png'), steps=3, strength=0.5,
+        guidance=[3, 2, 1], schedule=np.array([9, 1, 0.1, 0]), adapters={'x': 0.5}, seed=2**63,
+        sampler_options={'order': np.int64(2)}, guidance_options={'perp_neg': [('dog', 1.0)]},
+        controls=[Control('net', str(tmp_path / 'a.png'), 0.5)])
+    past = infotext.read(_record(tmp_path / 'b.png', request, checkpoint='c', batch=3))
+    assert not past.notes and past.run['checkpoint'] == 'c' and past.run['batch'] == 3
+    again = Request(**past.fields)
+    assert vars(again.controls[0]) == vars(request.controls[0])
+    assert again.replace(controls=()) == request.replace(
+        controls=(), image=str(tmp_path / 'a.png'))
+    assert infotext.differences(past.run) == ''
+    old = past.run | {'versions': {**past.run['versions'], 'jax': '0.1'}, 'device': 'H100'}
+    assert infotext.differences(old).startswith('made with jax 0.1, here ')
+    assert 'device H100, here cpu' in infotext.differences(old)
+
+
+def test_files_that_changed_and_pictures_that_were_none(tmp_path):
+    image = tmp_path / 'a.png'
+    Image.new('RGB', (8, 8)).save(image)
+    path = _record(tmp_path / 'b.png', Request(image=str(image)))
+    Image.new('RGB', (8, 8)).save(image, compress_level=1)
+    infotext.read(path)  # other bytes, the same pixels
+    Image.new('RGB', (8, 8), 'red').save(image)
+    with pytest.raises(ValueError, match='a.png has changed since .*b.png was made from it'):
+        infotext.read(path)
+    image.unlink()
+    with pytest.raises(FileNotFoundError, match='no such file: .*a.png'):
+        infotext.read(path)
+    request = Request(image=BLANK, controls=[Control('net', BLANK)])
+    past = infotext.read(_record(path, request))
+    assert past.fields['image'] is None and past.fields['controls'] == ()
+    assert [note.split(':')[0] for note in past.notes] == ['image', "ControlNet 'net'"]
+
+
+def test_a_schedule_file_that_changed(tmp_path):
+    levels = tmp_path / 'levels.json'
+    levels.write_text('[9, 1, 0]')
+    path = _record(tmp_path / 'b.png', Request(schedule=levels))
+    assert infotext.read(path).fields['schedule'] == str(levels)
+    levels.write_text('[9, 2, 0]')
+    with pytest.raises(ValueError, match='levels.json has changed'):
+        infotext.read(path)
+
+
+def test_files_that_say_nothing(tmp_path):
+    Image.new('RGB', (8, 8)).save(tmp_path / 'plain.png')
+    (tmp_path / 'text.png').write_text('no picture')
+    (tmp_path / 'cut.png').write_bytes((tmp_path / 'plain.png').read_bytes()[:40])
+    picture.write_png(tmp_path / 'bad.png', BLANK, {'jaxsd': '{"a": 1}'})
+    for name, message in (('plain', 'does not say how'), ('text', 'not an image'),
+                          ('cut', 'damaged|not an image'), ('bad', 'record is damaged')):
+        with pytest.raises(ValueError, match=message) as error:
+            infotext.read(tmp_path / f'{name}.png')
+        assert '\n' not in str(error.value)
+    with pytest.raises(FileNotFoundError, match='no such file'):
+        infotext.read(tmp_path / 'none.png')
+
+
+def test_a_record_of_a_newer_program(tmp_path):
+    text = json.loads(picture.record(Request()))
+    text['request']['magic'] = 3
+    picture.write_png(tmp_path / 'a.png', BLANK, {'jaxsd': json.dumps(text)})
+    past = infotext.read(tmp_path / 'a.png')
+    assert 'magic' not in past.fields and past.notes[0].startswith('magic=3: unknown here')
