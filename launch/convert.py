@@ -1,0 +1,192 @@
+"""What is in a file of weights, models in another layout or dtype, LoRAs merged into models.
+
+python -m launch.convert inspect model.ckpt
+python -m launch.convert convert model.ckpt model --dtype=float16
+python -m launch.convert merge model.safetensors new.safetensors --lora="path=a.pt, weight=0.8"
+
+A path that ends in .safetensors is written as a single file, any other as a diffusers folder.
+Nothing that stands in a file is run, also of .ckpt and .pt.
+"""
+
+import collections
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+
+from absl import app, flags
+
+from launch import plain_errors
+from launch.recipe import words
+
+FLAGS = flags.FLAGS
+COMMANDS = {'inspect': ('FILE',), 'convert': ('SOURCE', 'OUT'), 'merge': ('SOURCE', 'OUT')}
+
+
+def define_flags():
+    """Not at import: other mains have flags of these names."""
+    flags.DEFINE_enum('layout', None, ['diffusers', 'single-file'],
+                      'single-file for an OUT that ends in .safetensors, if left out.')
+    flags.DEFINE_enum('dtype', None, ['float32', 'float16', 'bfloat16'],
+                      "Of all weights; each tensor's own if left out.")
+    flags.DEFINE_string('prediction', None, 'epsilon or v_prediction, where the file cannot tell.')
+    flags.DEFINE_string('base', None, 'A model that gives the VAE or text encoders that are '
+                        'missing (folder, file or Hub id).')
+    flags.DEFINE_bool('ema', False, 'The averaged weights of a file that holds both.')
+    flags.DEFINE_bool('strays', False, 'Leave out tensors that are no part of the model.')
+    flags.DEFINE_multi_string('lora', None, 'merge: "path=PATH, weight=0.8", or "path=PATH, '
+                              'unet=0.8, text=0.5"; repeat for several.')
+
+
+def main(argv):
+    """Entry point: the first argument is the command."""
+    plain_errors(functools.partial(run, argv[1:]))(argv[:1])
+
+
+def run(arguments):
+    """Take the command apart before anything heavy is imported."""
+    command, *paths = arguments or ['']
+    if command not in COMMANDS or len(paths) != len(COMMANDS[command]):
+        usage = ' | '.join(' '.join((name, *paths)) for name, paths in COMMANDS.items())
+        raise ValueError(f'expected {usage}; found {" ".join(arguments) or "nothing"}')
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # nothing here computes
+    if command == 'inspect':
+        for label, text in describe(pathlib.Path(paths[0]).expanduser()):
+            line = f'{label}: {text}'
+            print(''.join(c if c.isprintable() else ' ' for c in line))
+        return
+    if bool(FLAGS.lora) != (command == 'merge'):
+        raise ValueError('--lora goes with merge, and merge with --lora="path=PATH, weight=0.8"')
+    loras = [_lora(text) for text in FLAGS.lora or ()]
+    import jaxsd
+    source, out = paths
+    model = jaxsd.load(source, dtype=FLAGS.dtype, prediction_type=FLAGS.prediction,
+                       ema=FLAGS.ema, base=FLAGS.base, strays=FLAGS.strays)
+    if loras:
+        model = jaxsd.merge(model, [(jaxsd.load_adapter(path, model), weight)
+                                    for path, weight in loras])
+    single = out.endswith('.safetensors')
+    jaxsd.save(model, out, FLAGS.layout or ('single-file' if single else 'diffusers'))
+    print(out)
+
+
+def _lora(text):
+    """'path=a, weight=0.8' -> (path, weight or a pair of weights)."""
+    given = words('--lora', text)
+    pair = given.get('unet', 1), given.get('text', 1)
+    weight = given.get('weight', pair)
+    known = {'path', 'weight'} if 'weight' in given else {'path', 'unet', 'text'}
+    numbers = [value for name, value in given.items() if name != 'path']
+    if 'path' not in given or given.keys() - known or not all(
+            isinstance(value, int | float) for value in numbers):
+        raise ValueError(f'--lora="{text}": expected path= and the number weight=, or unet= and '
+                         'text=')
+    return str(given['path']), weight
+
+
+def describe(path):
+    """What `inspect` prints: (label, text), from the headers alone; and the file's hashes."""
+    from jaxsd.weights import names, reading
+    from jaxsd.weights.files import open_tensors
+    from jaxsd.weights.pickles import PickleFile
+    if path.is_dir():
+        yield from _model(reading.open_source(path))
+        return
+    file = open_tensors(path)
+    what, reader, _ = names.kind(file.shapes)
+    yield 'is', what
+    yield 'format', 'a pickle of torch.save' if isinstance(file, PickleFile) else 'safetensors'
+    if reader == 'load':
+        yield from _model(reading.open_single(path, None, False, None))
+    else:
+        yield 'dtypes', _counts(map(str, file.dtypes.values()))
+        yield 'parameters', f'{sum(map(math.prod, file.shapes.values())):,}'
+    if reader == 'load_adapter':
+        yield from _adapter(file)
+    if reader == 'load_embedding':
+        yield from (('vectors', f'{name}: {list(shape)}') for name, shape in file.shapes.items())
+    with open(path, 'rb') as opened:
+        digest = hashlib.file_digest(opened, 'sha256').hexdigest()
+    yield 'sha256', digest
+    yield 'short hash (A1111)', digest[:10]
+    yield from _metadata(file.metadata)
+
+
+def _model(source):
+    from jaxsd.models.spec import count
+    from jaxsd.weights import names
+    yield 'version', source.config.version
+    yield 'prediction type', source.config.schedule.prediction_type
+    yield 'dtypes', _counts(str(file.dtypes[inner]) for file, inner in source.tensors.values())
+    absent = source.absent()
+    for part, shapes in source.shapes.items():
+        yield part, 'absent' if part in absent else f'{count(shapes):,} parameters'
+    files = {id(file): file for file, _ in source.tensors.values()}.values()
+    averaged = sum(names.is_ema(name) for file in files for name in file.shapes)
+    if averaged:
+        yield 'averaged U-Net (model_ema)', f'{averaged} tensors'
+    for kind, found in source.mismatches().items():
+        whole = {place.name for part in absent for place in source.places[part].values()}
+        listed = [name for name in found if name not in whole]
+        if listed:
+            yield kind, f'{len(listed)} tensors: {", ".join(listed[:20])}'
+
+
+# The kinds of adapters, by a part that only they have.
+KINDS = {'dora_scale': 'DoRA', 'magnitude': 'DoRA', 'hada_w1_a': 'LoHa', 'lokr_w1': 'LoKr',
+         'lokr_w1_a': 'LoKr', 'a1': 'GLoRA', 'oft_blocks': 'OFT', 'on_input': 'IA3',
+         'diff': 'full weights', 'down': 'LoRA'}
+RANKS = {'down': 0, 'hada_w1_b': 0, 'lokr_w1_b': 0, 'lokr_w2_b': 0, 'a2': 0}  # part: axis
+
+
+def _adapter(file):
+    from jaxsd.config import read_config
+    from jaxsd.weights import adapter_names, adapters
+    layers = adapters._layers(file)
+    kinds, ranks, alphas, parts = (collections.Counter() for _ in range(4))
+    fits = {version: adapters._fit(layers, file.shapes, read_config(version))
+            for version in adapters.CANDIDATES}
+    best = max(fits, key=lambda version: len(fits[version][0]))
+    for layer, found in layers.items():
+        kinds.update(name for part, name in KINDS.items() if part in found)
+        if 'down' in found and math.prod(file.shapes[found['down']][2:]) > 1:
+            kinds['LoRA of larger convolutions'] += 1  # LoCon
+        ranks.update(file.shapes[key][RANKS[part]] for part, key in found.items() if part in RANKS)
+        if 'alpha' in found:
+            alphas[float(file.read(found['alpha']).reshape(-1)[0])] += 1
+        target = adapter_names.find(layer, read_config(best))
+        parts[target[0] if target else 'of no known layer'] += 1
+    yield 'for', adapters._family(best) if fits[best][0] else 'no version that jaxsd knows'
+    yield 'kind', _counts(kinds.elements())
+    yield 'layers', _counts(parts.elements())
+    yield 'rank', _counts(ranks.elements())
+    yield 'alpha', _counts(alphas.elements()) or 'none'
+
+
+def _counts(values):
+    """'float16 (1130), int64 (1)', the most frequent first."""
+    found = collections.Counter(values)
+    if len(found) == 1:
+        return str(next(iter(found)))
+    return ', '.join(f'{value} ({n})' for value, n in found.most_common())
+
+
+def _metadata(metadata, longest=200):
+    """What training wrote down; captions' tags by how frequent they are."""
+    for name, value in sorted(metadata.items()):
+        if name == 'ss_tag_frequency':
+            try:
+                tags = collections.Counter()
+                for found in json.loads(value).values():
+                    tags.update(found)
+                value = ', '.join(f'{tag.strip()} ({n})' for tag, n in tags.most_common(20))
+            except (ValueError, TypeError, AttributeError):
+                pass  # printed as it is
+        yield name, value if len(value) <= longest else f'{value[:longest]} ...'
+
+
+if __name__ == '__main__':
+    define_flags()
+    app.run(main)
