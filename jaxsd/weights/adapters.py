@@ -109,7 +109,7 @@ def factors(model, chosen):
 
     Ranks are padded, so that other adapters of like shapes make arrays of the same shapes.
     """
-    devices = {part: (leaf.dtype, leaf.sharding) for part, tree in model.params.items()
+    devices = {part: (leaf.dtype, _where(leaf)) for part, tree in model.params.items()
                for leaf in jax.tree.leaves(tree)[:1]}
     return _factors(tuple(model.adapters[name] for name in chosen), tuple(devices.items()))
 
@@ -220,6 +220,11 @@ def _own(params, name):
     return params
 
 
+def _where(array):
+    """A device for what is to go with an array; None where it follows what it is used with."""
+    return array.sharding if array.committed else None
+
+
 def _own_matrix(model, component, name):
     weight = np.asarray(_own(model.params[component], name), np.float32)
     return from_jax(name, weight).reshape(weight.shape[-1] if weight.ndim > 1 else len(weight), -1)
@@ -235,7 +240,7 @@ def _changed(tree, changes, at=''):
     if not isinstance(tree, dict):
         own = np.asarray(tree, np.float32)
         change = sum(np.float32(weight) * delta.of(own) for weight, delta in changes[at])
-        return jax.device_put((own + change).astype(tree.dtype), tree.sharding)
+        return jax.device_put((own + change).astype(tree.dtype), _where(tree))
     found = dict(tree)
     for key in {name.removeprefix(at).lstrip('.').split('.')[0] for name in changes}:
         name = f'{at}.{key}' if at else key
