@@ -111,12 +111,14 @@ def plan(text, steps, weighting='a1111', negative=False):
 
 def parse(text):
     """Text -> Prompt, the tree. No text is an error."""
-    tags, taken = [], 0
-    for found in TAG.finditer(text):
-        tags.append((found.start() - taken, *found.groups()))
-        taken += len(found[0])
+    tags, rest, place = [], '', 0
+    for found in TAG.finditer(text, 0, text.rfind('>') + 1):
+        rest += text[place:found.start()]
+        tags.append((len(rest), *found.groups()))
+        place = found.end()
+    rest += text[place:]
     terms = []
-    for term in re.split(r'\bAND\b', TAG.sub('', text)):
+    for term in re.split(r'\bAND\b', rest):
         weight = WEIGHT.search(term)
         words = (term[:weight.start()] if weight else term).rstrip()
         terms.append(Term(_schedules(words), term[len(words):]))
@@ -132,7 +134,7 @@ def write(tree):
 
 
 TAG = re.compile(r'<(\w+):([^>]+)>')
-WEIGHT = re.compile(r':\s*[-+]?(?:\d+\.?|\d*\.\d+)\s*$')
+WEIGHT = re.compile(r':\s*[-+]?(?:\d++\.?|\d*+\.\d++)\s*$')
 
 
 def _adapter(kind, arguments):
@@ -146,12 +148,13 @@ def _adapter(kind, arguments):
     if not name:
         raise ValueError(f'prompt: <{kind}:{arguments}> names no adapter; '
                          f'expected <{kind}:name:weight>')
-    try:
-        text = float(named.get('te', weights[0] if weights else 1))
-        return name, float(named.get('unet', weights[1] if len(weights) > 1 else text)), text
-    except ValueError:
-        raise ValueError(f'prompt: <{kind}:{arguments}> has a weight that is no number; '
-                         f'expected <{kind}:name:weight>') from None
+    text = named.get('te', weights[0] if weights else '1')
+    unet = named.get('unet', weights[1] if len(weights) > 1 else text)
+    for weight in (unet, text):
+        if not re.fullmatch(r'\s*[-+]?(\d+\.?\d*|\.\d+)\s*', weight):
+            raise ValueError(f'prompt: <{kind}:{arguments}>: expected <{kind}:name:weight> with a '
+                             f'number such as 0.8, found {weight!r}')
+    return name, float(unet), float(text)
 
 
 # Schedules and alternation.
@@ -165,7 +168,7 @@ alternate: _OPEN nodes (_BAR nodes)+ _CLOSE
 """
 TOKEN = re.compile(r"""
     (?P<letters>(?:[^\\\[\]():|]+|\\.)+)
-    | (?P<when>:\s*[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\s*)(?=\])
+    | (?P<when>:\s*[-+]?(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:[eE][-+]?[0-9]++)?\s*)(?=\])
     | [][():|\\]""", re.VERBOSE)
 # A group of brackets by its marks, '.' for a number before the bracket that closes.
 SHAPE = re.compile(r'\(:?\)|\[\]|(?P<schedule>\[(?::?\.|\|+)\])')
@@ -295,7 +298,7 @@ def _at(nodes, step, steps):
 EMPHASIS = re.compile(r"""
     \\(?P<escaped>[][()\\]?)
     | (?P<open>[([])
-    | :\s*(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+))\s*\)
+    | :\s*(?P<weight>[-+]?(?:\d++\.?\d*+|\.\d++))\s*\)
     | (?P<close>[])])
     | [^\\()[\]:]+
     | :""", re.VERBOSE)
