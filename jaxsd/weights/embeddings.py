@@ -9,7 +9,7 @@ from jaxsd.config import TEXT_ENCODERS
 from jaxsd.weights import names
 from jaxsd.weights.files import open_tensors
 
-WIDTHS = {768: 'text_encoder', 1024: 'text_encoder', 1280: 'text_encoder_2'}
+WIDTHS = {'text_encoder': (768, 1024), 'text_encoder_2': (1280,)}  # of the released versions
 SDXL = {'clip_l': 'text_encoder', 'clip_g': 'text_encoder_2'}
 
 
@@ -38,18 +38,21 @@ def load_embedding(path, config=None):
         raise ValueError(f'{path}: expected the vectors of a textual inversion, found '
                          f'{len(file.shapes)} tensors; it is {names.kind(file.shapes)[0]}')
     widths = WIDTHS if config is None else {
-        getattr(config, part).hidden_size: part for part in TEXT_ENCODERS if getattr(config, part)}
+        part: (getattr(config, part).hidden_size,) for part in TEXT_ENCODERS
+        if getattr(config, part)}
     vectors = {}
     for name, shape in shapes.items():
-        part = SDXL.get(name) or widths.get(shape[-1])
-        if widths.get(shape[-1]) != part or part is None:
+        fitting = [part for part in widths if shape[-1] in widths[part]]
+        part = SDXL.get(name) or next(iter(fitting), None)
+        if part not in fitting:
+            known = ' or '.join(str(n) for numbers in widths.values() for n in numbers)
             raise ValueError(f'{path}: its vectors {name!r} have {shape[-1]} numbers; expected '
-                             f'{" or ".join(map(str, widths))}; it is for another model')
+                             f'{known}; it is for another model')
         vectors[part] = file.read(name).astype(np.float32).reshape(-1, shape[-1])
         if not np.isfinite(vectors[part]).all() or not vectors[part].size:
             raise ValueError(f'{path}: its vectors {name!r} are empty or not finite')
     if config is not None and len(vectors) < len(widths):
         raise ValueError(f'{path}: has vectors for {", ".join(vectors)}; this model also needs '
-                         f'{", ".join(set(widths.values()) - set(vectors))}; it is for another one')
+                         f'{", ".join(set(widths) - set(vectors))}; it is for another one')
     name = file.path.stem
     return Embedding(next(iter(shapes)).strip('<>') if name == 'learned_embeds' else name, vectors)
