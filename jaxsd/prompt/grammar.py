@@ -216,8 +216,23 @@ def _roles(tokens):
     return roles
 
 
-@functools.cache
-def _parser():
+def _terminals(text):
+    tokens = list(TOKEN.finditer(text))
+    return zip(_roles(tokens), [token[0] for token in tokens])
+
+
+def letters_joined(terminals):
+    """(name, text) of terminals, with neighbouring LETTERS made one."""
+    for name, run in itertools.groupby(terminals, lambda terminal: terminal[0]):
+        texts = [text for _, text in run]
+        yield from ((name, text) for text in ([''.join(texts)] if name == 'LETTERS' else texts))
+
+
+def lalr(rules, terminals, tree):
+    """A parser, from text to a tree, by lark's LALR(1).
+
+    terminals(text): (name, text) of each; tree: methods by rule, of a list of children.
+    """
     import lark
 
     class Lexer(lark.lexer.Lexer):
@@ -225,32 +240,42 @@ def _parser():
             pass
 
         def lex(self, text):
-            tokens = list(TOKEN.finditer(text))
-            for role, run in itertools.groupby(zip(_roles(tokens), tokens), lambda pair: pair[0]):
-                texts = [token[0] for _, token in run]
-                for piece in [''.join(texts)] if role == 'LETTERS' else texts:
-                    yield lark.Token(role, piece)
+            return itertools.starmap(lark.Token, letters_joined(terminals(text)))
 
-    class Tree(lark.Transformer):
-        def start(self, children):
-            return children[0]
+    return lark.Lark(rules, parser='lalr', lexer=Lexer, transformer=tree).parse
 
-        def nodes(self, children):
-            return tuple(str(node) if isinstance(node, lark.Token) else node for node in children)
 
-        def switch(self, children):
-            before, after, when = children
-            return Switch(before, after, str(when[1:]))  # without its colon
+class Nodes:
+    """What both grammars of prompts have: their rules start and nodes."""
 
-        def alternate(self, children):
-            return Alternate(tuple(children))
+    @staticmethod
+    def start(children):
+        return children[0]
 
-    return lark.Lark(GRAMMAR, parser='lalr', lexer=Lexer, transformer=Tree())
+    @staticmethod
+    def nodes(children):  # of which lark's tokens, a kind of strings, become plain ones
+        return tuple(str(node) if isinstance(node, str) else node for node in children)
+
+
+class _Tree(Nodes):
+    @staticmethod
+    def switch(children):
+        before, after, when = children
+        return Switch(before, after, str(when[1:]))  # without its colon
+
+    @staticmethod
+    def alternate(children):
+        return Alternate(tuple(children))
+
+
+@functools.cache
+def _parser():
+    return lalr(GRAMMAR, _terminals, _Tree)
 
 
 def _schedules(text):
     """Text without AND -> nodes."""
-    return _parser().parse(text)
+    return _parser()(text)
 
 
 def _source(nodes):
