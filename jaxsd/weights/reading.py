@@ -45,7 +45,7 @@ def load(path, dtype='float32', config=None, prediction_type=None, device=None, 
     dtype = as_dtype(dtype)
     half = dtype is not None and dtype.itemsize == 2
     source = open_source(path, config, half, prediction_type, ema)
-    tokenizers = _tokenizers(source.path, source.config)
+    tokenizers = {}
     absent = [] if source.path.is_dir() else source.absent()
     if absent:
         if base is None:
@@ -53,11 +53,11 @@ def load(path, dtype='float32', config=None, prediction_type=None, device=None, 
                              'version to take it from')
         other = open_source(base, None, half)
         source.take(absent, other)
-        tokenizers |= {part: tokenizer for part, tokenizer in _tokenizers(
-            other.path, other.config).items() if part in absent}
+        tokenizers = _tokenizers(other.path, other.config, absent)
     if strays:
         source.drop_strays()
     params, extras = source.read(dtype, device)
+    tokenizers |= _tokenizers(source.path, source.config, params.keys() - set(absent))
     return Model(source.config, params, tokenizers, extras)
 
 
@@ -223,9 +223,9 @@ def open_single(path, config, half, prediction_type, ema=False):
                              'ema=True')
         tensors = {k: v for k, v in tensors.items() if k not in averaged} | {
             name: (file, inner) for name, inner in averaged.items() if inner in file.shapes}
-    elif any(map(names.is_ema, file.shapes)):
-        log.warning('%s: ignoring model_ema.*, the averaged copy of the U-Net; ema=True reads it '
-                    'instead', path)
+    elif len(tensors) < len(file.shapes):
+        log.warning('%s: ignoring model_ema.*, the averaged copy of the U-Net (%d tensors); '
+                    'ema=True reads it instead', path, len(file.shapes) - len(tensors))
     extras = [name for name in tensors if names.is_extra(name, config)]
     return Source(path, config, shapes, tensors, places, extras)
 
@@ -280,14 +280,14 @@ def _squeeze(shape):
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-def _tokenizers(folder, config):
-    """A tokenizer for each text encoder: the folder's own, or CLIP's for CLIP's vocabulary."""
+def _tokenizers(folder, config, parts):
+    """Of the text encoders among these parts: the folder's own, or CLIP's for CLIP's vocabulary."""
     index = folder / 'model_index.json'
     index = json.loads(index.read_text()) if index.exists() else {}
     found = {}
     for part in TEXT_ENCODERS:
         text, name = getattr(config, part), TOKENIZERS[part]
-        if text is None:
+        if part not in parts:
             continue
         if (folder / name).is_dir():
             found[part] = Tokenizer.from_folder(folder / name)
