@@ -65,7 +65,7 @@ def test_a_seed_fixes_every_choice_and_expanding_twice_changes_nothing():
         once = expand(text, seed, LISTS)
         assert expand(text, seed, LISTS) == once == expand(once, seed + 1, LISTS)
     assert expand('{1-3$$a|b|c|d} {e|f|g}', 1234) == 'b, a, d f'  # of any Python version
-    assert len(_counts(text, 200)) > 100
+    assert len(_counts(text, 200)) > 60  # of 96
 
 
 def test_a_folder(tmp_path):
