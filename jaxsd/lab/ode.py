@@ -10,8 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxsd import sampling
-from jaxsd.prompt import conditioning
-from jaxsd.run import denoise_latents, inputs, resolve
+from jaxsd.run import condition, denoise_latents, inputs, resolve
 from jaxsd.sampling.choice import choose
 from jaxsd.sampling.scan import lift
 
@@ -43,8 +42,10 @@ def problem(model, requests):
     noise = sampling.initial(sampling.keys([r.seed for r in requests]), shape)
     data = inputs(model, requests, noise)
     called = data.rows.sigma > 0
-    if any((leaf != leaf[:1])[called].any() for leaf in jax.tree.leaves(data.guidance)):
-        raise ValueError('guidance that changes over the steps: expected the same at all levels')
+    if data.heard is not None or any(
+            (leaf != leaf[:1])[called].any() for leaf in jax.tree.leaves(data.guidance)):
+        raise ValueError('a prompt or guidance that changes over the steps: expected the same at '
+                         'all levels')
     return data._replace(guidance=data.guidance.at(0))
 
 
@@ -53,7 +54,7 @@ def denoiser(params, config, data):
 
     i: the row whose guidance holds. Guidance with a memory begins anew in every call.
     """
-    conditioned = conditioning.encode(params, config, data.tokens, data.ids, data.zero)
+    params, conditioned = condition(params, config, data)
 
     def denoise(x, sigma, i=None):
         sigma = jnp.asarray(sigma, x.dtype)[None]

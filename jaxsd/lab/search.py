@@ -9,8 +9,7 @@ import optax
 
 from jaxsd import sampling
 from jaxsd.lab.ode import problem
-from jaxsd.prompt import conditioning
-from jaxsd.run import denoise_latents
+from jaxsd.run import condition, denoise_latents
 from jaxsd.sampling.choice import call, choose
 from jaxsd.sampling.tables import NOISE
 
@@ -182,7 +181,7 @@ def _start(data, sigmas):
 
 @functools.partial(jax.jit, static_argnames=('config', 'info'))
 def _walk(params, data, rows, x, *, config, info=None):
-    conditioned = conditioning.encode(params, config, data.tokens, data.ids, data.zero)
+    params, conditioned = condition(params, config, data)
     return denoise_latents(params, config, x, conditioned, data.guidance, rows,
                            lambda i: jnp.zeros_like(x), info=info)
 

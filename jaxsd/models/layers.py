@@ -62,7 +62,8 @@ def adapted(p, x, y, apply):
 
 
 def per_image(a, x):
-    """a [B,C] -> [B,1,...,C], to go with x [B,...,C]."""
+    """a [B,C] -> [B*n,1,...,C], to go with x [B*n,...,C], n rows of each image side by side."""
+    a = jnp.repeat(a, len(x) // len(a), 0)
     return a.reshape(len(a), *(1,) * (x.ndim - 2), -1)
 
 

@@ -122,17 +122,18 @@ def finish(canvases, painted):
     return np.stack(done) if len({image.shape for image in done}) == 1 else done
 
 
-def arrays(model, requests, canvases, sigmas, rows, parts):
+def arrays(model, requests, canvases, sigmas, rows, prompts):
     """The fields of `inputs.Inputs` that say what to follow -> dict.
 
-    sigmas: a list of the walks' levels, [steps + 1] each; rows: stacked, or Adaptive; parts: texts
-    per picture. Raises ValueError for requests that the model cannot serve.
+    sigmas: a list of the walks' levels, [steps + 1] each; rows: stacked, or Adaptive; prompts: bool
+    [P], which texts of a picture are its prompts.
+    Raises ValueError for requests that the model cannot serve.
     """
     config = model.config
     what, factor = kind(config), config.vae.factor
     height, width = requests[0].height, requests[0].width
     cell = (len(requests), height // factor, width // factor, 1)
-    found = {'labels': _labels(config, requests, parts, what)}
+    found = {'labels': _labels(config, requests, prompts, what)}
     if what == 'upscaler':
         if any(c.picture is None for c in canvases):
             raise ValueError('image: expected one, the small picture that this model enlarges')
@@ -168,7 +169,7 @@ def arrays(model, requests, canvases, sigmas, rows, parts):
     elif any(r.depth is not None for r in requests):
         raise ValueError('depth: this model does not follow depth maps; load a depth model (2.x '
                          'depth), or give the map as the hint of a depth ControlNet')
-    return found | _controls(model, requests, sigmas, rows, parts)
+    return found | _controls(model, requests, sigmas, rows, prompts)
 
 
 def _fractions(levels):
@@ -211,8 +212,8 @@ def _hole(request, c):
     return c.mask[..., None] >= 0.5
 
 
-def _labels(config, requests, parts, what):
-    """Class labels int32 [B,P]: of the negative prompt, the prompt, and further negatives."""
+def _labels(config, requests, prompts, what):
+    """Class labels int32 [B,P]: the class of prompts, the negative one of the other texts."""
     count = config.unet.num_class_embeds
     if not count:
         if any(r.class_label is not None for r in requests):
@@ -229,7 +230,7 @@ def _labels(config, requests, parts, what):
         for value in (label, negative):
             if value > limit:
                 raise ValueError(f'class_label={value}: expected 0 to {limit}')
-        labels.append([negative, label] + [negative] * (parts - 2))
+        labels.append(np.where(prompts, label, negative))
     return np.array(labels, np.int32)
 
 
@@ -247,7 +248,7 @@ def _depths(model, requests, canvases, cell):
                            for i in range(len(requests))])
 
 
-def _controls(model, requests, sigmas, rows, parts):
+def _controls(model, requests, sigmas, rows, prompts):
     """Hints {net: uint8 [B,H,W,3]} and how much each net's outputs count {net: [calls,B,P,N]}."""
     used = sorted({control.net for r in requests for control in r.controls})
     hints, weights = {}, {}
@@ -265,16 +266,16 @@ def _controls(model, requests, sigmas, rows, parts):
             images.fit(images.read(c.image), r.width, r.height, r.resize)
             for c, r in zip(mine, requests)])
         weights[name] = _over_rows(
-            [_weights(c, net, _fractions(levels), parts) for c, levels in zip(mine, sigmas)],
+            [_weights(c, net, _fractions(levels), prompts) for c, levels in zip(mine, sigmas)],
             sigmas, rows, f'control {name!r} with start or end',
             [c is not None and (c.start, c.end) != (0, 1) for c in mine])
     return {'hints': hints, 'control': weights}
 
 
-def _weights(control, net, before, parts):
+def _weights(control, net, before, prompts):
     """How much each of a net's N outputs counts, [steps,P,N].
 
-    Outputs that are means over the whole picture (shuffle) count alike, and for the prompt alone,
+    Outputs that are means over the whole picture (shuffle) count alike, and for prompts alone,
     as in diffusers.
     """
     if isinstance(net.config, T2IAdapterConfig):
@@ -283,10 +284,10 @@ def _weights(control, net, before, parts):
         count = len(net.params['controlnet_down_blocks']) + 1  # and the middle block's
         pooled = net.config.global_pool_conditions
     if control is None:
-        return np.zeros((len(before), parts, count))
+        return np.zeros((len(before), len(prompts), count))
     after = (np.arange(len(before)) + 1) / len(before)
     on = (before >= control.start) & (after <= control.end)
     only = pooled or control.guess is not None
     profile = np.ones(count) if pooled or not only else GUESS[control.guess](count)
-    heard = np.arange(parts) == 1 if only else np.ones(parts)
+    heard = prompts if only else np.ones(len(prompts))
     return control.scale * on[:, None, None] * heard[:, None] * profile

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsd import sampling
-from jaxsd.run import canvas
+from jaxsd.run import canvas, texts
 from jaxsd.run.inputs import Inputs, inputs, networks
 from jaxsd.run.request import resolve
 from jaxsd.run.walk import decode, latents, pipeline
@@ -36,11 +36,12 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None,
 
     The requests of a call share their size; prompts, seeds, samplers, schedules, steps, guidance,
     strengths, masks and control scales may all differ. Only a new model config, dtype, size, batch
-    size or step bucket (64 model calls, then powers of two), or a kind of guidance or condition
-    switched on or off, compiles. With several local devices the batch is spread over them; a
-    picture does not depend on its neighbours. Pictures of dpm_adaptive are made in a batch of their
-    own, after the others. Where only_masked or outpaint give the pictures different sizes, the
-    result is a list of them.
+    size, number of 75-token blocks or step bucket (64 model calls, then powers of two), or a kind
+    of guidance or condition switched on or off, compiles. With several local devices the batch is
+    spread over them; a picture does not depend on its neighbours. Pictures whose prompts take
+    another number of blocks, and those of dpm_adaptive, are made in batches of their own, one after
+    the other. Where only_masked or outpaint give the pictures different sizes, the result is a list
+    of them.
 
     on_step(done, total): called as model calls finish.
     tile: decode in tiles of this many pixels per side, for less memory; None: in one piece.
@@ -65,9 +66,12 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None,
             raise ValueError(f'tile={tile}: expected a multiple of {config.vae.factor} pixels')
         tile //= config.vae.factor
     canvases = [canvas.canvas(r, config) for r in requests]
-    adaptive = np.array([r.sampler == 'dpm_adaptive' and r.strength > 0 for r in requests])
+    nets = [model] if refiner is None else [model, refiner]
+    kinds = [(r.sampler == 'dpm_adaptive' and r.strength > 0,  # it has no table
+              *(texts.count(net, r) for net in nets)) for r in requests]
     painted = {}
-    for part in filter(len, map(np.flatnonzero, (~adaptive, adaptive))):  # it has no table
+    for kind in sorted(set(kinds)):
+        part = np.array([i for i, found in enumerate(kinds) if found == kind])
         some = None if noise is None else np.asarray(noise)[part]
         images = _paint(model, [requests[i] for i in part], [canvases[i] for i in part], tile, some,
                         refiner, on_step, preview)
@@ -107,7 +111,8 @@ def _run(model, data, height, width, tile, progress, last):
     devices = -(-count // each)
     mesh = _mesh(devices)
     pad = functools.partial(_pad, count=devices * each)
-    data = Inputs(*(jax.tree.map(functools.partial(pad, axis=axis), value)
+    data = Inputs(*(value if axis is None else
+                    jax.tree.map(functools.partial(pad, axis=axis), value)
                     for axis, value in zip(data.axes, data)))
     params, config = networks(model, data)
     preview = progress.preview
@@ -156,10 +161,10 @@ def _program(params, data, ticket, *, config, height, width, tile, mesh, report,
         x = latents(params, data, config, height, width, on_call, watch=watch)
         return x, jnp.isfinite(x).all((1, 2, 3))
 
-    images = PartitionSpec('data')
-    specs = Inputs(*(PartitionSpec(None, 'data') if axis else images for axis in data.axes))
+    along = {0: PartitionSpec('data'), 1: PartitionSpec(None, 'data'), None: PartitionSpec()}
+    specs = Inputs(*(along[axis] for axis in data.axes))
     return jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), specs, PartitionSpec()),
-                         out_specs=images, check_vma=False)(params, data, ticket)
+                         out_specs=along[0], check_vma=False)(params, data, ticket)
 
 
 def _mesh(devices):

@@ -1,7 +1,5 @@
 """From resolved requests to everything that a compiled program takes, numpy on the host."""
 
-import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -9,24 +7,26 @@ import numpy as np
 
 from jaxsd import sampling
 from jaxsd.config import TEXT_ENCODERS
-from jaxsd.prompt import conditioning
-from jaxsd.run import canvas
+from jaxsd.prompt import blocks, conditioning
+from jaxsd.run import canvas, texts
 from jaxsd.sampling.guidance import Guidance
 from jaxsd.sampling.guidance_options import stack, table
 
-BY_ROW = ('rows', 'guidance', 'strength', 'control', 'draws')
+BY_ROW = ('rows', 'guidance', 'strength', 'control', 'heard', 'draws')
+SHARED = ('embeddings', 'factors')
 REFINER = np.uint32([0x9E3779B9, 0])  # so that a refiner draws other noise than the base did
 
 
 class Inputs(NamedTuple):
     """Everything about a batch but its shape. A field that is None is absent from the program.
 
-    The leading axis is pictures; of the fields in BY_ROW it is rows, and the second pictures.
+    The leading axis is pictures; of the fields in BY_ROW it is rows, and the second pictures; those
+    in SHARED have none.
     """
 
-    tokens: dict  # {text encoder: int32 [B,P,T]}, negative prompt, prompt, perp_neg's negatives
-    ids: np.ndarray | None  # [B,P,N] SDXL's time ids
-    zero: np.ndarray  # bool [B]: the negative conditioning is zeros
+    tokens: dict  # {text encoder: blocks.Texts}: the picture's N texts
+    ids: np.ndarray | None  # [B,N,I] SDXL's time ids
+    zero: np.ndarray  # bool [B,N]: texts whose conditioning is zeros
     guidance: Guidance  # of [calls,B]
     keys: np.ndarray  # uint32 [B,2]: threefry key data
     sigma: np.ndarray  # [B]: the noise level to start from
@@ -46,12 +46,17 @@ class Inputs(NamedTuple):
     strength: np.ndarray | None = None  # [calls,B]: a mask from here up is painted, by_strength
     hints: dict | None = None  # {ControlNet: uint8 [B,H,W,3]}
     control: dict | None = None  # {ControlNet: [calls,B,P,N]}: weights of its N outputs
+    heard: np.ndarray | None = None  # int32 [calls,B,P]: texts that are heard; None: all
+    skip: np.ndarray | None = None  # int32 [B]: layers of the text encoders that are left out
+    adapters: dict | None = None  # {component: [B,A]}: weights of the adapters
+    embeddings: dict | None = None  # {text encoder: [E,D]}: vectors beyond its vocabulary
+    factors: dict | None = None  # {component: side paths of the A adapters}
 
     @property
     def axes(self):
-        """Which axis is pictures, for each field."""
+        """Which axis is pictures, for each field; None: no axis."""
         by_row = BY_ROW if isinstance(self.rows, sampling.Row) else BY_ROW[1:]
-        return [int(name in by_row) for name in self._fields]
+        return [None if name in SHARED else int(name in by_row) for name in self._fields]
 
 
 def inputs(model, requests, noise=None, canvases=None, stage=None):
@@ -67,27 +72,19 @@ def inputs(model, requests, noise=None, canvases=None, stage=None):
                              f'found {sorted(model.tokenizers)}')
     if canvases is None:
         canvases = [canvas.canvas(r, config) for r in requests]
-    tokens = conditioning.tokens(model.tokenizers, functools.partial(_texts, requests))
-    for name, ids in tokens.items():
-        size = getattr(config, name).vocab_size
-        if ids.max() >= size:
-            raise ValueError(f'{name}: token {ids.max()} is outside its vocabulary of {size}; '
-                             'the tokenizer belongs to another model')
-    parts = next(iter(tokens.values())).shape[1]
+    readings = [texts.read(r) for r in requests]
     sigmas, starts, tables = zip(*(_plan(r, config.schedule, stage) for r in requests))
     rows = sampling.stack(tables)
     keys = np.array([divmod(r.seed, 2**32) for r in requests], np.uint32)
-    follow = canvas.arrays(model, requests, canvases, sigmas, rows, parts)
+    told, prompts = _told(model, requests, readings, sigmas, rows, stage)
+    follow = canvas.arrays(model, requests, canvases, sigmas, rows, prompts)
     if stage == 'refiner':
         keys, starts = keys ^ REFINER, np.ones(len(requests))
         follow |= {'signal': np.zeros_like(follow['signal'])} if 'signal' in follow else {}
     return Inputs(
-        tokens=tokens, ids=_ids(config, requests, parts),
-        zero=np.array([config.zero_negative and not (r.negative_prompt or r.negative_prompt_2)
-                       for r in requests]),
-        guidance=_guidance(requests, sigmas, rows), keys=keys,
+        guidance=_guidance(requests, readings, sigmas, rows), keys=keys,
         sigma=np.array(starts, np.float32), rows=jax.tree.map(np.float32, rows),
-        **_noise(config, requests, rows, noise, stage), **follow)
+        **_noise(config, requests, rows, noise, stage), **told, **follow)
 
 
 def networks(model, data):
@@ -126,7 +123,7 @@ def _plan(request, schedule, stage=None):
     return sigmas, part[0], sampling.plan(request.sampler, part, config=schedule, **options)
 
 
-def _guidance(requests, sigmas, rows):
+def _guidance(requests, readings, sigmas, rows):
     """The batch's Guidance of [calls,B]; of [1,B] for adaptive steps, which have no rows."""
     levels = getattr(rows, 'sigma', np.stack([s[:1] for s in sigmas], 1))
     for r in requests:
@@ -136,8 +133,8 @@ def _guidance(requests, sigmas, rows):
             raise ValueError(f'{varied[0]} over the steps: expected a constant with '
                              f'{r.sampler}, which chooses its own steps')
     return jax.tree.map(np.float32, stack([
-        table(r.guidance, r.guidance_options, s, levels[:, i])
-        for i, (r, s) in enumerate(zip(requests, sigmas))]))
+        table(r.guidance, r.guidance_options, s, levels[:, i], reading.weights)
+        for i, (r, reading, s) in enumerate(zip(requests, readings, sigmas))]))
 
 
 def _noise(config, requests, rows, noise, stage):
@@ -167,30 +164,52 @@ def _noise(config, requests, rows, noise, stage):
     return {'noise': start, 'draws': draws, 'given': None if given.all() else given}
 
 
-def _texts(requests, encoder):
-    """What a text encoder reads: negative prompts, prompts, and perp_neg's negatives, '' where an
-    image has fewer: lists of B."""
-    def of(request, name):
-        second = getattr(request, f'{name}_2') if encoder == 'text_encoder_2' else None
-        return getattr(request, name) if second is None else second
+def _told(model, requests, readings, sigmas, rows, stage):
+    """The fields of Inputs that come from words, and which texts of a picture are prompts."""
+    config = model.config
+    found, heard, prompts = texts.arrange(readings)
+    tokens, embeddings = blocks.texts(
+        model.tokenizers, texts.variants(found), [r.weighting for r in requests],
+        [r.cut for r in requests], model.embeddings)
+    for name, some in tokens.items():
+        size = getattr(config, name).vocab_size
+        if some.tokens.max() >= size:
+            raise ValueError(f'{name}: token {some.tokens.max()} is outside its vocabulary of '
+                             f'{size}; the tokenizer belongs to another model')
+    factors, weights = (None, None) if stage == 'refiner' else texts.side_paths(model, readings)
+    skip = np.array([r.clip_skip - 1 for r in requests], np.int32)
+    empty = [config.zero_negative and not (r.negative_prompt or r.negative_prompt_2)
+             for r in requests]
+    return {
+        'tokens': tokens, 'embeddings': embeddings, 'adapters': weights, 'factors': factors,
+        'skip': _skips(config, skip) if skip.any() else None,
+        'heard': heard and texts.over_rows(heard, sigmas, rows),
+        'ids': _ids(config, requests, found),
+        'zero': np.array([[e and side == 'negative' for side, _ in row]
+                          for e, row in zip(empty, found)]),
+    }, prompts
 
-    more = [[text for text, _ in r.guidance_options.get('perp_neg', ())] for r in requests]
-    return [*([of(r, name) for r in requests] for name in ('negative_prompt', 'prompt')),
-            *map(list, itertools.zip_longest(*more, fillvalue=''))]
+
+def _skips(config, skip):
+    for name in TEXT_ENCODERS:
+        text = getattr(config, name)
+        if text is not None and skip.max() + text.skip >= text.num_hidden_layers:
+            raise ValueError(f'clip_skip={skip.max() + 1}: expected at most '
+                             f'{text.num_hidden_layers - text.skip}, the layers of {name}')
+    return skip
 
 
-def _ids(config, requests, parts):
-    """SDXL's time ids [B,P,N]; further negatives have those of the negative prompt."""
+def _ids(config, requests, found):
+    """SDXL's time ids [B,N,I]; all texts but prompts have those of the negative prompt."""
     if not config.unet.added_dim:
         return None
-    found = []
-    for r in requests:
+    ids = []
+    for r, row in zip(requests, found):
         size = (r.height, r.width)
         original = r.original_size or size
         if config.aesthetic:
-            found.append(conditioning.aesthetic_ids(original, r.crop, r.aesthetic,
-                                                    r.negative_aesthetic))
+            pair = conditioning.aesthetic_ids(original, r.crop, r.aesthetic, r.negative_aesthetic)
         else:
-            found.append(conditioning.time_ids(original, r.crop, r.target_size or size))
-    found = np.stack(found)  # [B,2,N]
-    return found[:, [0, 1] + [0] * (parts - 2)]
+            pair = conditioning.time_ids(original, r.crop, r.target_size or size)
+        ids.append([pair[int(side == 'prompt')] for side, _ in row])
+    return np.array(ids)

@@ -21,7 +21,7 @@ RESIZE = ('crop', 'pad', 'stretch')
 FILLS = ('original', 'edge', 'noise', 'latent')
 MASK_MODES = ('blend', 'strength')
 WEIGHTINGS = ('a1111', 'comfy', 'compel', 'none')
-CUTS = ('comma', 'hard')
+CUTS = ('comma', 'hard', 'word')
 NOISES = ('threefry', 'torch', 'philox')
 
 
@@ -94,7 +94,7 @@ class Request:
     prompt_2: str | None = None  # SDXL: for its second text encoder; None: the same prompt
     negative_prompt_2: str | None = None
     weighting: str = 'a1111'  # what brackets in prompts do: a1111, comfy, compel or none
-    cut: str = 'comma'  # where a long prompt falls into blocks: comma (as A1111) or hard
+    cut: str = 'comma'  # where long prompts fall into blocks: comma (A1111), hard, word (ComfyUI)
     clip_skip: int = 1  # 1: the layer that the version uses; n: n - 1 layers before it
     adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {name: weight}, as
     # <lora:name:weight> in the prompt; or (U-Net's weight, text encoders' weight)

@@ -13,6 +13,7 @@ from jaxsd.models import controlnet, t2i_adapter, unet, vae
 from jaxsd.models.layers import attention, attention_received
 from jaxsd.prompt import conditioning
 from jaxsd.sampling.guidance import Guidance
+from jaxsd.weights import adapters
 
 # Where attention is perturbed, and where it is watched: diffusers' choices.
 PAG_PLACES = 'mid_block.'
@@ -46,7 +47,7 @@ def pipeline(params, inputs, config, height, width, tile=None, on_call=None, wat
 def latents(params, inputs, config, height, width, on_call=None, info=None, watch=None):
     """`pipeline` up to its decoder: text -> latents [B,h,w,L]. on_call, info, watch:
     `denoise_latents`."""
-    conditioned = conditioning.encode(params, config, inputs.tokens, inputs.ids, inputs.zero)
+    params, conditioned = condition(params, config, inputs)
     shape = (height // config.vae.factor, width // config.vae.factor, config.vae.latent_channels)
     keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
     x = _start(inputs, keys, shape) * _each(inputs.sigma)
@@ -80,6 +81,15 @@ def _fresh(inputs, keys, shape):
 
 def _each(per_image):
     return per_image[:, None, None, None]
+
+
+def condition(params, config, inputs):
+    """What the words of Inputs come to -> params with the adapters' side paths, Conditioning."""
+    for part, factors in (inputs.factors or {}).items():
+        params = params | {part: adapters.attach(params[part], factors, inputs.adapters[part])}
+    told = conditioning.encode(params | {'embeddings': inputs.embeddings or {}}, config,
+                               inputs.tokens, inputs.ids, inputs.zero, inputs.skip)
+    return params, told._replace(heard=inputs.heard)
 
 
 def _follow(params, config, inputs, keys):
@@ -120,31 +130,30 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
                     info=None, conditions=NOTHING, watch=None):
     """Walk latents x [B,h,w,L], at the rows' first noise level, to the last one.
 
-    conditioned: Conditioning, [B,P,...]; guidance: [] or [B], or a Guidance, and P its texts; rows:
-    of the batch or per image; noise(i): standard normal, like x; on_call(i, out): sees every model
-    output and returns it; watch(i, latents): sees what each call takes the picture to be; info: as
-    for `sampling.sample`. params['controlnet']: {name: params} of the networks in
-    config.controlnets, which the conditions name.
+    conditioned: Conditioning; guidance: [] or [B], or a Guidance, of P parts, each of which hears
+    one of the conditioning's texts; rows: of the batch or per image; noise(i): standard normal,
+    like x; on_call(i, out): sees every model output and returns it; watch(i, latents): sees what
+    each call takes the picture to be; info: as for `sampling.sample`. params['controlnet']: {name:
+    params} of the networks in config.controlnets, which the conditions name.
     """
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
-    told = (conditioned, conditions.labels)  # what each part is told: [B,P,...]
-    weights = conditions.control or {}  # [calls,B,P,N]
-    if guidance.pag is not None:  # the perturbed picture hears what the prompt's does
-        told = jax.tree.map(lambda a: jnp.concatenate([a, a[:, 1:2]], 1), told)
-        weights = jax.tree.map(lambda a: jnp.concatenate([a, a[:, :, 1:2]], 2), weights)
+    parts = guidance.parts - (guidance.pag is not None)
     kind = config.schedule.prediction_type
 
-    def model(told, weights, pag=None, sag=None):
-        parts = told[0].context.shape[1]
-        # Images and their parts become one axis, image after image.
-        (context, added), labels = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), told)
+    def model(which, pag=None, sag=None):
+        """The denoiser of some of the parts; images and their parts are one axis, image by image.
+        """
+        which, parts = np.array(which), len(which)
+        labels = jax.tree.map(lambda a: a[:, which].reshape(-1), conditions.labels)
+        weights = jax.tree.map(lambda a: a[:, :, which], conditions.control or {})
 
         def beside(a):
             return jnp.repeat(a, parts, 0)
 
         def net(x, t, i):
             received = []
+            context, added = conditioned.of(which, i)
 
             def hook(place, heads, q, k, v):
                 if sag is not None and place == SAG_PLACE:
@@ -168,10 +177,9 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
 
         return sampling.denoiser(net, config.schedule)
 
-    unguided = model(jax.tree.map(lambda a: a[:, :1], told),
-                     jax.tree.map(lambda a: a[:, :, :1], weights))
-    denoise = sampling.guided(model(told, weights, guidance.pag, guidance.sag), guidance, kind,
-                              unguided)
+    perturbed = [1] if guidance.pag is not None else []  # hears what the prompt's picture does
+    denoise = sampling.guided(model([*range(parts), *perturbed], guidance.pag, guidance.sag),
+                              guidance, kind, model([0]))
     if conditions.free is not None:
         denoise = sampling.inpainted(denoise, conditions.known, conditions.free)
     if watch is not None:

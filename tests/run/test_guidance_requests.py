@@ -51,7 +51,7 @@ def test_every_kind_is_heard(tiny_model):
         assert used == ['scale', {'cfg_zero_star': 'zero_star'}.get(kind, kind)]
         texts = 4 if kind == 'perp_neg' else 2
         assert data.ids.shape == (2, texts, 6)
-        assert {t.shape[1] for t in data.tokens.values()} == {texts}
+        assert {t.tokens.shape[1:] for t in data.tokens.values()} == {(texts, 16)}
         assert {a.shape for a in jax.tree.leaves(data.guidance)} == {(64, 2)}
 
 
