@@ -7,12 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxsd.prompt.grammar import BREAK
 from jaxsd.sampling.choice import unknown
-
-try:
-    from jaxsd.prompt.grammar import BREAK
-except ImportError:  # until the grammar is there
-    BREAK = None
 
 BACKTRACK = 20  # A1111's comma_padding_backtrack: tokens that may move to stand behind their comma
 WORD = 8  # ComfyUI's max_word_length: words of so many tokens may be cut
@@ -167,7 +163,7 @@ def _blocks(tokenizer, text, cut, vectors):
     (comma, hard) or as ComfyUI's tokenize_with_weights (word)."""
     blocks, block = [], []
     for number, segment in enumerate(text):
-        if segment is BREAK:
+        if segment == BREAK:
             blocks.append(block)
             block = []
             continue
