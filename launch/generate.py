@@ -3,6 +3,7 @@
 python -m launch.generate --config=configs/emoji.py --prompt="red apple" --seed=7 --config.steps=20
 
 Several --prompt, --image and --num_images make one batch, written as PNG files and a grid picture.
+--from=image.png repeats a picture as its file says; flags beside it change what they name.
 """
 
 import os
@@ -15,11 +16,17 @@ import warnings
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch.recipe import fields, load, words
+from launch.recipe import fields, files, load, words
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+DEFAULT = str(ROOT / 'configs' / 'emoji.py')
 
 FLAGS = flags.FLAGS
+# What a picture's record holds beside its request, under the names of the recipe and the flags.
+RECIPE = ('checkpoint', 'base', 'ema', 'dtype', 'prediction', 'tile')
+GIVEN = ('vae', 'refiner', 'control', 'lora', 'embeddings')
+ASKED = ('negative_prompt', 'prompt_2', 'negative_prompt_2', 'strength', 'mask', 'depth',
+         'wildcards')
 
 
 def define_flags():
@@ -27,9 +34,12 @@ def define_flags():
     config_flags.DEFINE_config_file(
         'config', None,
         'Recipe (configs/emoji.py if left out); its fields are flags too: --config.steps, '
-        '.guidance, .sampler, .schedule, .eta, .width, .height, .dtype, .tile, .prediction, and '
+        '.guidance, .sampler, .schedule, .eta, .width, .height, .dtype, .tile, .prediction, .base, '
+        '.ema, and '
         '.sampler_options="order=3, solver_type=heun", .schedule_options, .guidance_options, '
         '.aspect=16:9 (SDXL), and .request="mask_blur=4, fill=edge" for any field of Request.')
+    flags.DEFINE_string('from', None, 'A picture to make again from what its file says, written '
+                        'here or by stable-diffusion-webui; other flags change what they name.')
     flags.DEFINE_multi_string('prompt', None, 'What to draw; repeat for several pictures.')
     flags.DEFINE_string('negative_prompt', '', 'What to keep out of the pictures.')
     flags.DEFINE_string('prompt_2', None, "SDXL: another prompt for its second text encoder.")
@@ -46,6 +56,12 @@ def define_flags():
         'start=0, end=1, guess=original, preprocess=canny (with its low=100, high=200; scribble, '
         'tile, or pose from JSON); '
         'repeat for several.')
+    flags.DEFINE_multi_string(
+        'lora', None, 'A LoRA for <lora:name:0.8> in prompts, "[name=]PATH", or a folder of them; '
+        'repeat for several.')
+    flags.DEFINE_multi_string('embeddings', None, 'A textual inversion, "[name=]PATH", or a folder '
+                              'of them, for their names in prompts; repeat for several.')
+    flags.DEFINE_string('wildcards', None, 'A folder of NAME.txt, for __NAME__ in prompts.')
     flags.DEFINE_string('vae', None, 'A VAE (folder, file or Hub id) instead of the model\'s.')
     flags.DEFINE_string('preview', None, 'A small VAE (TAESD: folder, files or Hub id) that shows '
                         'the pictures come, in preview.png in the folder.')
@@ -79,26 +95,46 @@ def run():
     recipe = FLAGS.config
     start = time.perf_counter()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's chatter
-    from jaxsd.run import picture  # heavy imports: only once the flags are known to be right
-    controls, nets = _controls(recipe)
-    requests = _requests(recipe, controls)
+    from jaxsd.run import infotext, picture  # heavy imports: only once the flags are right
+    past = _past(recipe)
+    requests = _requests(recipe, past)
+    hint_size = _hint_size(requests[0], past)
+    if FLAGS.control:
+        controls = _controls(*hint_size or (None, None), past)
+        requests = [request.replace(controls=controls) for request in requests]
+    adapters, embeddings = (files(f'--{name}', FLAGS[name].value or ())
+                            for name in ('lora', 'embeddings'))
     out = picture.check_folder(FLAGS.out)
 
     import jax
 
     import jaxsd
     from jaxsd.run import replicated, resolve
+    devices = jax.local_device_count()
+    alone = past is not None and len(requests) == 1
+    if alone:  # in a program of as many pictures per device as it was made in
+        batch = past.run.get('batch', 1)
+        requests *= batch * devices if batch > 1 else 1
     device = replicated() if len(requests) > 1 else None
     model, name, dtype = load(recipe, FLAGS.checkpoint, device)
     if FLAGS.vae:
         model = model.with_vae(jaxsd.load_vae(FLAGS.vae, dtype, device=device))
-    model = model.replace(controlnets={
-        net: jaxsd.load_controlnet(net, dtype, device=device) for net in nets})
     refiner = load(recipe, FLAGS.refiner, device)[0] if FLAGS.refiner else None
     preview = _preview(picture, out, jaxsd.load_vae(FLAGS.preview, dtype, device=device)
                        ) if FLAGS.preview else None
     requests = resolve(requests, model.config)
-    print(f'{name}: {model.config.version}, {dtype}, on {jax.local_device_count()} '
+    if past and 'versions' in past.run:
+        _note([infotext.differences(past.run)], 'warning')
+    elif past:
+        requests, notes = infotext.fit(requests, model.config)
+        _note(notes)
+    adapters, embeddings = _named(adapters, embeddings, requests)
+    nets = [control.net for control in requests[0].controls]
+    model = model.replace(
+        controlnets={n: jaxsd.load_controlnet(n, dtype, device=device) for n in nets},
+        adapters={n: jaxsd.load_adapter(p, model, device=device) for n, p in adapters.items()},
+        embeddings={n: jaxsd.load_embedding(p, model.config) for n, p in embeddings.items()})
+    print(f'{name}: {model.config.version}, {dtype}, on {devices} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
 
     start = time.perf_counter()
@@ -106,22 +142,90 @@ def run():
         images = jaxsd.generate(model, requests, on_step=bar, tile=recipe.tile or None,
                                 refiner=refiner, preview=preview)
     took = time.perf_counter() - start
+    batches = _batches(model, requests, devices)
+    if alone:
+        images, requests = images[:1], requests[:1]
     sizes = sorted({f'{image.shape[1]}x{image.shape[0]}' for image in images})
     print(f'{len(images)} picture(s) of {", ".join(sizes)} in {took:.1f} s '
           f'(compilation {bar.compilation:.1f} s, sampling {bar.sampling:.1f} s: '
           f'{bar.rate:.2f} steps/s, decoding {bar.decoding:.1f} s)')
 
-    for path in _write(picture, out, images, requests, name, dtype):
+    named = {'lora': adapters, 'embeddings': embeddings}
+    made = {**{name: recipe[name] for name in RECIPE},
+            **{name: FLAGS[name].value for name in GIVEN if FLAGS[name].value},
+            **{flag: [f'{n}={p}' for n, p in found.items()] for flag, found in named.items()},
+            'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'dtype': dtype, 'model': name}
+    if FLAGS.control:
+        made['hint_size'] = hint_size
+    for path in _write(picture, out, images, requests, batches, made):
         print(path)
 
 
-def _controls(recipe):
-    """The --control flags -> a list of Control, and the paths of their nets."""
+def _past(recipe):
+    """The picture of --from, an infotext.Past, or None. What the command line leaves open of its
+    run becomes as it was."""
+    path = FLAGS['from'].value
+    if path is None:
+        return None
+    from jaxsd.run import infotext
+    past = infotext.read(path)
+    _note(past.notes)
+    if 'versions' not in past.run and not FLAGS.checkpoint and (
+            config_flags.get_config_filename(FLAGS['config']) == DEFAULT):
+        raise ValueError(f'{path} was made with {past.run.get("model", "a model")!r}, and does not '
+                         'say where that is: give it as --checkpoint=PATH')
+    said = config_flags.get_override_values(FLAGS['config'])
+    for name, value in past.run.items():
+        if name in RECIPE and name not in said:
+            recipe[name] = value
+        elif name in GIVEN and not FLAGS[name].present:
+            FLAGS[name].value = value
+    return past
+
+
+def _note(lines, kind='note'):
+    for line in filter(None, lines):
+        print(f'{kind}: {line}', file=sys.stderr)
+
+
+def _batches(model, requests, devices):
+    """For each request the pictures per device of the program that made it: `generate` has one for
+    each number of blocks of text."""
+    from jaxsd.run import texts
+    blocks = [texts.count(model, request) for request in requests]
+    counts = [blocks.count(number) for number in blocks]
+    return [-(-count // min(count, devices)) for count in counts]
+
+
+def _named(loras, embeddings, requests):
+    """Of the adapters and embeddings, {name: path}, those that the requests name."""
+    from jaxsd.run import texts
+    from jaxsd.sampling.choice import choose
+    asked = sorted({name for request in requests for name in texts.read(request).adapters})
+    if asked and not loras:
+        raise ValueError(f'adapter {asked[0]!r}: expected its file as --lora=PATH')
+    words = ' '.join(text for r in requests for text in (
+        r.prompt, r.negative_prompt, r.prompt_2 or '', r.negative_prompt_2 or '')).lower()
+    return ({name: choose('adapter', name, loras) for name in asked},
+            {name: path for name, path in embeddings.items() if name.lower() in words})
+
+
+def _hint_size(request, past):
+    """The (width, height) to which a hint is brought before it is looked at; None: as it is."""
+    asked = {name: getattr(request, name) for name in ('width', 'height', 'aspect', 'outpaint')}
+    if past and 'hint_size' in past.run and asked.items() <= past.fields.items():
+        return past.run['hint_size']
+    return None if request.outpaint or request.aspect else (request.width, request.height)
+
+
+def _controls(width, height, past):
+    """The --control flags -> a list of Control. Raises ValueError for hints that have changed since
+    the picture to repeat was made."""
     from jaxsd import images
+    from jaxsd.run import picture
     from jaxsd.run.request import Control
-    size = (None, None) if FLAGS.outpaint or recipe.aspect else (recipe.width, recipe.height)
     controls = []
-    for text in FLAGS.control or ():
+    for text in FLAGS.control:
         given = words('--control', text)
         for name in ('net', 'image'):
             if name not in given:
@@ -130,12 +234,15 @@ def _controls(recipe):
         options = {name: given.pop(name) for name in list(given)
                    if name not in Control.__dataclass_fields__}
         try:
-            image = images.hint(kind, path, *size, **options)
+            image = images.hint(kind, path, width, height, **options)
         except TypeError:
             raise ValueError(f'--control="{text}": preprocess={kind} takes no '
                              f'{", ".join(options)}') from None
+        if past and not FLAGS['control'].present and (
+                picture.describe(image) != past.run['hints'][len(controls)]):
+            raise ValueError(f'{path} has changed since {FLAGS["from"].value} was made from it')
         controls.append(Control(image=image, **given))
-    return controls, dict.fromkeys(control.net for control in controls)
+    return controls
 
 
 def _preview(picture, out, vae):
@@ -147,22 +254,29 @@ def _preview(picture, out, vae):
     return Preview(vae, show)
 
 
-def _requests(recipe, controls):
+def _requests(recipe, past):
+    """What the flags ask for, beside what the picture to repeat says -> a list of Request."""
     from jaxsd.run.request import MAX_SEED, Request, random_seed
-    prompts = FLAGS.prompt
+    before, said = ({}, None) if past is None else (
+        past.fields, config_flags.get_override_values(FLAGS['config']))
+    given = {**before, **fields(recipe, said),
+             **{name: FLAGS[name].value for name in ASKED if FLAGS[name].present}}
+    if FLAGS.outpaint:
+        given['outpaint'] = _whole('--outpaint', FLAGS.outpaint)
+    if FLAGS.outpaint or (said and 'aspect' in said):  # they make the size
+        given |= {'width': None, 'height': None}
+    prompts = FLAGS.prompt if past is None else FLAGS.prompt or [before['prompt']]
     if prompts is None:
         raise ValueError('--prompt is missing: say what to draw, for example --prompt="red apple" '
                          '(--prompt="" draws without a prompt)')
-    seed = random_seed() if FLAGS.seed == -1 else FLAGS.seed
-    asked = {name: FLAGS[name].value for name in (
-        'negative_prompt', 'prompt_2', 'negative_prompt_2', 'strength', 'mask', 'depth')}
-    given = {**fields(recipe), **asked, 'controls': controls}
-    if FLAGS.outpaint:  # it makes the size
-        given |= {'outpaint': _whole('--outpaint', FLAGS.outpaint), 'width': None, 'height': None}
-    first = Request(**given, image=(FLAGS.image or [None])[0])
+    pictures = FLAGS.image or [before.get('image')]
+    if pictures == [None] and not FLAGS['strength'].present:
+        given.pop('strength', None)  # of a picture that the file does not hold
+    seed = FLAGS.seed if FLAGS['seed'].present or past is None else before.get('seed', -1)
+    seed = random_seed() if seed == -1 else seed
+    first = Request(**{**given, 'image': pictures[0]})
     return [first.replace(prompt=prompt, image=image, seed=(seed + i) % (MAX_SEED + 1))
-            for prompt in prompts for image in FLAGS.image or [None]
-            for i in range(FLAGS.num_images)]
+            for prompt in prompts for image in pictures for i in range(FLAGS.num_images)]
 
 
 def _whole(flag, values):
@@ -172,20 +286,22 @@ def _whole(flag, values):
         raise ValueError(f'{flag}={",".join(values)}: expected whole numbers') from None
 
 
-def _write(picture, out, images, requests, name, dtype):
+def _write(picture, out, images, requests, batches, made):
     """Write the pictures, and a grid if there are several; yields the paths."""
     import numpy as np
     used = [int(m[1]) for m in (re.match(r'(\d+)-.*\.png$', p.name) for p in out.iterdir()) if m]
     number = max(used, default=-1) + 1
-    texts = [{'parameters': picture.parameters(r, name),
-              'jaxsd': picture.record(r, model=name, dtype=dtype)} for r in requests]
+    names = {name: pathlib.Path(made.get(name, '')).stem for name in ('vae', 'refiner')}
+    texts = [{'parameters': picture.parameters(request, made['model'], **names),
+              'jaxsd': picture.record(request, **made, batch=batch)}
+             for request, batch in zip(requests, batches)]
     for i, (image, request, text) in enumerate(zip(images, requests, texts)):
         slug = re.sub(r'[^a-z0-9]+', '-', request.prompt.lower())[:40].strip('-') or 'no-prompt'
         path = out / f'{number + i:05d}-{request.seed}-{slug}.png'
         picture.write_png(path, image, text)
         yield path
     if len(images) > 1 and len({image.shape for image in images}) == 1:
-        columns = FLAGS.num_images if len(FLAGS.prompt) > 1 < FLAGS.num_images else None
+        columns = FLAGS.num_images if len(FLAGS.prompt or ()) > 1 < FLAGS.num_images else None
         path = out / f'{number + len(images):05d}-grid.png'
         picture.write_png(path, picture.grid(np.stack(images), columns), texts[0])
         yield path
@@ -229,7 +345,7 @@ def parse(argv):
     if '--config' not in argv:
         recipes = [flag for flag in argv if re.match(r'--?config=', flag)]
         rest = [flag for flag in argv[1:] if flag not in recipes]
-        recipes = recipes or [f'--config={ROOT / "configs" / "emoji.py"}']
+        recipes = recipes or [f'--config={DEFAULT}']
         argv = sys.argv[:] = [argv[0], *recipes, *rest]  # ml_collections looks at sys.argv
     try:
         return flags.FLAGS(argv)

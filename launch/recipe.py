@@ -18,6 +18,8 @@ def recipe(checkpoint, size, **changes):
         checkpoint=str(checkpoint),
         dtype='auto',  # float32 on CPU, bfloat16 on accelerators
         prediction=placeholder(str),  # epsilon or v_prediction, where the file cannot tell
+        base=placeholder(str),  # a model whose VAE or text encoders serve where a file has none
+        ema=False,  # the averaged weights of a file that holds both
         width=size or placeholder(int),
         height=size or placeholder(int),
         sampler='dpmpp_2m',
@@ -37,9 +39,10 @@ def recipe(checkpoint, size, **changes):
     return config.lock()
 
 
-def fields(config):
+def fields(config, only=None):
     """What a recipe says of a jaxsd.Request -> a dict of its arguments.
 
+    only: names of the recipe's fields that count; None: all.
     Raises ValueError for a field that a Request does not have.
     """
     from jaxsd.run.request import Request
@@ -47,11 +50,14 @@ def fields(config):
     more = options(config.request)
     for name in more:
         one_of('field of Request', name, Request.__dataclass_fields__)
-    plain = ('sampler', 'schedule', 'steps', 'guidance', 'eta', 'aspect')
-    written = ('sampler_options', 'schedule_options', 'guidance_options')
-    size = {} if config.aspect else {name: config[name] for name in ('width', 'height')}
-    return {**{name: config[name] for name in plain}, **size,
-            **{name: options(config[name]) for name in written}, **more}
+    size = () if config.aspect else ('width', 'height')
+    found = {name: config[name] for name in (
+        'sampler', 'schedule', 'steps', 'guidance', 'eta', 'aspect', *size)}
+    found |= {name: options(config[name]) for name in (
+        'sampler_options', 'schedule_options', 'guidance_options')}
+    if only is not None:
+        found = {name: value for name, value in found.items() if name in only}
+    return {**found, **more}
 
 
 def load(config, checkpoint=None, device=None):
@@ -62,7 +68,8 @@ def load(config, checkpoint=None, device=None):
     dtype, source = config.dtype, checkpoint or config.checkpoint
     if dtype == 'auto':
         dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    model = jaxsd.load(source, dtype=dtype, prediction_type=config.prediction, device=device)
+    model = jaxsd.load(source, dtype=dtype, prediction_type=config.prediction, device=device,
+                       ema=config.ema, base=config.base)
     name = source.removesuffix('.safetensors').rstrip('/')
     return model, pathlib.Path(name).name if os.path.exists(source) else name, dtype
 
@@ -97,4 +104,31 @@ def words(flag, text):
             found[name] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
             found[name] = value
+    return found
+
+
+ENDINGS = ('.safetensors', '.ckpt', '.pt', '.pth', '.bin')
+
+
+def files(flag, texts):
+    """[name=]PATH, of a file or of a folder of files -> {name: path}; without a name the file's.
+
+    Raises FileNotFoundError, and ValueError for two files of one name.
+    """
+    found = {}
+    for text in texts:
+        name, equals, path = text.partition('=')
+        path = pathlib.Path(text if os.path.exists(text) or not equals else path)
+        if not path.exists():
+            raise FileNotFoundError(f'{flag}={text}: no such file or folder: {path}')
+        several = sorted(p for p in path.iterdir() if p.suffix in ENDINGS) if path.is_dir() else ()
+        named = ([(p.stem, p) for p in several] if path.is_dir()
+                 else [(path.stem if str(path) == text else name, path)])
+        if not named:
+            raise ValueError(f'{flag}={text}: expected files in the folder that end in '
+                             f'{", ".join(ENDINGS)}')
+        for name, path in named:
+            if found.setdefault(name, str(path)) != str(path):
+                raise ValueError(f'{flag}: {found[name]} and {path} are both called {name!r}; give '
+                                 f'one of them another name: {flag}=NAME=PATH')
     return found

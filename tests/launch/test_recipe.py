@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.recipe import options
+from launch.recipe import fields, files, options, recipe
 
 
 def test_options_are_written_like_arguments():
@@ -19,3 +19,22 @@ def test_what_is_no_option(text):
     with pytest.raises(ValueError, match='expected names with values, for example') as error:
         options(text)
     assert '\n' not in str(error.value)
+
+
+def test_only_the_fields_that_were_given():
+    config = recipe('x', 64)
+    config.request = 'mask_blur=4'
+    assert fields(config, ['steps', 'request']) == {'steps': 25, 'mask_blur': 4}
+    assert fields(config, []) == {'mask_blur': 4}
+    assert {'width', 'guidance', 'mask_blur'} <= set(fields(config))
+
+
+def test_files_and_folders_by_name(tmp_path):
+    for name in ('b.safetensors', 'a.pt', 'readme.md', 'x=y.ckpt'):
+        (tmp_path / name).touch()
+    assert files('--lora', [f'{tmp_path}']) == {
+        'a': f'{tmp_path}/a.pt', 'b': f'{tmp_path}/b.safetensors', 'x=y': f'{tmp_path}/x=y.ckpt'}
+    assert files('--lora', [f'c={tmp_path}/a.pt', f'{tmp_path}/x=y.ckpt']) == {
+        'c': f'{tmp_path}/a.pt', 'x=y': f'{tmp_path}/x=y.ckpt'}
+    assert files('--lora', [f'{tmp_path}', f'{tmp_path}/a.pt'])['a'] == f'{tmp_path}/a.pt'
+    assert files('--lora', []) == {}

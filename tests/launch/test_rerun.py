@@ -1,0 +1,233 @@
+"""Pictures made again from their own files, to the bit, and from other programs' texts."""
+
+import contextlib
+import itertools
+import json
+import re
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from mains import ROOT, run_main
+from PIL import Image, PngImagePlugin
+from safetensors.numpy import save_file
+
+import jaxsd
+from jaxsd.run import infotext, picture
+from launch import generate
+
+
+@contextlib.contextmanager
+def _flags():
+    """The main's flags, fresh, and away afterwards: other tests define theirs."""
+    before = set(flags.FLAGS)
+    generate.define_flags()
+    try:
+        yield
+    finally:
+        mine = flags.FlagValues()
+        for name in set(flags.FLAGS) - before:  # --config.steps and the like among them
+            mine[name] = flags.FLAGS[name]
+        flags.FLAGS.remove_flag_values(mine)
+        flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(*flags) -> the pictures written, stderr; in this process, where programs compile once."""
+    numbers = itertools.count()
+
+    def make(*arguments, out=None):
+        out = out or tmp_path / f'out{next(numbers)}'
+        before = set(out.glob('*.png'))
+        steps = [] if '--from' in str(arguments) else ['--config.steps=2']
+        argv = ['generate', *steps, f'--out={out}', *arguments]
+        monkeypatch.setattr(sys, 'argv', argv)
+        with _flags():
+            try:
+                generate.main(generate.parse(argv))
+            except SystemExit as stop:
+                error = capsys.readouterr().err
+                assert stop.code in (1, 2) and error.count('error: ') == 1
+                assert set(out.glob('*.png')) == before
+                return [], error
+        return sorted(set(out.glob('*.png')) - before), capsys.readouterr().err
+
+    return make
+
+
+def _pixels(path):
+    with Image.open(path) as file:
+        return np.asarray(file)
+
+
+@pytest.fixture
+def repeat(run):
+    """Make a picture again and compare it with the file."""
+    def check(path, *flags):
+        (again,), error = run(f'--from={path}', *flags)
+        np.testing.assert_array_equal(_pixels(again), _pixels(path))
+        with Image.open(again) as new, Image.open(path) as old:
+            assert json.loads(new.text['jaxsd']) | {'batch': 0} == (
+                json.loads(old.text['jaxsd']) | {'batch': 0})
+            assert new.text['parameters'] == old.text['parameters']
+        assert 'warning: made' not in error and 'note:' not in error, error
+
+    return check
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Two pictures and a mask."""
+    rng = np.random.default_rng(0)
+    for name in 'ab':
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / f'{name}.png')
+    Image.fromarray(np.tile(np.uint8([[0] * 40 + [255] * 24]), (64, 1))).save(tmp_path / 'mask.png')
+    return tmp_path
+
+
+def test_emoji(run, tmp_path):
+    """In a folder that has pictures; and as a user does it, in another process."""
+    out = tmp_path / 'out'
+    for seed in (1, 2):
+        run('--prompt=red apple', f'--seed={seed}', '--config.sampler=euler_ancestral', out=out)
+    path = out / '00001-2-red-apple.png'
+    code, stdout, stderr = run_main('-m', 'launch.generate', f'--out={out}', f'--from={path}')
+    assert code == 0 and 'warning: made' not in stderr, stderr
+    np.testing.assert_array_equal(_pixels(out / '00002-2-red-apple.png'), _pixels(path))
+    assert (_pixels(path) != _pixels(out / '00000-1-red-apple.png')).any()
+
+
+def test_emoji_of_several_prompts_and_a_batch(run, repeat):
+    made, _ = run('--prompt=red apple', '--prompt=cat', '--num_images=2', '--seed=5',
+                  '--config.sampler=dpmpp_2s_ancestral', '--negative_prompt=dog')
+    repeat(made[2])  # the first cat of four pictures and a grid
+    with Image.open(made[2]) as file:
+        assert json.loads(file.text['jaxsd'])['batch'] == -(-4 // jax.local_device_count())
+
+
+def test_emoji_from_pictures(run, repeat, drawn):
+    (made,), _ = run('--prompt=cat', f'--image={drawn}/a.png', '--strength=0.5')
+    repeat(made)
+    (made,), _ = run('--prompt=cat', f'--image={drawn}/a.png', f'--mask={drawn}/mask.png',
+                     '--config.request=fill=edge, mask_blur=1')
+    repeat(made)
+    Image.open(drawn / 'b.png').save(drawn / 'a.png')
+    _, error = run(f'--from={made}')
+    assert re.search('error: .*a.png has changed since .* was made from it\n$', error)
+    (drawn / 'a.png').unlink()
+    _, error = run(f'--from={made}')
+    assert re.search('error: no such file: .*a.png\n$', error)
+
+
+def test_flags_beside_it(run, repeat, checkpoint, drawn):
+    size = '--config.width=64', '--config.height=64'
+    (first,), _ = run(f'--checkpoint={checkpoint}', '--prompt=cat', '--seed=7', *size,
+                      '--config.schedule=exponential', '--negative_prompt=dog')
+    repeat(first)
+    (other,), _ = run(f'--checkpoint={checkpoint}', '--prompt=cat', '--seed=8', *size,
+                      '--config.schedule=exponential', '--negative_prompt=dog')
+    (again,), _ = run(f'--from={first}', '--seed=8')
+    np.testing.assert_array_equal(_pixels(again), _pixels(other))
+    (again,), _ = run(f'--from={first}', '--prompt=apple', '--config.steps=3', '--negative_prompt=',
+                      f'--image={drawn}/a.png', '--config.request=weighting=none')
+    found = infotext.read(again).fields
+    assert (found['prompt'], found['steps'], found['negative_prompt'], found['seed']) == (
+        'apple', 3, '', 7)
+    assert (found['schedule'], found['strength'], found['weighting']) == ('exponential', 0.75,
+                                                                        'none')
+    several, _ = run(f'--from={first}', '--num_images=2')
+    assert [path.name.split('-')[1] for path in several] == ['7', '8', 'grid.png']
+
+
+def test_emoji_with_a_hint(run, repeat, drawn):
+    flag = f'--control=net={ROOT}/checkpoints/emoji_edges, image={drawn}/a.png, preprocess=scribble'
+    (made,), _ = run('--prompt=cat', flag)
+    repeat(made)
+    Image.open(drawn / 'b.png').save(drawn / 'a.png')
+    _, error = run(f'--from={made}')
+    assert re.search('error: .*a.png has changed since .* was made from it\n$', error)
+    run(f'--from={made}', flag)  # given anew, it may be another
+
+
+def test_adapters_embeddings_and_wildcards(run, repeat, checkpoint, drawn):
+    rng = np.random.default_rng(0)
+    layer = 'unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q'
+    (drawn / 'loras').mkdir()
+    for name in ('style', 'other'):
+        save_file({f'{layer}.lora_{side}.weight': rng.normal(size=shape).astype(np.float32)
+                   for side, shape in (('A', (2, 32)), ('B', (32, 2)))},
+                  drawn / 'loras' / f'{name}.safetensors')
+    save_file({'emb_params': rng.normal(size=(2, 32)).astype(np.float32)},
+              drawn / 'thing.safetensors')
+    (drawn / 'words').mkdir()
+    (drawn / 'words' / 'animal.txt').write_text('dog\ncat\n')
+    flags = [f'--checkpoint={checkpoint}', '--seed=7', '--config.width=64', '--config.height=64',
+             f'--lora={drawn}/loras', f'--embeddings=it={drawn}/thing.safetensors']
+    (plain,), _ = run('--prompt=red it', *flags)
+    repeat(plain)
+    (made,), _ = run('--prompt=red it __animal__ <lora:style:0.8>', f'--wildcards={drawn}/words',
+                     *flags)
+    assert (_pixels(made) != _pixels(plain)).any()
+    past = infotext.read(made)
+    assert past.run['lora'] == [f'style={drawn}/loras/style.safetensors']
+    assert '__' not in past.fields['prompt']
+    repeat(made)
+    _, error = run('--prompt=<lora:stile:1>', *flags)
+    assert "unknown adapter 'stile': did you mean 'style'" in error
+    _, error = run('--prompt=<lora:style:1>', *flags[:4])
+    assert "adapter 'style': expected its file as --lora=PATH" in error
+    (drawn / 'loras' / 'style.safetensors').unlink()
+    _, error = run(f'--from={made}')
+    assert re.search('error: .*style.safetensors: no such file', error)
+
+
+def _foreign(path, text):
+    info = PngImagePlugin.PngInfo()
+    info.add_text('parameters', text)
+    Image.new('RGB', (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+def test_texts_of_other_programs(run, checkpoint, tmp_path):
+    path = _foreign(tmp_path / 'a.png', 'red cat\nNegative prompt: dog\nSteps: 3, Sampler: DPM++ '
+                    '2M Karras, CFG scale: 5, Seed: 9, Size: 64x64, Model: anything, ENSD: 31337, '
+                    'Denoising strength: 0.5')
+    _, error = run(f'--from={path}')
+    assert "made with 'anything', and does not say where that is: give it as --chec" in error
+    (made,), error = run(f'--from={path}', f'--checkpoint={checkpoint}')
+    assert re.findall('^note: (.*)$', error, re.M) == [
+        'the picture that it was made from is not in the text: give it as --image',
+        'ENSD: 31337 is not honoured']
+    found = infotext.read(made).fields
+    assert found['noise'] == 'philox' and found['seed'] == 9 and found['steps'] == 3
+    assert (found['sampler'], found['schedule'], found['guidance']) == ('dpmpp_2m', 'karras', 5)
+    (again,), error = run(f'--from={path}', f'--checkpoint={checkpoint}', f'--image={path}')
+    assert infotext.read(again).fields['strength'] == 0.5
+
+
+def test_versions_that_differ(run, checkpoint, tmp_path):
+    request = jaxsd.Request('cat', seed=3, width=64, height=64, steps=2)
+    text = json.loads(picture.record(request, checkpoint=str(checkpoint), dtype='float32'))
+    text['versions']['jax'], text['device'] = '0.1', 'TPU v9'
+    path = tmp_path / 'a.png'
+    picture.write_png(path, np.zeros((8, 8, 3), np.uint8), {'jaxsd': json.dumps(text)})
+    (made,), error = run(f'--from={path}')
+    warnings = re.findall('^warning: .*$', error, re.M)
+    assert len(warnings) == 1 and 'made with jax 0.1, here' in warnings[0]
+    assert 'device TPU v9, here cpu' in warnings[0]
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--from={tmp}/none.png'], 'no such file: .*none.png'),
+    (['--from={tmp}/a.png'], 'a.png does not say how it was made'),
+    (['--prompt=a', '--lora={tmp}/none'], '--lora=.*no such file or folder: .*none'),
+    (['--prompt=a', '--lora=x={tmp}/none'], '--lora=x=.*no such file or folder: /.*none'),
+    (['--prompt=a', '--embeddings={tmp}'], 'expected files in the folder that end in .safe'),
+    (['--prompt=a', '--lora={tmp}/a.png', '--lora=a={tmp}/b.png'], "are both called 'a'"),
+])
+def test_bad_input_is_one_clear_line(run, drawn, flags, message):
+    _, error = run(*(flag.format(tmp=drawn) for flag in flags))
+    assert re.search(f'error: [^\n]*{message}[^\n]*\n$', error), error
