@@ -140,7 +140,7 @@ def test_peft_adapters_with_their_settings(pair, name, dora, tmp_path):
         pipe.unet.save_lora_adapter(tmp_path)
         compare(model, pipe, tmp_path / 'pytorch_lora_weights.safetensors', ['unet'])
     finally:
-        pipe.unet.delete_adapters('default')
+        pipe.unload_lora_weights()
 
 
 def randomise(module, chosen, seed=0):
@@ -190,9 +190,7 @@ def test_lycoris_files_as_the_library_merges_them(pair, name, algorithm, tmp_pat
     if algorithm == 'lokr decomposed':
         settings |= {'linear_alpha': 1, 'conv_alpha': 1}
     network = lycoris.create_lycoris(module, 1.0, **settings)
-    randomise(network, lambda key: True)
-    path = tmp_path / 'lycoris.safetensors'
-    save_torch({k: v.detach().clone().contiguous() for k, v in network.state_dict().items()}, path)
+    path = random_file(network, tmp_path)
     network.merge_to(1.0)
     merged = jaxsd.merge(model, {jaxsd.load_adapter(path, model): 1})
     found = traverse_util.flatten_dict(merged.params['unet'], sep='.')
@@ -205,6 +203,20 @@ def test_lycoris_files_as_the_library_merges_them(pair, name, algorithm, tmp_pat
         assert np.abs(ours - expected).max() <= 1e-5 * max(1, np.abs(expected).max()), key
         changed += not np.array_equal(found[key], before[key])
     assert changed >= len(network.loras)
+
+
+def random_file(network, folder):
+    """The file of a LyCORIS network, made random -> its path."""
+    tensors = {}
+    for number, lora in enumerate(network.loras):
+        randomise(lora, lambda key: True, number)
+        found = lora.state_dict()
+        if lora.name == 'full':  # writes what is right only once it is applied
+            found = {'diff': lora.weight} | ({} if lora.bias is None else {'diff_b': lora.bias})
+        for key, value in found.items():
+            tensors[f'{lora.lora_name}.{key}'] = value.detach().clone().contiguous()
+    save_torch(tensors, folder / 'lycoris.safetensors')
+    return folder / 'lycoris.safetensors'
 
 
 def torch_unet(pair, name):
@@ -223,10 +235,7 @@ def test_scales_that_the_library_merges_otherwise(pair, kind, tmp_path):
     module = torch_unet(pair, 'sd15')
     network = lycoris.create_lycoris(module, 1.0, linear_dim=4, linear_alpha=1, conv_dim=4,
                                      conv_alpha=1, algo=kind, block_size=2)
-    randomise(network, lambda key: True)
-    path = tmp_path / 'lycoris.safetensors'
-    save_torch({k: v.detach().clone().contiguous() for k, v in network.state_dict().items()}, path)
-    adapter = jaxsd.load_adapter(path, model)
+    adapter = jaxsd.load_adapter(random_file(network, tmp_path), model)
     layers = dict(module.named_modules())
     for lora in network.loras:
         layer = next(n for n in layers if f'lycoris_{n}'.replace('.', '_') == lora.lora_name)

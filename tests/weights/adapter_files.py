@@ -5,7 +5,7 @@ import numpy as np
 from jaxsd.models.spec import spec
 from jaxsd.weights import names
 
-SIZE = 0.2  # deviation of the factors: what an adapter adds is about as large as what it is added to
+SIZE = 0.2  # deviation of the factors: what is added is about as large as what it is added to
 KOHYA = {'down': '.lora_down.weight', 'up': '.lora_up.weight', 'mid': '.lora_mid.weight'}
 PEFT = {'down': '.lora_A.weight', 'up': '.lora_B.weight', 'magnitude': '.lora_magnitude_vector'}
 PLAIN = {'down': '.down.weight', 'up': '.up.weight'}

@@ -1,0 +1,155 @@
+"""Files of adapters: every known key finds its layer, and what is wrong is said in one line."""
+
+import gzip
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from adapter_files import KOHYA, PEFT, attentions, draw, file, kohya, layers, lora, peft
+from safetensors.numpy import save_file
+from tiny import random_model, sparse_file
+
+import jaxsd
+from jaxsd.config import read_config
+from jaxsd.weights import Model, adapter_names, adapters
+from jaxsd.weights.files import open_tensors
+
+HERE = pathlib.Path(__file__).resolve()
+SHARED = HERE.parents[3] / 'shared' / 'manifests' / 'lora'  # the originals, if beside the clone
+MANIFESTS = json.loads(gzip.decompress(
+    (HERE.parents[1] / 'data' / 'manifests' / 'lora.json.gz').read_bytes()))
+SPELLINGS = MANIFESTS.pop('spellings')
+
+
+def version(name):
+    return next(v for key, v in (('sdxl', 'sdxl'), ('sd21', 'sd21'), ('', 'sd15')) if key in name)
+
+
+def test_copies_are_the_originals():
+    if not SHARED.exists():
+        pytest.skip('the original manifests are not beside this clone')
+    for name, copy in MANIFESTS.items():
+        path = next(SHARED.glob(f'{name}.json*'))
+        raw = path.read_bytes()
+        assert copy == json.loads(gzip.decompress(raw) if path.suffix == '.gz' else raw), name
+
+
+@pytest.mark.parametrize('name', MANIFESTS)
+def test_every_key_of_a_manifest_is_a_layers_of_its_version(name, tmp_path):
+    sparse_file(tmp_path / 'lora.safetensors', MANIFESTS[name])
+    tensors = open_tensors(tmp_path / 'lora.safetensors')
+    found = adapters._layers(tensors)
+    targets, unfit = adapters._fit(found, tensors.shapes, read_config(version(name)))
+    assert unfit == [] and len(set(targets.values())) == len(found)
+    assert sum(map(len, found.values())) == len(MANIFESTS[name])
+
+
+@pytest.mark.parametrize('spelling', [s for s in SPELLINGS if s != 'LyCORIS suffixes'])
+def test_every_spelling_of_a_layer(spelling):
+    for key in SPELLINGS[spelling]:
+        found = adapter_names.split(key)
+        if '.base_layer.' in key:
+            assert found is None
+        else:
+            part, layer = next(filter(None, (adapter_names.find(found[0], read_config(v))
+                                             for v in ('sd15', 'sdxl'))))
+            assert layer.endswith(('to_q', 'to_out.0', 'q_proj')) and found[1]
+            assert ('text' in key or '_te' in key) == part.startswith('text_encoder')
+
+
+@pytest.fixture(scope='module')
+def model():
+    return random_model('sd15')
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(tensors, **metadata):
+        save_file(tensors, tmp_path / 'lora.safetensors', metadata or None)
+        return tmp_path / 'lora.safetensors'
+    return write
+
+
+def tensors_of(model, spelling=kohya, keys=KOHYA, make=lora, **settings):
+    return file(model.config, spelling, keys, make, attentions(model.config), **settings)
+
+
+def test_kohyas_metadata_and_alpha(model, save):
+    adapter = jaxsd.load_adapter(save(tensors_of(model, alpha=1), ss_network_dim='3'), model)
+    plain = jaxsd.load_adapter(save(tensors_of(model)), model)
+    assert adapter.metadata == {'ss_network_dim': '3'}
+    for part, deltas in plain.deltas.items():
+        for name, delta in deltas.items():
+            np.testing.assert_allclose(adapter.deltas[part][name].up, delta.up / 3, rtol=1e-6)
+
+
+def test_pefts_folder(model, tmp_path):
+    """PEFT keeps alpha in a file of its own."""
+    tensors = {f'base_model.model.{key.removeprefix("unet.")}': value for key, value in
+               tensors_of(model, peft, PEFT).items() if key.startswith('unet.')}
+    save_file(tensors, tmp_path / 'adapter_model.safetensors')
+    plain = jaxsd.load_adapter(tmp_path / 'adapter_model.safetensors', model)
+    settings = {'lora_alpha': 6, 'alpha_pattern': {'attn2.to_q': 9}}
+    (tmp_path / 'adapter_config.json').write_text(json.dumps(settings))
+    scaled = jaxsd.load_adapter(tmp_path / 'adapter_model.safetensors', model)
+    for name, delta in plain.deltas['unet'].items():
+        factor = 3 if 'attn2.to_q' in name else 2
+        np.testing.assert_allclose(scaled.deltas['unet'][name].up, factor * delta.up, rtol=1e-6)
+
+
+def test_merging_keeps_dtypes(save):
+    model = random_model('sd15', dtype='float16')
+    adapter = jaxsd.load_adapter(save(tensors_of(model)), model)
+    merged, before = jaxsd.merge(model, {adapter: 1}).params['unet'], model.params['unet']
+    assert merged['conv_in']['weight'] is before['conv_in']['weight']
+    new, old = (tree['mid_block']['attentions']['0']['transformer_blocks']['0']['attn1']['to_q']
+                for tree in (merged, before))
+    assert new['weight'].dtype == 'float16' and not np.array_equal(new['weight'], old['weight'])
+
+
+@pytest.mark.parametrize('name, other, expected', [
+    ('kohya_sdxl', 'sd15', 'is a LoRA for SDXL; this model is 1.x'),
+    ('kohya_sd21', 'sd15', 'is a LoRA for 2.x; this model is 1.x'),
+    ('lycoris_sd15_loha', 'sdxl', 'is a LoRA for 1.x; this model is SDXL'),
+    ('kohya_sdxl', 'sdxl_refiner', "is a LoRA for SDXL; this model is SDXL's refiner"),
+])
+def test_files_for_another_version_name_it(name, other, expected, tmp_path):
+    sparse_file(tmp_path / 'lora.safetensors', MANIFESTS[name])
+    with pytest.raises(ValueError, match=expected) as error:
+        jaxsd.load_adapter(tmp_path / 'lora.safetensors', Model(read_config(other), {}))
+    assert '\n' not in str(error.value)
+
+
+def test_unknown_keys_are_listed(model, save):
+    tensors = tensors_of(model) | {'lora_te2_x.lora_down.weight': draw(np.random.default_rng(0), 2),
+                                   'lora_te2_x.lora_up.weight': draw(np.random.default_rng(0), 2)}
+    with pytest.raises(ValueError, match=r'1 of its \d+ layers .* lora_te2_x.lora_down.weight'):
+        jaxsd.load_adapter(save(tensors), model)
+
+
+def test_half_a_pair_is_named(model, save):
+    tensors = tensors_of(model)
+    lost = next(key for key in tensors if key.endswith('lora_up.weight'))
+    del tensors[lost]
+    with pytest.raises(ValueError, match=f'{lost.split(".")[0]} .*no up; the file is incomplete'):
+        jaxsd.load_adapter(save(tensors), model)
+
+
+def test_other_files_are_named(model, save):
+    with pytest.raises(ValueError, match='is a VAE, by its tensor .* expected a LoRA'):
+        jaxsd.load_adapter(save({'encoder.conv_in.weight': np.zeros((1, 1), np.float32)}), model)
+
+
+def test_a_layer_of_other_sizes_is_listed(model, save):
+    tensors = tensors_of(model)
+    key = next(key for key in tensors if key.endswith('lora_up.weight'))
+    tensors[key] = tensors[key][:-1]
+    with pytest.raises(ValueError, match=f'1 of its .*{key.split(".")[0]}'):
+        jaxsd.load_adapter(save(tensors), model)
+
+
+def test_every_layer_can_be_adapted(model, save):
+    tensors = file(model.config, kohya, KOHYA, lora, layers(model.config))
+    adapter = jaxsd.load_adapter(save(tensors), model)
+    assert sum(map(len, adapter.deltas.values())) == len(layers(model.config))
