@@ -221,7 +221,7 @@ def _terminals(text):
     return zip(_roles(tokens), [token[0] for token in tokens])
 
 
-def letters_joined(terminals):
+def _joined(terminals):
     """(name, text) of terminals, with neighbouring LETTERS made one."""
     for name, run in itertools.groupby(terminals, lambda terminal: terminal[0]):
         texts = [text for _, text in run]
@@ -240,7 +240,7 @@ def lalr(rules, terminals, tree):
             pass
 
         def lex(self, text):
-            return itertools.starmap(lark.Token, letters_joined(terminals(text)))
+            return itertools.starmap(lark.Token, _joined(terminals(text)))
 
     return lark.Lark(rules, parser='lalr', lexer=Lexer, transformer=tree).parse
 
@@ -401,7 +401,7 @@ def _comfy(text):
             else:
                 yield start, place, weight, False
                 start = min(partners.get(place, end) + 1, end)
-                if start - place < 2 or text[start - 1] != ')':
+                if text[start - 1] != ')':
                     yield place, end, weight, False
                     return
                 yield *_weighted(text, place + 1, start - 1, weight * 1.1), True

@@ -39,7 +39,8 @@ def _near(count, share):
     ('__colours/*__', {'red': 1 / 3, 'orange': 1 / 3, 'blue': 1 / 3}),
     ('a{__colours/cold__|__c*/warm__}', {'ablue': 1 / 2, 'ared': 1 / 4, 'aorange': 1 / 4}),
     ('{2$$-$$__colours/warm__}', {'red-orange': 1 / 2, 'orange-red': 1 / 2}),
-    ('{2$$-$$__colours/cold__|3::x}', {'blue-x': 1 / 4, 'x-blue': 3 / 4})])
+    ('{2$$-$$__colours/cold__|3::x}', {'blue-x': 1 / 4, 'x-blue': 3 / 4}),
+    ('{1$$4::__colours/warm__|2::x}', {'red': .4, 'orange': .4, 'x': .2})])
 def test_odds(text, shares):
     counts = _counts(text)
     assert set(counts) == set(shares)
