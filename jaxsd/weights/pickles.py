@@ -15,6 +15,7 @@ import mmap
 import pathlib
 import pickletools
 import re
+import struct
 import zipfile
 from typing import NamedTuple
 
@@ -86,7 +87,7 @@ class Tensor(NamedTuple):
 
 
 def _tensor(storage, offset, shape, strides, *_, dtype=None):
-    dtype = dtype or storage.dtype
+    dtype = storage.dtype if dtype is None else dtype
     numbers = [offset, *shape, *strides]
     if (not isinstance(storage, Storage) or len(shape) != len(strides) or len(shape) > 32
             or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)):
@@ -289,7 +290,8 @@ class PickleFile:
                 f'{path}: is a pickle that {error}, which no file of weights needs; it may be an '
                 'attack. Nothing of it was run; look for a .safetensors copy') from None
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError,
-                OverflowError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
+                OverflowError, NotImplementedError, RuntimeError, struct.error,
+                zipfile.BadZipFile) as error:
             text = ' '.join(str(error).split())[:300]
             raise ValueError(f'{path}: not a whole pickle of torch.save, it is truncated or '
                              f'corrupt ({text or type(error).__name__}); download it '

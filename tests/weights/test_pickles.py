@@ -235,6 +235,10 @@ def test_missing_and_renamed(tmp_path):
         open_tensors(tmp_path / 'none.pt')
     (tmp_path / 'a.safetensors').write_bytes(GOLDENS['old'].tobytes())
     assert 'plain' in open_tensors(tmp_path / 'a.safetensors').shapes
+    # A header of 640 bytes begins with the bytes of a pickle.
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(640)
+    (tmp_path / 'b.bin').write_bytes(struct.pack('<Q', 640) + header + struct.pack('<f', 2))
+    assert open_tensors(tmp_path / 'b.bin').read('a') == 2
 
 
 def mutated(data, rng):
