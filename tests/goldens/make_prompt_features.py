@@ -7,10 +7,11 @@ sd_hijack_clip.py and sd_emphasis.py of stable-diffusion-webui 1.10. ComfyUI: co
 (commit f7e6a5e). What they import and do not use is stubbed; the text encoders are transformers'
 with the weights of tests/prompt/tiny_clip.py. Needs torch, transformers, lark.
 
-`texts`: those that the prompts' parts have at the last step. {reference}/{how}/{what}: `which` of
-them, `blocks` of each; then of all blocks one after the other `tokens` [77] (0: a vector),
-`weights` [77], and by text encoder the features [8], tiny_clip.project; `pooled` [texts,24].
-Textual inversions are written as each program wants them: a bare name, or embedding:name.
+`texts`: those that the prompts' parts have at the last step, and long ones made of them.
+{reference}/{how}/{what}: `which` of them, `blocks` of each; then of all blocks one after the other
+`tokens` [77] (0: a vector), `weights` [77], and by text encoder the features [8],
+tiny_clip.project; `pooled` [texts,24]. Textual inversions are written as each program wants them: a
+bare name, or embedding:name.
 """
 
 import importlib.util
@@ -220,6 +221,7 @@ def main(a1111_folder, comfy_folder):
     texts, hows = a1111(a1111_folder)
     prompts = tiny_clip.PROMPTS.read_text(encoding='utf-8').rstrip('\n').split('\n')
     texts = [text for prompt in prompts for text in texts(prompt)]
+    texts += [', '.join(texts[i:i + 6]) for i in range(170, 250, 7)]  # several blocks each
     golden = {'texts': np.array(texts)}
     hows = [('a1111', how, e) for how, e in hows.items()]
     hows += [('comfy', how, e) for how, e in comfy(comfy_folder).items()]
