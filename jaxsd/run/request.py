@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxsd.prompt.wildcards import expand
 from jaxsd.run import canvas
 from jaxsd.sampling import SAMPLERS, known_schedule
 from jaxsd.sampling.choice import choose, one_of
@@ -22,6 +23,7 @@ FILLS = ('original', 'edge', 'noise', 'latent')
 MASK_MODES = ('blend', 'strength')
 WEIGHTINGS = ('a1111', 'comfy', 'compel', 'none')
 CUTS = ('comma', 'hard', 'word')
+PROMPTS = ('prompt', 'negative_prompt', 'prompt_2', 'negative_prompt_2')
 NOISES = ('threefry', 'torch', 'philox')
 
 
@@ -67,7 +69,7 @@ class Request:
     Raises ValueError, at construction, for values that no model could serve.
     """
 
-    prompt: str = ''
+    prompt: str = ''  # A1111's language, see docs
     negative_prompt: str = ''
     seed: int = -1  # 0 to 2^64 - 1; -1: picked at random by `resolve`
     sampler: str = 'dpmpp_2m'
@@ -113,7 +115,7 @@ class Request:
     negative_aesthetic: float = 2.5
 
     def __post_init__(self):
-        for name in ('prompt', 'negative_prompt', 'sampler', 'prompt_2', 'negative_prompt_2'):
+        for name in ('sampler', *PROMPTS):
             value = getattr(self, name)
             if not isinstance(value, str) and not (name.endswith('_2') and value is None):
                 raise ValueError(f'{name}={value!r}: expected a string')
@@ -206,10 +208,12 @@ class Request:
 
 
 def resolve(requests, config):
-    """Fill in what a request leaves open: size, strength, and a random seed for -1.
+    """Fill in what a request leaves open: size, strength, a random seed for -1, and the choices of
+    dynamic prompts, `{a|b}` and `__name__`, which the seed makes.
 
-    `generate` does this itself; call it first to know the seeds that it will use.
-    Raises ValueError for a size or a strength that the model cannot make.
+    `generate` does this itself; call it first to know the seeds and prompts that it will use.
+    Raises ValueError for a size or a strength that the model cannot make, and for wildcards that
+    are not there.
     """
     if isinstance(requests, Request):
         raise ValueError('requests: expected a list of Request, found a single Request')
@@ -227,7 +231,10 @@ def resolve(requests, config):
                 raise ValueError(f'{name}={value}: expected a multiple of {factor} pixels, '
                                  f'for example {near}')
         seed = random_seed() if request.seed == -1 else int(request.seed)
-        resolved.append(request.replace(seed=seed, strength=_strength(request, config), **size))
+        prompts = {name: expand(getattr(request, name), seed, request.wildcards)
+                   for name in PROMPTS if getattr(request, name) is not None}
+        resolved.append(request.replace(seed=seed, strength=_strength(request, config), **size,
+                                        **prompts))
     return resolved
 
 

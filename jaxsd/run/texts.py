@@ -63,10 +63,14 @@ def read(request):
 
 
 def _by_step(part, steps):
-    """The segments of each step; of a prompt that the other text encoder does not have, none."""
+    """The segments of each step; of a prompt that the other text encoder does not have, none.
+
+    A1111 counts its steps from 0 and an entry's last one from 1, so that `[a:b:5]` hears a six
+    times and `[a|b]` a, a, b, a ...: here too, for the same pictures.
+    """
     if part is None:
         return [()] * steps
-    return [next(segments for end, segments in part.schedule if step < end)
+    return [next(segments for end, segments in part.schedule if step <= end)
             for step in range(steps)]
 
 
