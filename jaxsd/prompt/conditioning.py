@@ -9,7 +9,6 @@ import numpy as np
 from jaxsd.config import TEXT_ENCODERS
 from jaxsd.models import clip
 from jaxsd.models.layers import timestep_embedding
-from jaxsd.prompt.blocks import Texts
 
 
 class Conditioning(NamedTuple):
@@ -38,13 +37,6 @@ class Conditioning(NamedTuple):
         return choose(self.context), None if self.added is None else choose(self.added)
 
 
-def tokens(tokenizers, texts):
-    """texts(text encoder): P lists of B texts, the negative prompts first -> {text encoder: int32
-    [B,P,T]}."""
-    return {name: np.stack([tokenizer(some) for some in texts(name)], 1)
-            for name, tokenizer in tokenizers.items()}
-
-
 def time_ids(original, crop, target):
     """SDXL base: (height, width) of the original, (top, left) of the crop, (height, width) aimed
     at -> float32 [2,6], the same for both prompts."""
@@ -66,10 +58,6 @@ def encode(params, config, texts, ids=None, zero=None, skip=None):
     SDXL: features are concatenated; `added` is the last encoder's pooled vector of the first block
     ++ sinusoids of the time ids (Podell et al. 2023, section 2.2).
     """
-    texts = {name: some if isinstance(some, Texts) else _plain(some)
-             for name, some in texts.items()}
-    if zero is not None and zero.ndim == 1:
-        zero = jnp.pad(zero[:, None], ((0, 0), (0, len(texts[min(texts)].restore[0]) - 1)))
     vectors = params.get('embeddings', {})
     features = [_features(params[name], getattr(config, name), texts[name], vectors.get(name), skip)
                 for name in TEXT_ENCODERS if name in texts]
@@ -106,10 +94,3 @@ def _mix(hidden, texts):
     own = hidden[:texts.restore.size].mean((1, 2)).reshape(texts.restore.shape)
     scale = jnp.where(texts.restore, own / mixed.mean((2, 3)), 1)
     return mixed * scale[..., None, None]
-
-
-def _plain(tokens):
-    """Rows of tokens [B,N,T] -> Texts of one block each."""
-    B, N, T = tokens.shape
-    source = jnp.broadcast_to(jnp.arange(N)[:, None, None], (B, N, 1, 1))
-    return Texts(tokens, source, jnp.ones((B, N, 1, 1, T)), jnp.zeros((B, N, 1), bool))

@@ -3,12 +3,15 @@
 import numpy as np
 
 from jaxsd.models import clip
-from jaxsd.prompt import conditioning
+from jaxsd.prompt import blocks, conditioning
+from jaxsd.prompt.grammar import Segment
 
 
 def _encode(model, ids=None, zero=None):
-    tokens = conditioning.tokens(model.tokenizers, lambda name: [['dog', ''], ['red apple', 'cat']])
-    return tokens, conditioning.encode(model.params, model.config, tokens, ids, zero)
+    images = [[[Segment(text, 1.0)] for text in pair] for pair in (['dog', 'red apple'],
+                                                                   ['', 'cat'])]
+    texts, _ = blocks.texts(model.tokenizers, lambda name: images, ['a1111'] * 2, ['comma'] * 2)
+    return texts, conditioning.encode(model.params, model.config, texts, ids, zero)
 
 
 def test_the_pair_is_negative_then_positive(tiny_model):
@@ -24,8 +27,8 @@ def test_sdxl_concatenates_features_and_appends_the_time_ids(tiny_model):
     model = tiny_model('sdxl')
     ids = np.stack([conditioning.time_ids((64, 48), (1, 2), (64, 64))] * 2)
     assert ids[0].tolist() == [[64, 48, 1, 2, 64, 64]] * 2
-    tokens, found = _encode(model, ids, np.array([False, True]))
-    first, second = (clip.encode(model.params[n], getattr(model.config, n), tokens[n][:, 1])
+    texts, found = _encode(model, ids, np.array([[False, False], [True, False]]))
+    first, second = (clip.encode(model.params[n], getattr(model.config, n), texts[n].tokens[:, 1])
                      for n in ('text_encoder', 'text_encoder_2'))
     np.testing.assert_allclose(found.context[:, 1, :, :32], first.hidden, atol=1e-5)
     np.testing.assert_allclose(found.context[:, 1, :, 32:], second.hidden, atol=1e-5)
