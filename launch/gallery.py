@@ -127,7 +127,15 @@ def previews(model):
     return row
 
 
-ROWS = (image_to_image, inpainting, outpainting, only_masked, controlled, hints, previews)
+def prompts(model):
+    """What the language of prompts does: one text after another, in turns, several at once."""
+    rows = ('red apple', '[red apple:green apple:0.2]', '[red apple:green apple:0.4]',
+            '[red apple|green apple]', 'red apple AND green apple', 'red heart AND blue heart',
+            '[red heart|blue heart|green heart]')
+    return list(zip(jaxsd.generate(model, [BASE.replace(prompt=text) for text in rows]), rows))
+
+
+ROWS = (prompts, image_to_image, inpainting, outpainting, only_masked, controlled, hints, previews)
 
 
 def run():

@@ -142,9 +142,12 @@ def run():
         images = jaxsd.generate(model, requests, on_step=bar, tile=recipe.tile or None,
                                 refiner=refiner, preview=preview)
     took = time.perf_counter() - start
-    batches = _batches(model, requests, devices)
+    programs = _programs(model, requests, refiner, devices)
     if alone:
         images, requests = images[:1], requests[:1]
+        same = past.fields.items() <= vars(requests[0]).items()
+        if same and past.run.get('program') not in (None, programs[0]['program']):
+            _note(['made beside pictures of another kind: the last bits may differ'])
     sizes = sorted({f'{image.shape[1]}x{image.shape[0]}' for image in images})
     print(f'{len(images)} picture(s) of {", ".join(sizes)} in {took:.1f} s '
           f'(compilation {bar.compilation:.1f} s, sampling {bar.sampling:.1f} s: '
@@ -157,7 +160,7 @@ def run():
             'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'dtype': dtype, 'model': name}
     if FLAGS.control:
         made['hint_size'] = hint_size
-    for path in _write(picture, out, images, requests, batches, made):
+    for path in _write(picture, out, images, requests, programs, made):
         print(path)
 
 
@@ -188,13 +191,16 @@ def _note(lines, kind='note'):
         print(f'{kind}: {line}', file=sys.stderr)
 
 
-def _batches(model, requests, devices):
-    """For each request the pictures per device of the program that made it: `generate` has one for
-    each number of blocks of text."""
-    from jaxsd.run import texts
-    blocks = [texts.count(model, request) for request in requests]
-    counts = [blocks.count(number) for number in blocks]
-    return [-(-count // min(count, devices)) for count in counts]
+def _programs(model, requests, refiner, devices):
+    """For each request which program made it, and for how many pictures on each device."""
+    from jaxsd.run.generate import batches
+    from jaxsd.run.inputs import inputs, program
+    found = {}
+    for part in batches(model, requests, refiner):
+        name = program(inputs(model, [requests[i] for i in part]))
+        batch = -(-len(part) // min(len(part), devices))
+        found |= dict.fromkeys(part.tolist(), {'program': name, 'batch': batch})
+    return [found[i] for i in range(len(requests))]
 
 
 def _named(loras, embeddings, requests):
@@ -286,15 +292,15 @@ def _whole(flag, values):
         raise ValueError(f'{flag}={",".join(values)}: expected whole numbers') from None
 
 
-def _write(picture, out, images, requests, batches, made):
+def _write(picture, out, images, requests, programs, made):
     """Write the pictures, and a grid if there are several; yields the paths."""
     import numpy as np
     used = [int(m[1]) for m in (re.match(r'(\d+)-.*\.png$', p.name) for p in out.iterdir()) if m]
     number = max(used, default=-1) + 1
     names = {name: pathlib.Path(made.get(name, '')).stem for name in ('vae', 'refiner')}
     texts = [{'parameters': picture.parameters(request, made['model'], **names),
-              'jaxsd': picture.record(request, **made, batch=batch)}
-             for request, batch in zip(requests, batches)]
+              'jaxsd': picture.record(request, **made, **program)}
+             for request, program in zip(requests, programs)]
     for i, (image, request, text) in enumerate(zip(images, requests, texts)):
         slug = re.sub(r'[^a-z0-9]+', '-', request.prompt.lower())[:40].strip('-') or 'no-prompt'
         path = out / f'{number + i:05d}-{request.seed}-{slug}.png'

@@ -66,17 +66,21 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None,
             raise ValueError(f'tile={tile}: expected a multiple of {config.vae.factor} pixels')
         tile //= config.vae.factor
     canvases = [canvas.canvas(r, config) for r in requests]
-    nets = [model] if refiner is None else [model, refiner]
-    kinds = [(r.sampler == 'dpm_adaptive' and r.strength > 0,  # it has no table
-              *(texts.count(net, r) for net in nets)) for r in requests]
     painted = {}
-    for kind in sorted(set(kinds)):
-        part = np.array([i for i, found in enumerate(kinds) if found == kind])
+    for part in batches(model, requests, refiner):
         some = None if noise is None else np.asarray(noise)[part]
         images = _paint(model, [requests[i] for i in part], [canvases[i] for i in part], tile, some,
                         refiner, on_step, preview)
         painted |= zip(part.tolist(), images)
     return canvas.finish(canvases, [painted[i] for i in range(len(requests))])
+
+
+def batches(model, requests, refiner=None):
+    """The resolved requests that `generate` makes together: arrays of their indices."""
+    nets = [model] if refiner is None else [model, refiner]
+    kinds = [(r.sampler == 'dpm_adaptive' and r.strength > 0,  # it has no table
+              *(texts.count(net, r) for net in nets)) for r in requests]
+    return [np.flatnonzero([found == kind for found in kinds]) for kind in sorted(set(kinds))]
 
 
 def _paint(model, requests, canvases, tile, noise, refiner, on_step, preview):

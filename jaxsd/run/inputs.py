@@ -1,5 +1,7 @@
 """From resolved requests to everything that a compiled program takes, numpy on the host."""
 
+import functools
+import hashlib
 from typing import NamedTuple
 
 import jax
@@ -57,6 +59,16 @@ class Inputs(NamedTuple):
         """Which axis is pictures, for each field; None: no axis."""
         by_row = BY_ROW if isinstance(self.rows, sampling.Row) else BY_ROW[1:]
         return [None if name in SHARED else int(name in by_row) for name in self._fields]
+
+
+def program(data):
+    """A short name for all that chooses the program of Inputs, but for the number of pictures."""
+    def shape(a, axis):
+        return [n for i, n in enumerate(np.shape(a)) if i != axis]
+
+    shapes = [jax.tree.map(functools.partial(shape, axis=axis), value)
+              for axis, value in zip(data.axes, data)]
+    return hashlib.sha256(repr(jax.tree.flatten(shapes)).encode()).hexdigest()[:10]
 
 
 def inputs(model, requests, noise=None, canvases=None, stage=None):
