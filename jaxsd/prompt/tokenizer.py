@@ -86,7 +86,7 @@ class Tokenizer:
     @property
     def comma(self):
         """The id of a comma; None where the vocabulary has none."""
-        return self.backend.get_vocab().get(',</w>')
+        return self.backend.backend_tokenizer.token_to_id(',</w>')
 
     def ids(self, text):
         """Text of any length -> its tokens' ids, without start and end."""
