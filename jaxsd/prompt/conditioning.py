@@ -89,8 +89,13 @@ def _features(params, cfg, texts, vectors, skip):
 
 
 def _mix(hidden, texts):
-    """One image's rows [R,T,D] -> its blocks [N,K,T,D], weighted."""
+    """One image's rows [R,T,D] -> its blocks [N,K,T,D], weighted.
+
+    A mean that is only rounding is not restored: A1111 divides by it, 0 by 0 if the final norm has
+    no bias.
+    """
     mixed = (hidden[texts.source] * texts.weight[..., None]).sum(2)
     own = hidden[:texts.restore.size].mean((1, 2)).reshape(texts.restore.shape)
-    scale = jnp.where(texts.restore, own / mixed.mean((2, 3)), 1)
+    mean, size = mixed.mean((2, 3)), jnp.abs(mixed).mean((2, 3))
+    scale = jnp.where(texts.restore & (jnp.abs(mean) > 1e-6 * size), own / mean, 1)
     return mixed * scale[..., None, None]
