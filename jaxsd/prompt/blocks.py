@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxsd.prompt.grammar import BREAK
 from jaxsd.sampling.choice import unknown
+from jaxsd.weights.embeddings import numbers
 
 BACKTRACK = 20  # A1111's comma_padding_backtrack: tokens that may move to stand behind their comma
 WORD = 8  # ComfyUI's max_word_length: words of so many tokens may be cut
@@ -38,16 +39,17 @@ class Token(NamedTuple):
     segment: int
 
 
-def texts(tokenizers, variants, weighting, cut, embeddings=None):
+def texts(tokenizers, variants, weighting, cut, embeddings=None, widths=None):
     """Segments of text (prompt.grammar) -> ({text encoder: Texts}, the embeddings' table).
 
     variants(text encoder): for each of B images a list of N lists of Segment or BREAK; weighting
     ('a1111', 'comfy', 'compel', 'none') and cut ('comma', 'hard', 'word'): one per image. All
-    texts get the K blocks of the longest, empty ones at the end. embeddings: {name: Embedding}.
+    texts get the K blocks of the longest, empty ones at the end. embeddings: {name: Embedding};
+    widths: {text encoder: D}, to be sure that they are for it.
     The table is {text encoder: float32 [E,D]} of the vectors in use, or None: there are none.
     R, S and E are padded, so that few programs serve all prompts; a batch of plain prompts has
     R = N K and S = 1.
-    Raises ValueError for `embedding:name` that is not among the embeddings.
+    Raises ValueError for `embedding:name` that is not among the embeddings, or is of another model.
 
     Weights: AUTOMATIC1111's sd_emphasis.EmphasisOriginal scales features and restores their mean
     over a block; ComfyUI's ClipTokenWeightEncoder goes from the empty prompt's features towards
@@ -56,7 +58,7 @@ def texts(tokenizers, variants, weighting, cut, embeddings=None):
     """
     found, tables = {}, {}
     for name, tokenizer in tokenizers.items():
-        vectors = _Vectors(tokenizer, name, embeddings or {})
+        vectors = _Vectors(tokenizer, name, embeddings or {}, (widths or {}).get(name))
         packed = [[_blocks(tokenizer, text, how, vectors) for text in image]
                   for image, how in zip(variants(name), cut, strict=True)]
         found[name] = packed
@@ -70,20 +72,19 @@ def texts(tokenizers, variants, weighting, cut, embeddings=None):
 
 def count(tokenizers, variants, cut, embeddings=None):
     """The blocks that each image's longest text takes -> int [B]; arguments as of `texts`."""
-    def longest(name, tokenizer, image, how):
+    def longest(name, tokenizer):
         vectors = _Vectors(tokenizer, name, embeddings or {})
-        return max(len(_blocks(tokenizer, text, how, vectors)) for text in image)
+        return [max(len(_blocks(tokenizer, text, how, vectors)) for text in image)
+                for image, how in zip(variants(name), cut, strict=True)]
 
-    return np.max([[longest(name, tokenizer, image, how)
-                    for image, how in zip(variants(name), cut, strict=True)]
-                   for name, tokenizer in tokenizers.items()], 0)
+    return np.max([longest(*item) for item in tokenizers.items()], 0)
 
 
 class _Vectors:
     """Textual inversion: finds embeddings' names in texts, and numbers the vectors in use."""
 
-    def __init__(self, tokenizer, encoder, embeddings):
-        self.encoder, self.embeddings = encoder, embeddings
+    def __init__(self, tokenizer, encoder, embeddings, width=None):
+        self.encoder, self.embeddings, self.width = encoder, embeddings, width
         self.first, self.rows = {}, []  # {name: its first row}, of the table so far
         names = [(tokenizer.ids(name), name) for name in embeddings]
         self.names = sorted((n for n in names if n[0]), key=lambda n: -len(n[0]))  # longest first
@@ -96,10 +97,15 @@ class _Vectors:
         if self.encoder not in vectors:
             raise ValueError(f'embedding {name!r}: expected vectors for {self.encoder}, found '
                              f'those for {", ".join(vectors)}; it belongs to another version')
+        found = np.asarray(vectors[self.encoder], np.float32)
+        if self.width not in (None, found.shape[1]):
+            raise ValueError(f'embedding {name!r}: its vectors have {numbers(found.shape[1])}; '
+                             f'expected {numbers(self.width)} for {self.encoder}; give one that '
+                             'was made for this model')
         if name not in self.first:
             self.first[name] = len(self.rows)
-            self.rows.extend(np.asarray(vectors[self.encoder], np.float32))
-        return [-1 - self.first[name] - i for i in range(len(vectors[self.encoder]))]
+            self.rows.extend(found)
+        return [-1 - self.first[name] - i for i in range(len(found))]
 
     def at(self, tokens, i):
         """The longest name that stands at token i -> (its length, its name); else (1, None)."""
@@ -140,20 +146,20 @@ def _words(tokenizer, text, cut, vectors):
     words = text.replace('\n', ' ').split(' ') if cut == 'word' else [text]
     ids = [tokenizer.ids(word) for word in words]
     tokens = list(itertools.chain(*ids))
-    numbers = range(len(tokens))
+    word_of = range(len(tokens))
     if cut == 'word':
-        numbers = [number for number, word in enumerate(ids) for _ in word]
+        word_of = [number for number, word in enumerate(ids) for _ in word]
     found, i, last = [], 0, None
     while i < len(tokens):
         length, name = vectors.at(tokens, i)
         if name is not None:
             found.append(vectors.ids(name))
             last = None
-        elif numbers[i] == last:
+        elif word_of[i] == last:
             found[-1].append(tokens[i])
         else:
             found.append([tokens[i]])
-            last = numbers[i]
+            last = word_of[i]
         i += length
     return found
 

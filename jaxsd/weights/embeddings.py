@@ -10,6 +10,7 @@ from jaxsd.weights import names
 from jaxsd.weights.files import open_tensors
 
 WIDTHS = {'text_encoder': (768, 1024), 'text_encoder_2': (1280,)}  # of the released versions
+VERSIONS = {768: '1.x, SDXL', 1024: '2.x', 1280: 'SDXL'}
 SDXL = {'clip_l': 'text_encoder', 'clip_g': 'text_encoder_2'}
 
 
@@ -45,8 +46,8 @@ def load_embedding(path, config=None):
         fitting = [part for part in widths if shape[-1] in widths[part]]
         part = SDXL.get(name) or next(iter(fitting), None)
         if part not in fitting:
-            known = ' or '.join(str(n) for numbers in widths.values() for n in numbers)
-            raise ValueError(f'{path}: its vectors {name!r} have {shape[-1]} numbers; expected '
+            known = ' or '.join(numbers(n) for some in widths.values() for n in some)
+            raise ValueError(f'{path}: its vectors {name!r} have {numbers(shape[-1])}; expected '
                              f'{known}; it is for another model')
         vectors[part] = file.read(name).astype(np.float32).reshape(-1, shape[-1])
         if not np.isfinite(vectors[part]).all() or not vectors[part].size:
@@ -56,3 +57,8 @@ def load_embedding(path, config=None):
                          f'{", ".join(set(widths) - set(vectors))}; it is for another one')
     name = file.path.stem
     return Embedding(next(iter(shapes)).strip('<>') if name == 'learned_embeds' else name, vectors)
+
+
+def numbers(width):
+    """The width of vectors, in words, with the versions whose text encoders have it."""
+    return f'{width} numbers ({VERSIONS.get(width, "no released version")})'

@@ -25,30 +25,30 @@ EMBEDDINGS = {name: SimpleNamespace(vectors={
 @functools.cache
 def encoder(family):
     """encode(texts, ids, zero, skip) of a family, compiled; embeddings=: the vectors' table."""
-    params, config = tiny_clip.model(family)
+    own, config = tiny_clip.model(family)
     run = jax.jit(lambda params, *data: conditioning.encode(params, config, *data))
 
-    def encode(texts, ids=None, zero=None, skip=None, embeddings=None):
+    def encode(texts, ids=None, zero=None, skip=None, embeddings=None, params=own):
         extra = {'embeddings': embeddings} if embeddings else {}
         return jax.tree.map(np.asarray, run(params | extra, texts, ids, zero, skip))
 
     return encode
 
 
-def read(images, weighting='a1111', cut='comma', family='sd15', embeddings=None):
+def read(images, weighting='a1111', cut='comma', family='sd15', embeddings=None, widths=None):
     """Images of N texts, strings or segments -> what blocks.texts makes of them."""
     images = [[[Segment(t, 1.0)] if isinstance(t, str) else t for t in image] for image in images]
     rules = [[rule] * len(images) if isinstance(rule, str) else rule for rule in (weighting, cut)]
     tokenizers = {name: TOKENIZERS[name] for name in tiny_clip.FAMILIES[family]}
-    return blocks.texts(tokenizers, lambda name: images, *rules, embeddings)
+    return blocks.texts(tokenizers, lambda name: images, *rules, embeddings, widths)
 
 
-def encode(images, weighting='a1111', cut='comma', family='sd15', embeddings=None, skip=None):
+def encode(images, weighting='a1111', cut='comma', family='sd15', embeddings=None, **more):
     texts, table = read(images, weighting, cut, family, embeddings)
     ids = None
     if family == 'sdxl':
         ids = np.zeros((len(images), len(images[0]), 6), np.float32)
-    return encoder(family)(texts, ids, None, skip, table)
+    return encoder(family)(texts, ids, embeddings=table, **more)
 
 
 def segments(how, weighting):
@@ -124,6 +124,55 @@ def test_rules_differ_and_mix_in_a_batch_without_a_trace():
             assert np.abs(mixed[i] - mixed[j]).max() > 0.01
 
 
+def test_brackets_in_brackets_multiply_where_their_words_are():
+    text, = (part.schedule[0][1] for part in grammar.plan(
+        'a ((red (cat:1.5)) [[dog]])', 20, 'a1111').parts)
+    weight = read([[text]])[0]['text_encoder'].weight[0, 0, 0, 0]
+    np.testing.assert_allclose(weight[:7], [1, 1, 1.1**2, 1.1**2 * 1.5, 1.1**-1, 1, 1], rtol=1e-6)
+
+
+def test_texts_of_nothing_and_of_fifty_blocks():
+    rules = ['a1111', 'comfy', 'compel', 'none']
+    nothing = read([[(), [Segment(' ', 0.5)]]] * 4, rules)[0]['text_encoder']
+    row = TOKENIZERS['text_encoder'].row([])
+    assert nothing.tokens.tolist() == [[row] * 2] * 4 and (nothing.weight == 1).all()
+    text = [Segment('cat ' * (25 * 75), 1.0), Segment('dog ' * (25 * 75), 0.5)]
+    long = read([[text, ()]] * 4, rules)[0]['text_encoder']
+    assert long.source.shape[:3] == (4, 2, 50)
+    assert (long.tokens[:, :50, 1:-1] == np.repeat([2368, 1929], 25)[:, None]).all()
+    own = long.weight[:, 0, :, 0, 1]
+    assert (own[:, 0] == 1).all()  # compel: half of it is the text without its dogs
+    np.testing.assert_allclose(own[:, -1], [0.5, 0.5, 0.25, 1])
+
+
+def test_a_mean_of_zero_is_not_restored():
+    """Where the final norm leaves nothing of it, A1111 divides 0 by 0."""
+    params, _ = tiny_clip.model('sd15')
+    norm = params['text_encoder']['text_model']['final_layer_norm']
+    norm['weight'], norm['bias'] = np.ones(32, np.float32), np.zeros(32, np.float32)
+    texts = [[[Segment('a red ', 1.0), Segment('cat', w)]] for w in (1.5, 0.0)]
+    found = encode(texts, params=params).context
+    plain = encode([['a red cat']] * 2, params=params).context
+    assert abs(plain.mean()) < 1e-6
+    expected = plain.copy()
+    expected[:, 0, 3] *= [[1.5], [0]]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_features_of_16_bits_are_mixed_in_32():
+    params = jax.tree.map(lambda a: a.astype('bfloat16'), tiny_clip.model('sd15')[0])
+    text = [Segment('a red ', 0.7), Segment('cat', 1.3)]
+    mixed = encode([[text]], params=params).context
+    plain = encode([[text]], 'none', params=params).context
+    assert mixed.dtype == plain.dtype == 'bfloat16'
+    expected = plain.astype(np.float64)
+    expected[0, 0, 1:4] *= np.float64([[0.7], [0.7], [1.3]])
+    expected *= plain.astype(np.float64).mean() / expected.mean()
+    found = mixed.astype(np.float64)
+    # 2^-8: what the last rounding may change, no more
+    np.testing.assert_allclose(found, expected, rtol=1.01 * 2**-8, atol=1e-6)
+
+
 def test_vectors_stand_where_their_names_do():
     for mention in ('bad-hands-5', 'embedding:bad-hands-5', '<bad-hands-5>',
                     'embedding:bad-hands-5.pt'):
@@ -155,6 +204,8 @@ def test_bad_embeddings_are_named():
     old = {'old': SimpleNamespace(vectors={'text_encoder': np.zeros((1, 32))})}
     with pytest.raises(ValueError, match="'old'.*text_encoder_2.*another version"):
         read([['<old>']], family='sdxl', embeddings=old)
+    with pytest.raises(ValueError, match="'old': its vectors have 32 numbers .* expected 768 numb"):
+        read([['<old>']], embeddings=old, widths={'text_encoder': 768})
 
 
 def test_zeros_are_of_the_texts_asked_for():
