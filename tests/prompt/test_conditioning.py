@@ -1,5 +1,6 @@
 """Conditioning: layout, SDXL's vector, zeros for an empty negative prompt."""
 
+import jax
 import numpy as np
 
 from jaxsd.models import clip
@@ -11,7 +12,8 @@ def _encode(model, ids=None, zero=None):
     images = [[[Segment(text, 1.0)] for text in pair] for pair in (['dog', 'red apple'],
                                                                    ['', 'cat'])]
     texts, _ = blocks.texts(model.tokenizers, lambda name: images, ['a1111'] * 2, ['comma'] * 2)
-    return texts, conditioning.encode(model.params, model.config, texts, ids, zero)
+    run = jax.jit(lambda *data: conditioning.encode(data[0], model.config, *data[1:]))
+    return texts, run(model.params, texts, ids, zero)
 
 
 def test_the_pair_is_negative_then_positive(tiny_model):
