@@ -180,9 +180,10 @@ def _told(model, requests, readings, sigmas, rows, stage):
     """The fields of Inputs that come from words, and which texts of a picture are prompts."""
     config = model.config
     found, heard, prompts = texts.arrange(readings)
+    widths = {name: getattr(config, name).hidden_size for name in model.tokenizers}
     tokens, embeddings = blocks.texts(
         model.tokenizers, texts.variants(found), [r.weighting for r in requests],
-        [r.cut for r in requests], model.embeddings)
+        [r.cut for r in requests], model.embeddings, widths)
     for name, some in tokens.items():
         size = getattr(config, name).vocab_size
         if some.tokens.max() >= size:

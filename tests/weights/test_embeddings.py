@@ -84,8 +84,8 @@ def test_both_of_one_width(tmp_path):
 
 
 @pytest.mark.parametrize('tensors, config, said', [
-    ({'emb_params': (2, 12)}, None, r'have 12 numbers \(no released version\); expected 768 .* or 1024'),
-    ({'emb_params': (2, 1024)}, 'sd15', r'have 1024 numbers \(2.x\); expected 768 numbers \(1.x, SDXL\)'),
+    ({'emb_params': (2, 12)}, None, 'have 12 numbers .no released .*; expected 768 .* 1024'),
+    ({'emb_params': (2, 1024)}, 'sd15', 'have 1024 numbers .2.x.; expected 768 numbers .1.x, SDXL'),
     ({'emb_params': (2, 768)}, 'sdxl', 'this model also needs text_encoder_2'),
     ({'clip_l': (2, 1280), 'clip_g': (2, 768)}, None, "'clip_g' have 768 numbers"),
     ({'clip_l': (2, 768), 'a': (2, 768)}, None, 'expected the vectors'),
