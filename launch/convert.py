@@ -53,9 +53,9 @@ def run(arguments):
         raise ValueError(f'expected {usage}; found {" ".join(arguments) or "nothing"}')
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # nothing here computes
     if command == 'inspect':
+        from jaxsd.weights.files import printable
         for label, text in describe(pathlib.Path(paths[0]).expanduser()):
-            line = f'{label}: {text}'
-            print(''.join(c if c.isprintable() else ' ' for c in line))
+            print(printable(f'{label}: {text}'))
         return
     if bool(FLAGS.lora) != (command == 'merge'):
         raise ValueError('--lora goes with merge, and merge with --lora="path=PATH, weight=0.8"')
@@ -99,7 +99,7 @@ def describe(path):
     yield 'is', what
     yield 'format', 'a pickle of torch.save' if isinstance(file, PickleFile) else 'safetensors'
     if reader == 'load':
-        yield from _model(reading.open_single(path, None, False, None))
+        yield from _whole(path, file)
     else:
         yield 'dtypes', _counts(map(str, file.dtypes.values()))
         yield 'parameters', f'{sum(map(math.prod, file.shapes.values())):,}'
@@ -112,6 +112,31 @@ def describe(path):
     yield 'sha256', digest
     yield 'short hash (A1111)', digest[:10]
     yield from _metadata(file.metadata)
+
+
+# What the names of a single file's tensors start with, whatever their sizes.
+PARTS = {'unet': 'model.diffusion_model.', 'averaged U-Net (model_ema)': 'model_ema.',
+         'vae': 'first_stage_model.', 'text encoders': ('cond_stage_model.', 'conditioner.'),
+         'other tensors': ''}
+
+
+def _whole(path, file):
+    from jaxsd.weights import names, reading
+    try:
+        source = reading.open_single(path, None, False, None)
+    except ValueError:
+        yield 'version', 'none that jaxsd knows; of other sizes, it needs config='
+        yield 'dtypes', _counts(map(str, file.dtypes.values()))
+        found = collections.defaultdict(list)
+        for name, shape in file.shapes.items():
+            part = next(part for part, start in PARTS.items()
+                        if names.in_single(name).startswith(start))
+            found[part].append(math.prod(shape))
+        for part in PARTS:
+            yield part, (f'{sum(found[part]):,} parameters in {len(found[part])} tensors'
+                         if part in found else 'absent')
+    else:
+        yield from _model(source)
 
 
 def _model(source):
@@ -142,23 +167,21 @@ RANKS = {'down': 0, 'hada_w1_b': 0, 'lokr_w1_b': 0, 'lokr_w2_b': 0, 'a2': 0}  # 
 
 
 def _adapter(file):
-    from jaxsd.config import read_config
-    from jaxsd.weights import adapter_names, adapters
-    layers = adapters._layers(file)
+    from jaxsd.weights import adapters
+    what = adapters.describe(file)
     kinds, ranks, alphas, parts = (collections.Counter() for _ in range(4))
-    fits = {version: adapters._fit(layers, file.shapes, read_config(version))
-            for version in adapters.CANDIDATES}
-    best = max(fits, key=lambda version: len(fits[version][0]))
-    for layer, found in layers.items():
+    for layer, found in what.layers.items():
         kinds.update(name for part, name in KINDS.items() if part in found)
         if 'down' in found and math.prod(file.shapes[found['down']][2:]) > 1:
             kinds['LoRA of larger convolutions'] += 1  # LoCon
         ranks.update(file.shapes[key][RANKS[part]] for part, key in found.items() if part in RANKS)
         if 'alpha' in found:
             alphas[float(file.read(found['alpha']).reshape(-1)[0])] += 1
-        target = adapter_names.find(layer, read_config(best))
-        parts[target[0] if target else 'of no known layer'] += 1
-    yield 'for', adapters._family(best) if fits[best][0] else 'no version that jaxsd knows'
+        parts[what.targets.get(layer, ['of no known layer'])[0]] += 1
+    yield 'for', what.family or 'no version that jaxsd knows'
+    if what.lacks:
+        layer, part = next(iter(what.lacks.items()))
+        yield 'incomplete', f'{len(what.lacks)} layers, such as {layer}, which has no {part}'
     yield 'kind', _counts(kinds.elements())
     yield 'layers', _counts(parts.elements())
     yield 'rank', _counts(ranks.elements())

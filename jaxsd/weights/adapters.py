@@ -21,7 +21,7 @@ from jaxsd.config import read_config
 from jaxsd.models.spec import from_jax, spec
 from jaxsd.weights import adapter_formats, adapter_names, names
 from jaxsd.weights.adapter_formats import Delta
-from jaxsd.weights.files import open_tensors
+from jaxsd.weights.files import open_tensors, printable
 from jaxsd.weights.reading import CANDIDATES
 
 
@@ -35,6 +35,26 @@ class Adapter:
     deltas: dict
     metadata: dict = dataclasses.field(default_factory=dict)
     device: object = None
+
+
+class Description(NamedTuple):
+    """What a file of an adapter holds, by its header.
+
+    layers: {layer as the file writes it: {part: key}}, parts as of adapter_formats; version: the
+    one that most of them fit, 'sd15', or None; fitting: so many do; targets: {layer: (component,
+    its name there)}, of any size; lacks: {layer: a part that is missing}.
+    """
+
+    layers: dict
+    version: str | None
+    fitting: int
+    targets: dict
+    lacks: dict
+
+    @property
+    def family(self):
+        """What the version is called in messages."""
+        return self.version and _family(self.version)
 
 
 class SidePath(NamedTuple):
@@ -65,11 +85,15 @@ def load_adapter(path, model, device=None):
     file = open_tensors(pathlib.Path(path).expanduser())
     what, _, name = names.kind(file.shapes)
     if what not in ('a LoRA', 'something else'):
-        raise ValueError(f'{path}: is {what}, by its tensor {name}; expected a LoRA')
+        raise ValueError(printable(f'{path}: is {what}, by its tensor {name}; expected a LoRA'))
     layers = _layers(file)
-    targets, unfit = _fit(layers, file.shapes, model.config)
-    if unfit or not targets:
-        raise ValueError(f'{path}: {_complaint(layers, file.shapes, model.config, unfit)}')
+    for layer, lack in _lacks(layers).items():
+        raise ValueError(printable(
+            f'{path}: {layer} has {next(iter(layers[layer].values()))} but no {lack}; the file is '
+            'incomplete, download it again'))
+    targets = _fit(layers, file.shapes, model.config)
+    if targets.keys() != layers.keys() or not targets:
+        raise ValueError(printable(f'{path}: {_complaint(file, layers, targets, model.config)}'))
     shapes, settings, deltas = spec(model.config), _settings(file), {}
     for layer, (component, target) in targets.items():
         parts = {part: np.asarray(file.read(key), np.float32)
@@ -86,6 +110,16 @@ def load_adapter(path, model, device=None):
         if 'diff_b' in parts:
             found[f'{target}.bias'] = Delta(dense=parts['diff_b'].reshape(-1))
     return Adapter(deltas, dict(file.metadata), device)
+
+
+def describe(file):
+    """The Description of a file.open_tensors; also of one that is incomplete."""
+    layers = _layers(file)
+    fits = {version: len(_fit(layers, file.shapes, read_config(version)))
+            for version in CANDIDATES}
+    best = max(fits, key=fits.get)
+    targets = _targets(layers, read_config(best))
+    return Description(layers, best if fits[best] else None, fits[best], targets, _lacks(layers))
 
 
 def merge(model, adapters):
@@ -138,8 +172,14 @@ def _settings(file):
     """PEFT's config of an adapter, from where diffusers or PEFT keep it; else {}."""
     beside = file.path.with_name('adapter_config.json')
     if file.path.stem == 'adapter_model' and beside.exists():
-        return json.loads(beside.read_text())
-    return json.loads(file.metadata.get('lora_adapter_metadata', '{}'))
+        path, text = beside, beside.read_text()
+    else:
+        path, text = file.path, file.metadata.get('lora_adapter_metadata', '{}')
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: PEFT's settings of the adapter are no JSON object; download it "
+                         'again') from None
 
 
 def _alpha(settings, component, layer, rank):
@@ -159,25 +199,27 @@ def _layers(file):
         found = adapter_names.split(key)
         if found:
             layers.setdefault(found[0], {})[found[1]] = key
-    for layer, parts in layers.items():
-        form = adapter_formats.kind(parts.keys())
-        lack = form and form.lacks(parts.keys())
-        if lack:
-            raise ValueError(f'{file.path}: {layer} has {next(iter(parts.values()))} but no '
-                             f'{lack}; the file is incomplete, download it again')
     return layers
 
 
+def _lacks(layers):
+    """{layer: a part that is missing beside the others}."""
+    forms = {layer: adapter_formats.kind(parts.keys()) for layer, parts in layers.items()}
+    found = {layer: form.lacks(layers[layer].keys()) for layer, form in forms.items() if form}
+    return {layer: lack for layer, lack in found.items() if lack}
+
+
 def _fit(layers, stored, config):
-    """-> {layer: (component, name)} of a config's layers, and the layers that are none of them."""
-    shapes, targets, unfit = spec(config), {}, []
-    for layer, parts in layers.items():
-        target = adapter_names.find(layer, config)
-        if target and _has_size(parts, stored, shapes[target[0]], target[1]):
-            targets[layer] = target
-        else:
-            unfit.append(layer)
-    return targets, unfit
+    """Those of `_targets` whose parts have the layer's sizes."""
+    shapes = spec(config)
+    return {layer: (part, name) for layer, (part, name) in _targets(layers, config).items()
+            if _has_size(layers[layer], stored, shapes[part], name)}
+
+
+def _targets(layers, config):
+    """{layer: (component, name)} of those that are a config's layers, by their names."""
+    found = {layer: adapter_names.find(layer, config) for layer in layers}
+    return {layer: target for layer, target in found.items() if target}
 
 
 def _has_size(parts, stored, shapes, name):
@@ -186,8 +228,8 @@ def _has_size(parts, stored, shapes, name):
     found = {part: stored[key] for part, key in parts.items()}
     if 'diff_b' in parts and shapes.get(f'{name}.bias') != found['diff_b']:
         return False
-    if not form:
-        return 'diff_b' in parts
+    if not form or form.lacks(parts.keys()):
+        return not form and 'diff_b' in parts
     shape = shapes[f'{name}.weight']
     return all(size in (None, expected) for size, expected in zip(
         form.size(found), (shape[0], math.prod(shape[1:]))))
@@ -201,17 +243,17 @@ def _family(version):
     return next((name for start, name in FAMILIES.items() if version.startswith(start)), version)
 
 
-def _complaint(layers, stored, config, unfit):
+def _complaint(file, layers, targets, config):
     """What to say of a file that does not fit a model."""
-    fits = {version: len(_fit(layers, stored, read_config(version))[0]) for version in CANDIDATES}
-    best = max(fits, key=fits.get)
-    if fits[best] > len(layers) - len(unfit) and _family(best) != _family(config.version):
-        return (f'is a LoRA for {_family(best)}; this model is {_family(config.version)}; give a '
-                'model that it was made for')
-    keys = [key for layer in unfit for key in layers[layer].values()]
-    first = ', '.join(f'{key} {list(stored[key])}' for key in keys[:3]) or 'nothing'
-    return (f'{len(unfit)} of its {len(layers)} layers are none of this model\'s '
-            f'({_family(config.version)}), such as {first}; expected a LoRA or LyCORIS file for it')
+    best, ours = describe(file), _family(config.version)
+    if best.fitting > len(targets) and best.family != ours:
+        return (f'is a LoRA for {best.family}; this model is {ours}; give a model that it was made '
+                'for')
+    unfit = layers.keys() - targets.keys()
+    keys = [key for layer in layers if layer in unfit for key in layers[layer].values()]
+    first = ', '.join(f'{key} {list(file.shapes[key])}' for key in keys[:3]) or 'nothing'
+    return (f'{len(unfit)} of its {len(layers)} layers are none of this model\'s ({ours}), such '
+            f'as {first}; expected a LoRA or LyCORIS file for it')
 
 
 def _own(params, name):

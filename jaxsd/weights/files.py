@@ -77,6 +77,11 @@ def read_at(path, offset, size):
     return data
 
 
+def printable(text):
+    """Text with names out of a file in it, for a message: without line breaks and the like."""
+    return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
+
+
 def open_tensors(path):
     """The reader for a file of tensors, by what is in it: TensorFile, or pickles.PickleFile.
 
@@ -143,8 +148,8 @@ def _header(path):
             with safetensors.safe_open(path, 'numpy'):
                 pass
         except safetensors.SafetensorError as error:
-            raise ValueError(f'{path}: not a whole safetensors file, it is truncated or corrupt '
-                             f'({error}); download it again') from None
+            raise ValueError(printable(f'{path}: not a whole safetensors file, it is truncated or '
+                                       f'corrupt ({error}); download it again')) from None
         length = int.from_bytes(head, 'little')
         return json.loads(file.read(length)), 8 + length
 

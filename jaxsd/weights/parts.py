@@ -18,7 +18,7 @@ from jaxsd.config import (
 from jaxsd.models import spec
 from jaxsd.weights import hub, names
 from jaxsd.weights.configs import write_network_config
-from jaxsd.weights.files import as_dtype, component_files, open_tensors
+from jaxsd.weights.files import as_dtype, component_files, open_tensors, printable
 from jaxsd.weights.model import Network
 from jaxsd.weights.reading import Source
 from jaxsd.weights.writing import check, replacing_folder, write_component
@@ -156,9 +156,10 @@ def _open_file(kind, path, config):
 
     best = max(options, key=agreement)
     if agreement(best) < 0.25:
-        raise ValueError(f'{path}: not a {what} that jaxsd knows, by its {len(shapes)} tensors '
-                         f'such as {", ".join(list(shapes)[:3])} it is {names.kind(shapes)[0]}; '
-                         f'give a {what}, or config= for one of other sizes')
+        raise ValueError(printable(
+            f'{path}: not a {what} that jaxsd knows, by its {len(shapes)} tensors such as '
+            f'{", ".join(list(shapes)[:3])} it is {names.kind(shapes)[0]}; give a {what}, or '
+            'config= for one of other sizes'))
     config, prefix, places = best
     return _source(kind, path, config, {
         name: where for name, where in tensors.items() if name.startswith(prefix)

@@ -14,7 +14,13 @@ from jaxsd.models.spec import spec, to_jax
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.weights import hub, names
 from jaxsd.weights.configs import TOKENIZERS
-from jaxsd.weights.files import TensorFile, as_dtype, component_files, open_tensors
+from jaxsd.weights.files import (
+    TensorFile,
+    as_dtype,
+    component_files,
+    open_tensors,
+    printable,
+)
 from jaxsd.weights.model import Model
 
 log = logging.getLogger('jaxsd')
@@ -131,7 +137,7 @@ class Source:
         found = list(self.mismatches().get('unexpected', ()))
         if found:
             log.warning('%s: left out %d tensors that are not the model\'s: %s', self.path,
-                        len(found), ', '.join(found))
+                        len(found), printable(', '.join(found)))
         for name in found:
             del self.tensors[name]
 
@@ -175,10 +181,10 @@ class Source:
             lists.append(f'{len(lines)} {kind}: {", ".join(lines[:most])}{more}')
         what = getattr(self.config, 'version', ', '.join(self.places))  # or the network's kind
         stray = ', or strays=True to leave out the unexpected ones'
-        raise ValueError(f'{self.path}: the tensors are not those of the expected model '
-                         f'({what}): {"; ".join(lists)}. Download the file again, '
-                         'or give config= for a model of other sizes'
-                         + stray * ('unexpected' in problems and hasattr(self.config, 'version')))
+        raise ValueError(printable(
+            f'{self.path}: the tensors are not those of the expected model ({what}): '
+            f'{"; ".join(lists)}. Download the file again, or give config= for a model of other '
+            'sizes' + stray * ('unexpected' in problems and hasattr(self.config, 'version'))))
 
 
 def open_folder(folder, config, half, prediction_type):
@@ -234,23 +240,25 @@ def _detect(file, prediction_type=None):
     """The ModelConfig of the released version whose names and shapes a single file has."""
     _refuse_others(file.path, file.shapes)
 
+    stored = {names.in_single(name): shape for name, shape in file.shapes.items()}
+
     def agreement(version):
         config = read_config(version).replace(depth_estimator=None)  # a file may lack it
         shapes = spec(config)
         expected = {place.name: place.shape(shapes[part][name])
                     for part, table in names.places(config, shapes).items()
                     for name, place in table.items()}
-        same = sum(file.shapes.get(name) == shape for name, shape in expected.items())
+        same = sum(stored.get(name) == shape for name, shape in expected.items())
         return same / len(expected)
 
     scores = {version: agreement(version) for version in CANDIDATES}
     best = max(scores, key=scores.get)  # the first one of equals
     if scores[best] < 0.25:
-        raise ValueError(
+        raise ValueError(printable(
             f'{file.path}: not a Stable Diffusion checkpoint that jaxsd knows; expected the '
             'tensors of 1.x, 2.x, the x4 upscaler, SDXL or its refiner (model.diffusion_model.*, '
             f'first_stage_model.* ...), found {len(file.shapes)} tensors such as '
-            f'{", ".join(list(file.shapes)[:3])}. Give config= for a model of other sizes.')
+            f'{", ".join(list(file.shapes)[:3])}. Give config= for a model of other sizes.'))
     if best == 'sd21' and prediction_type == 'epsilon':
         return read_config('sd21_base')
     config = read_config(best)
@@ -272,7 +280,8 @@ def _refuse_others(path, found):
     what, reader, name = names.kind(found)
     if name and reader != 'load':
         use = f'read it with jaxsd.{reader}' if reader else 'jaxsd reads no such file'
-        raise ValueError(f'{path}: is {what}, by its tensor {name}; expected a whole model; {use}')
+        raise ValueError(printable(
+            f'{path}: is {what}, by its tensor {name}; expected a whole model; {use}'))
 
 
 def _squeeze(shape):

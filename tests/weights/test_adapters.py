@@ -39,10 +39,10 @@ def test_copies_are_the_originals():
 def test_every_key_of_a_manifest_is_a_layers_of_its_version(name, tmp_path):
     sparse_file(tmp_path / 'lora.safetensors', MANIFESTS[name])
     tensors = open_tensors(tmp_path / 'lora.safetensors')
-    found = adapters._layers(tensors)
-    targets, unfit = adapters._fit(found, tensors.shapes, read_config(version(name)))
-    assert unfit == [] and len(set(targets.values())) == len(found)
-    assert sum(map(len, found.values())) == len(MANIFESTS[name])
+    found = adapters.describe(tensors)
+    assert found.version == version(name) and found.lacks == {}
+    assert len(set(found.targets.values())) == found.fitting == len(found.layers)
+    assert sum(map(len, found.layers.values())) == len(MANIFESTS[name])
 
 
 @pytest.mark.parametrize('spelling', [s for s in SPELLINGS if s != 'LyCORIS suffixes'])
@@ -134,6 +134,26 @@ def test_half_a_pair_is_named(model, save):
     del tensors[lost]
     with pytest.raises(ValueError, match=f'{lost.split(".")[0]} .*no up; the file is incomplete'):
         jaxsd.load_adapter(save(tensors), model)
+
+
+def test_an_incomplete_file_is_described(model, save):
+    tensors = tensors_of(model)
+    lost = next(key for key in tensors if key.endswith('lora_up.weight'))
+    del tensors[lost]
+    found = adapters.describe(open_tensors(save(tensors)))
+    assert found.lacks == {lost.split('.')[0]: 'up'} and found.lacks.keys() <= found.targets.keys()
+
+
+@pytest.mark.parametrize('bad', ['a\nb', '\x1b[31m.lora_up.weight', 'a\u2028b.lora_down.weight'])
+def test_names_of_several_lines_are_shown_in_one(bad, model, save):
+    with pytest.raises(ValueError, match='\N{REPLACEMENT CHARACTER}') as error:
+        jaxsd.load_adapter(save(tensors_of(model) | {bad: np.zeros(1, np.float32)}), model)
+    assert str(error.value).isprintable()
+
+
+def test_settings_that_are_none(model, save):
+    with pytest.raises(ValueError, match="PEFT's settings .* no JSON object"):
+        jaxsd.load_adapter(save(tensors_of(model), lora_adapter_metadata='[1'), model)
 
 
 def test_other_files_are_named(model, save):
