@@ -110,9 +110,12 @@ def in_folder(part, name):
 
 
 def in_single(name):
-    """A tensor's name as the released single files have it; some 1.x files lack `text_model.`."""
-    return re.sub(r'^(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.',
+    """A tensor's name as the released single files have it; some 1.x files lack `text_model.`,
+    and a U-Net alone, as ComfyUI keeps it, its prefix."""
+    name = re.sub(r'^(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.',
                   r'\1text_model.\2.', name)
+    return re.sub(r'^((in|out)put_blocks|middle_block|time_embed|label_emb|out)\.',
+                  r'model.diffusion_model.\g<0>', name)
 
 
 # Schedule buffers, also those of an upscaler's small picture; the EMA's two counters; position_ids;
@@ -139,7 +142,8 @@ _TELLTALES = {
     r'(first_stage_model\.)?(encoder|decoder)\.|taesd_': ('a VAE', 'load_vae'),
     r'(adapter\.)?body\.': ('a T2I-Adapter', 'load_t2i_adapter'),
     r'(depth_model\.model\.)?pretrained\.|dpt\.': ('a depth estimator', 'load_depth_estimator'),
-    r'(down_blocks|input_blocks)\.': ('a U-Net', ''),
+    r'input_blocks\.': ('a U-Net', 'load'),
+    r'down_blocks\.': ("a U-Net in diffusers' names", ''),
 }
 
 _OPENCLIP = [

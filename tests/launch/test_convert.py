@@ -7,6 +7,7 @@ import re
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from mains import run_main
@@ -76,6 +77,18 @@ def test_inspect_folders_and_pickles(checkpoint, tmp_path):
     assert ('is', 'a textual inversion embedding') in lines
     assert {text for label, text in lines if label == 'vectors'} == {
         'clip_l: [2, 768]', 'clip_g: [2, 1280]'}
+
+
+def test_inspect_models_of_other_sizes(tiny_model, tmp_path):
+    model, path = tiny_model('sd1'), tmp_path / 'a.safetensors'
+    jaxsd.save(model, path, layout='single-file')
+    found = described(path)
+    assert found['version'].startswith('none that jaxsd knows') and found['dtypes'] == 'float32'
+    for name, part in (('unet', 'unet'), ('vae', 'vae'), ('text encoders', 'text_encoder')):
+        arrays = jax.tree.leaves(model.params[part])
+        count = re.escape(f'{sum(a.size for a in arrays):,}')
+        assert re.fullmatch(rf'{count} parameters in \d+ tensors', found[name])
+    assert found['averaged U-Net (model_ema)'] == 'absent'
 
 
 def test_inspect_lora(lora):

@@ -142,6 +142,29 @@ def test_missing_parts_from_a_base(parts, model, saved, tmp_path):
                 flat(random_model('sd21').params['vae']))
 
 
+def test_a_unet_alone_without_its_prefix(model, saved, tmp_path):
+    """As ComfyUI keeps them in diffusion_models."""
+    prefix = names.prefixes(model.config)['unet']
+    tensors = {k.removeprefix(prefix): 3 * a for k, a in saved[1].items() if k.startswith(prefix)}
+    save_file(tensors, tmp_path / 'a.safetensors')
+    found = jaxsd.load(tmp_path / 'a.safetensors', config=model.config, base=saved[0])
+    assert same(flat(found.params['unet']),
+                {k: 3 * a for k, a in flat(model.params['unet']).items()})
+    assert same(flat(found.params['vae']), flat(model.params['vae']))
+
+
+@pytest.mark.parametrize('name, version', [
+    ('sd15_emaonly', 'sd15'), ('sdxl_base', 'sdxl'), ('sdxl_refiner', 'sdxl_refiner'),
+    ('sd2_x4_upscaler', 'x4_upscaler')])
+def test_released_unets_alone(name, version, tmp_path):
+    prefix = 'model.diffusion_model.'
+    sparse_file(tmp_path / 'a.safetensors', {
+        k.removeprefix(prefix): s for k, s in SINGLE[name].items() if k.startswith(prefix)}, 'F16')
+    source = open_single(tmp_path / 'a.safetensors', None, True, None)
+    assert source.config.version == version and 'unet' not in source.absent()
+    assert source.mismatches().keys() <= {'missing'}
+
+
 def test_a_base_of_another_version(tmp_path):
     """The released shapes: a U-Net of SDXL cannot take what it lacks from 1.5."""
     sparse_file(tmp_path / 'xl.safetensors', {
