@@ -132,3 +132,26 @@ def test_factors_are_padded_to_ranks_in_steps(model):
     found = traverse_util.flatten_dict(adapters.factors(model, ['a', 'b'])['unet'])
     ranks = {path.down.shape[-1] for path in found.values() if path.down is not None}
     assert ranks <= {8, 16, 32, 64, 128}
+
+
+def test_bfloat16_stays_and_its_roundings_are_small():
+    """Merged the sum is rounded once; beside the weights each factor is, in its own dtype."""
+    rng = np.random.default_rng(3)
+    low = {'down': files.draw(rng, 32, 3), 'up': files.draw(rng, 3, 16),
+           'scale': files.draw(rng, 16)}
+    weight = jnp.asarray(files.draw(rng, 32, 16), 'bfloat16')
+    bias = {'dense': files.draw(rng, 16)}
+    model = jaxsd.Model(None, {'unet': {'a': {'weight': weight, 'bias': jnp.ones(16, 'bfloat16')}}})
+    deltas = {'unet': {'a.weight': Delta(**low), 'a.bias': Delta(**bias)}}
+    model = model.replace(adapters={'a': jaxsd.weights.Adapter(deltas)})
+    x, own = jnp.asarray(rng.standard_normal((2, 5, 32)), 'bfloat16'), np.float64(weight)
+    expected = np.float64(x) @ (own + 0.7 * (own * low['scale'] + low['down'] @ low['up'])) + (
+        1 + 0.7 * bias['dense'])
+    merged = layers.linear(jaxsd.merge(model, {model.adapters['a']: 0.7}).params['unet']['a'], x)
+    paths = adapters.factors(model, ['a'])['unet']
+    beside = layers.linear(adapters.attach(model.params['unet'], paths,
+                                           np.full((2, 1), 0.7, np.float32))['a'], x)
+    for found in (merged, beside):
+        assert found.dtype == 'bfloat16'
+        error = np.abs(np.float64(found) - expected).max() / expected.std()
+        assert error < 4 * 2**-8, error
