@@ -203,6 +203,12 @@ def test_strays(model, saved, tmp_path, caplog):
     assert 'out.2.bias' in said and 'unexpected' not in said and 'strays=True' not in said
 
 
+def test_names_of_several_lines_are_shown_in_one(model, saved, tmp_path):
+    save_file(saved[1] | {'a\nb': np.zeros(3, 'f4')}, tmp_path / 'a.safetensors')
+    said = fails(tmp_path / 'a.safetensors', config=model.config)
+    assert '1 unexpected: a\N{REPLACEMENT CHARACTER}b.' in said
+
+
 FLOAT8 = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 
 
