@@ -1,8 +1,10 @@
 """Pictures made again from their own files, to the bit, and from other programs' texts."""
 
 import contextlib
+import inspect
 import itertools
 import json
+import os
 import re
 import sys
 
@@ -32,6 +34,32 @@ def _flags():
             mine[name] = flags.FLAGS[name]
         flags.FLAGS.remove_flag_values(mine)
         flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _compiled_soon():
+    """Compiling takes most of these tests' time, half of it in the last optimisations; the other
+    process of test_emoji leaves them out as well."""
+    module, level = sys.modules['jaxsd.run.generate'], {'xla_backend_optimization_level': '0'}
+    program = module._program.__wrapped__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('XLA_FLAGS', ' '.join([os.environ.get('XLA_FLAGS', ''), *(
+            f'--{name}={value}' for name, value in level.items())]))
+        patch.setattr(module, '_program', jax.jit(
+            program, static_argnames=inspect.getfullargspec(program).kwonlyargs,
+            compiler_options=level))
+        yield
+
+
+@contextlib.contextmanager
+def _unpainted():
+    """Pictures are black and need no program, where only what is written beside them matters."""
+    def black(model, requests, **_):
+        return np.zeros((len(requests), 64, 64, 3), np.uint8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxsd, 'generate', black)
+        yield
 
 
 @pytest.fixture
@@ -131,14 +159,16 @@ def test_flags_beside_it(run, repeat, checkpoint, drawn):
                       '--config.schedule=exponential', '--negative_prompt=dog')
     (again,), _ = run(f'--from={first}', '--seed=8')
     np.testing.assert_array_equal(_pixels(again), _pixels(other))
-    (again,), _ = run(f'--from={first}', '--prompt=apple', '--config.steps=3', '--negative_prompt=',
-                      f'--image={drawn}/a.png', '--config.request=weighting=none')
+    with _unpainted():
+        (again,), _ = run(f'--from={first}', '--prompt=apple', '--config.steps=3',
+                          '--negative_prompt=', f'--image={drawn}/a.png',
+                          '--config.request=weighting=none')
+        several, _ = run(f'--from={first}', '--num_images=2')
     found = infotext.read(again).fields
     assert (found['prompt'], found['steps'], found['negative_prompt'], found['seed']) == (
         'apple', 3, '', 7)
     assert (found['schedule'], found['strength'], found['weighting']) == ('exponential', 0.75,
                                                                         'none')
-    several, _ = run(f'--from={first}', '--num_images=2')
     assert [path.name.split('-')[1] for path in several] == ['7', '8', 'grid.png']
 
 
@@ -204,7 +234,8 @@ def test_texts_of_other_programs(run, checkpoint, tmp_path):
     found = infotext.read(made).fields
     assert found['noise'] == 'philox' and found['seed'] == 9 and found['steps'] == 3
     assert (found['sampler'], found['schedule'], found['guidance']) == ('dpmpp_2m', 'karras', 5)
-    (again,), error = run(f'--from={path}', f'--checkpoint={checkpoint}', f'--image={path}')
+    with _unpainted():
+        (again,), error = run(f'--from={path}', f'--checkpoint={checkpoint}', f'--image={path}')
     assert infotext.read(again).fields['strength'] == 0.5
 
 
