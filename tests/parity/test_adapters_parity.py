@@ -211,7 +211,7 @@ def random_file(network, folder):
     for number, lora in enumerate(network.loras):
         randomise(lora, lambda key: True, number)
         found = lora.state_dict()
-        if lora.name == 'full':  # writes what is right only once it is applied
+        if getattr(lora, 'name', '') == 'full':  # writes what is right only once it is applied
             found = {'diff': lora.weight} | ({} if lora.bias is None else {'diff_b': lora.bias})
         for key, value in found.items():
             tensors[f'{lora.lora_name}.{key}'] = value.detach().clone().contiguous()
