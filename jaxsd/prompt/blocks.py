@@ -43,18 +43,19 @@ def texts(tokenizers, variants, weighting, cut, embeddings=None, widths=None):
     """Segments of text (prompt.grammar) -> ({text encoder: Texts}, the embeddings' table).
 
     variants(text encoder): for each of B images a list of N lists of Segment or BREAK; weighting
-    ('a1111', 'comfy', 'compel', 'none') and cut ('comma', 'hard', 'word'): one per image. All
-    texts get the K blocks of the longest, empty ones at the end. embeddings: {name: Embedding};
-    widths: {text encoder: D}, to be sure that they are for it.
+    ('a1111', 'no_norm', 'comfy', 'compel', 'none') and cut ('comma', 'hard', 'word'): one per
+    image. All texts get the K blocks of the longest, empty ones at the end. embeddings: {name:
+    Embedding}; widths: {text encoder: D}, to be sure that they are for it.
     The table is {text encoder: float32 [E,D]} of the vectors in use, or None: there are none.
     R, S and E are padded, so that few programs serve all prompts; a batch of plain prompts has
     R = N K and S = 1.
     Raises ValueError for `embedding:name` that is not among the embeddings, or is of another model.
 
     Weights: AUTOMATIC1111's sd_emphasis.EmphasisOriginal scales features and restores their mean
-    over a block; ComfyUI's ClipTokenWeightEncoder goes from the empty prompt's features towards
-    them; compel's EmbeddingsProvider does so too and mixes in, for every segment of a weight below
-    1, the prompt with this segment hidden (DownweightMode.MASK).
+    over a block, which its EmphasisOriginalNoNorm (no_norm) does not; ComfyUI's
+    ClipTokenWeightEncoder goes from the empty prompt's features towards them; compel's
+    EmbeddingsProvider does so too and mixes in, for every segment of a weight below 1, the prompt
+    with this segment hidden (DownweightMode.MASK).
     """
     found, tables = {}, {}
     for name, tokenizer in tokenizers.items():
@@ -208,7 +209,7 @@ def _mixture(tokenizer, block, weighting, missing):
             shares[()] -= share
     mixed = [(row, hidden, weight * share / (1 + sum(missing.values())))
              for hidden, share in shares.items()]
-    return mixed if weighting == 'a1111' else [*mixed, (empty, (), 1 - weight)]
+    return mixed if weighting in ('a1111', 'no_norm') else [*mixed, (empty, (), 1 - weight)]
 
 
 def _image(tokenizer, image, K, weighting):

@@ -89,8 +89,8 @@ class Alternate(NamedTuple):
 def plan(text, steps, weighting='a1111', negative=False):
     """What a prompt asks for, at each of so many steps -> Plan.
 
-    weighting: whose brackets these are. a1111, compel: `(a)` times 1.1, `(a:1.3)`, `[a]` divided by
-    1.1; comfy: `(a)` and `(a:1.3)`, where an inner weight replaces an outer one; none: letters.
+    weighting: whose brackets these are. a1111, no_norm, compel: `(a)` times 1.1, `(a:1.3)`, `[a]`
+    divided by 1.1; comfy: `(a)` and `(a:1.3)`, where an inner weight replaces an outer one; none: letters.
     negative: tags and AND are letters, as in A1111's negative prompts.
     Raises ValueError for an adapter's tag without a name or with a weight that is no number.
     """
@@ -434,4 +434,5 @@ def _letters(text):
     return tuple(_divided(text))
 
 
-READERS = {'a1111': _a1111, 'compel': _a1111, 'comfy': _comfy, 'none': _letters}
+READERS = {**dict.fromkeys(('a1111', 'no_norm', 'compel'), _a1111), 'comfy': _comfy,
+           'none': _letters}

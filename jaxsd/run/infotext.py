@@ -144,7 +144,7 @@ BROWNIAN = ('dpmpp_sde', 'dpmpp_2m_sde', 'dpmpp_3m_sde')
 HABITS = {  # what A1111 calls samplers with, where that is not their own default here
     'unipc': {'order': 3, 'variant': 'bh1'}, 'dpm_fast': {'eta': 1.0}, 'dpm_adaptive': {'eta': 1.0}}
 NOISES = {'CPU': 'torch', 'NV': 'philox', 'GPU': 'philox'}  # Philox is what CUDA draws
-EMPHASIS = {'Original': 'a1111', 'None': 'none', 'comfy': 'comfy', 'compel': 'compel'}
+EMPHASIS = {'Original': 'a1111'} | {theirs: ours for ours, theirs in picture.WEIGHTINGS.items()}
 FIELDS = {  # of A1111's keys that are fields of a Request: what they become
     'Steps': lambda v: {'steps': int(v)},
     'CFG scale': lambda v: {'guidance': float(v)},

@@ -32,7 +32,8 @@ SCHEDULES = {
 }
 
 
-WEIGHTINGS = {'none': 'None', 'comfy': 'comfy', 'compel': 'compel'}  # a1111: the default there
+WEIGHTINGS = {'no_norm': 'No norm', 'none': 'None', 'comfy': 'comfy',
+              'compel': 'compel'}  # a1111: the default there
 NOISES = {'torch': 'CPU', 'philox': 'NV'}
 
 

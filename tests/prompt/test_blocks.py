@@ -13,6 +13,7 @@ from jaxsd.config import VERSIONS
 from jaxsd.prompt import blocks, conditioning, grammar
 from jaxsd.prompt.grammar import BREAK, Segment
 from jaxsd.prompt.tokenizer import Tokenizer
+from jaxsd.run.request import WEIGHTINGS
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / 'goldens' / 'prompt_features.npz')
 TOKENIZERS = {'text_encoder': Tokenizer.from_folder(VERSIONS / 'sdxl' / 'tokenizer'),
@@ -106,8 +107,16 @@ def test_plain_prompts_cost_one_row_for_each_block_and_text():
 def test_weights_of_one_are_plain_text():
     parts = [Segment('a red ', 1.0), Segment('cat, hat', 1.0)]
     whole = encode([['a red cat, hat']])
-    for weighting in ('a1111', 'comfy', 'compel', 'none'):
+    for weighting in WEIGHTINGS:
         np.testing.assert_array_equal(encode([[parts]], weighting).context, whole.context)
+
+
+def test_without_the_norm_features_are_only_scaled():
+    plain, = encode([['a red cat']]).context
+    found, = encode([[[Segment('a', 1.0), Segment('red cat', 1.4)]]], 'no_norm').context
+    weights = np.ones((77, 1), np.float32)
+    weights[2:4] = 1.4
+    np.testing.assert_allclose(found[0], plain[0] * weights, rtol=1e-6)
 
 
 def test_rules_differ_and_mix_in_a_batch_without_a_trace():

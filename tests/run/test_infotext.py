@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxsd.run import infotext, picture
-from jaxsd.run.request import Control, Request
+from jaxsd.run.request import WEIGHTINGS, Control, Request
 
 BLANK = np.zeros((8, 8, 3), np.uint8)
 # As stable-diffusion-webui 1.10 writes it; what is read from it stands in the tests.
@@ -20,7 +20,7 @@ Negative prompt: ugly, (fat:1.2),
 blurry
 Steps: 28, Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale: 7.5, Seed: 965400086, \
 Size: 512x768, Model hash: 45dee52b1c, Model: a model, VAE hash: 735e4c3a44, \
-VAE: vae-ft-mse.safetensors, Clip skip: 2, ENSD: 31337, RNG: CPU, Emphasis: No norm, \
+VAE: vae-ft-mse.safetensors, Clip skip: 2, ENSD: 31337, RNG: CPU, Emphasis: Ignore, \
 Lora hashes: "add_detail: 7c6bad76eb54", TI hashes: "easynegative: c74b4e810b03", \
 Token merging ratio: 0.5, Hypernet: "a, b", Variation seed: 5, Variation seed strength: 0.1, \
 Version: v1.10.1'''
@@ -46,7 +46,7 @@ def test_what_a1111_wrote():
         steps=28, sampler='dpmpp_2m_sde', schedule='karras', guidance=7.5, seed=965400086,
         width=512, height=768, clip_skip=2, noise='torch', schedule_options={}, sampler_options={})
     assert past.run == {'model': 'a model'}
-    for part in ('Brownian', "'vae-ft-mse.safetensors'.*--vae", 'ENSD: 31337', 'Emphasis: No norm',
+    for part in ('Brownian', "'vae-ft-mse.safetensors'.*--vae", 'ENSD: 31337', 'Emphasis: Ignore',
                  'Token merging ratio: 0.5', 'Hypernet: a, b', 'Variation seed: 5',
                  'strength: 0.1'):
         assert any(re.search(part, note) for note in past.notes), part
@@ -89,6 +89,7 @@ def test_what_a1111_does_otherwise():
     assert [_fields(f'Sampler: Euler{rng}')['noise'] for rng in (
         '', ', RNG: GPU', ', RNG: NV', ', RNG: CPU')] == ['philox', 'philox', 'philox', 'torch']
     assert _fields('Sampler: Euler, Emphasis: None')['weighting'] == 'none'
+    assert _fields('Sampler: Euler, Emphasis: No norm')['weighting'] == 'no_norm'
 
 
 def test_pictures_made_in_two_passes_or_from_pictures():
@@ -131,7 +132,7 @@ NUMBERS = st.floats(0.01, 30)
     sampler=st.sampled_from(sorted(set(infotext.SAMPLER_NAMES.values()))),
     schedule=st.sampled_from(sorted(set(infotext.SCHEDULE_NAMES.values()) - {'lambda_uniform'}))
     | st.just((14.6, 1 / 3, 0.0)) | st.just('a b/levels.json'),
-    weighting=st.sampled_from(['a1111', 'comfy', 'compel', 'none']), eta=st.none() | NUMBERS,
+    weighting=st.sampled_from(WEIGHTINGS), eta=st.none() | NUMBERS,
     noise=st.sampled_from(['threefry', 'torch', 'philox']), mask_blur=st.just(0) | NUMBERS),
     LINES)
 def test_what_is_written_is_read(request, model):
