@@ -90,7 +90,8 @@ def plan(text, steps, weighting='a1111', negative=False):
     """What a prompt asks for, at each of so many steps -> Plan.
 
     weighting: whose brackets these are. a1111, no_norm, compel: `(a)` times 1.1, `(a:1.3)`, `[a]`
-    divided by 1.1; comfy: `(a)` and `(a:1.3)`, where an inner weight replaces an outer one; none: letters.
+    divided by 1.1; comfy: `(a)` and `(a:1.3)`, where an inner weight replaces an outer one; none:
+    letters.
     negative: tags and AND are letters, as in A1111's negative prompts.
     Raises ValueError for an adapter's tag without a name or with a weight that is no number.
     """
