@@ -35,7 +35,7 @@ def drawer(model, config, seed, batch, images=None, named=True, **fields):
     images: {caption: uint8 [H,W,3]}, what each picture starts from; named: whether the caption is
     the prompt, too; fields: of every Request.
     """
-    asked = jaxsd.Request(seed=seed, **recipe.fields(config))
+    asked = jaxsd.Request(**{'seed': seed, 'weighting': 'plain', **recipe.fields(config)})
 
     def draw(captions):
         drawn = []

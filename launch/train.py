@@ -142,7 +142,7 @@ def train_text_and_unet(c, config, params, latents, captions, weights, vae):
         return jaxsd.Model(config, {'vae': vae, **ema}, {'text_encoder': tokenizer})
 
     def preview(ema, step):
-        requests = [jaxsd.Request(prompt, seed=i, steps=12, guidance=3.0)
+        requests = [jaxsd.Request(prompt, seed=i, steps=12, guidance=3.0, weighting='plain')
                     for i, prompt in enumerate(shown)]
         images = jaxsd.generate(model(ema), requests).astype(np.float32) / 127.5 - 1
         half = len(images) // 2

@@ -81,7 +81,9 @@ def learn(c, model, net):
         for captioned, scale in ((1, 1), (0, 1), (1, 0)):
             rows.append(jaxsd.generate(steered, [
                 jaxsd.Request(str(captions[i]) * captioned, seed=0, steps=12, guidance=3.0,
-                              controls=[jaxsd.Control('edges', edges[i], scale)]) for i in shown]))
+                              weighting='plain',
+                              controls=[jaxsd.Control('edges', edges[i], scale)])
+                for i in shown]))
         save_grid(f'{c.out}/control/{step:06d}.png',
                   np.stack([*rows, images[shown]]) / np.float32(127.5) - 1)
 

@@ -43,9 +43,9 @@ def texts(tokenizers, variants, weighting, cut, embeddings=None, widths=None):
     """Segments of text (prompt.grammar) -> ({text encoder: Texts}, the embeddings' table).
 
     variants(text encoder): for each of B images a list of N lists of Segment or BREAK; weighting
-    ('a1111', 'no_norm', 'comfy', 'compel', 'none') and cut ('comma', 'hard', 'word'): one per
-    image. All texts get the K blocks of the longest, empty ones at the end. embeddings: {name:
-    Embedding}; widths: {text encoder: D}, to be sure that they are for it.
+    and cut, as of a Request: one per image. All texts get the K blocks of the longest, empty ones
+    at the end. embeddings: {name: Embedding}; widths: {text encoder: D}, to be sure that they are
+    for it.
     The table is {text encoder: float32 [E,D]} of the vectors in use, or None: there are none.
     R, S and E are padded, so that few programs serve all prompts; a batch of plain prompts has
     R = N K and S = 1.

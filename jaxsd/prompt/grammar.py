@@ -91,10 +91,12 @@ def plan(text, steps, weighting='a1111', negative=False):
 
     weighting: whose brackets these are. a1111, no_norm, compel: `(a)` times 1.1, `(a:1.3)`, `[a]`
     divided by 1.1; comfy: `(a)` and `(a:1.3)`, where an inner weight replaces an outer one; none:
-    letters.
+    letters; plain: everything is letters, AND, schedules and tags too.
     negative: tags and AND are letters, as in A1111's negative prompts.
     Raises ValueError for an adapter's tag without a name or with a weight that is no number.
     """
+    if weighting == 'plain':
+        return Plan((Part(1.0, ((steps, (Segment(text, 1.0),)),)),), ())
     tree = Prompt((), (Term(_schedules(text), ''),)) if negative else parse(text)
     read = functools.cache(READERS[weighting])
     parts = []

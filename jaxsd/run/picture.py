@@ -33,7 +33,7 @@ SCHEDULES = {
 
 
 WEIGHTINGS = {'no_norm': 'No norm', 'none': 'None', 'comfy': 'comfy',
-              'compel': 'compel'}  # a1111: the default there
+              'compel': 'compel', 'plain': 'plain'}  # a1111: the default there
 NOISES = {'torch': 'CPU', 'philox': 'NV'}
 
 

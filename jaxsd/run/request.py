@@ -21,7 +21,7 @@ MAX_SEED = 2**64 - 1
 RESIZE = ('crop', 'pad', 'stretch')
 FILLS = ('original', 'edge', 'noise', 'latent')
 MASK_MODES = ('blend', 'strength')
-WEIGHTINGS = ('a1111', 'no_norm', 'comfy', 'compel', 'none')
+WEIGHTINGS = ('a1111', 'no_norm', 'comfy', 'compel', 'none', 'plain')
 CUTS = ('comma', 'hard', 'word')
 PROMPTS = ('prompt', 'negative_prompt', 'prompt_2', 'negative_prompt_2')
 NOISES = ('threefry', 'torch', 'philox')
@@ -95,7 +95,7 @@ class Request:
     negative_class_label: int | None = None  # None: the last class; upscaler: the same level
     prompt_2: str | None = None  # SDXL: for its second text encoder; None: the same prompt
     negative_prompt_2: str | None = None
-    weighting: str = 'a1111'  # what brackets do: a1111, no_norm, comfy, compel or none
+    weighting: str = 'a1111'  # what brackets do, see docs; plain: nothing has a meaning
     cut: str = 'comma'  # where long prompts fall into blocks: comma (A1111), hard, word (ComfyUI)
     clip_skip: int = 1  # 1: the layer that the version uses; n: n - 1 layers before it
     adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {name: weight}, as
@@ -232,7 +232,8 @@ def resolve(requests, config):
                                  f'for example {near}')
         seed = random_seed() if request.seed == -1 else int(request.seed)
         prompts = {name: expand(getattr(request, name), seed, request.wildcards)
-                   for name in PROMPTS if getattr(request, name) is not None}
+                   for name in PROMPTS
+                   if getattr(request, name) is not None and request.weighting != 'plain'}
         resolved.append(request.replace(seed=seed, strength=_strength(request, config), **size,
                                         **prompts))
     return resolved

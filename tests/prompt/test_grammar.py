@@ -192,3 +192,10 @@ def test_schedules_nest_to_a_limit():
 
     assert _texts(nested(grammar.DEEPEST), 2)[1] == (2, 'a')
     assert _texts(nested(grammar.DEEPEST + 1), 2)[1] == (2, '[a:1]')
+
+
+def test_plain_text_has_no_meaning():
+    text = '[a:b:2] (c:1.2) AND <lora:d:1> BREAK keycap: 0'
+    (part,), adapters = grammar.plan(text, 5, 'plain')
+    assert part == (1.0, ((5, (Segment(text, 1.0),)),)) and not adapters
+    assert grammar.plan('keycap: 0', 5).parts[0].weight == 0
