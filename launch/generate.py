@@ -144,10 +144,11 @@ def run():
     took = time.perf_counter() - start
     programs = _programs(model, requests, refiner, devices)
     if alone:
-        images, requests = images[:1], requests[:1]
-        same = past.fields.items() <= vars(requests[0]).items()
-        if same and past.run.get('program') not in (None, programs[0]['program']):
+        before = past.run.get('program')
+        if before and past.fields.items() <= vars(requests[0]).items() and (
+                before != _program(model, requests)):
             _note(['made beside pictures of another kind: the last bits may differ'])
+        images, requests = images[:1], requests[:1]
     sizes = sorted({f'{image.shape[1]}x{image.shape[0]}' for image in images})
     print(f'{len(images)} picture(s) of {", ".join(sizes)} in {took:.1f} s '
           f'(compilation {bar.compilation:.1f} s, sampling {bar.sampling:.1f} s: '
@@ -192,15 +193,21 @@ def _note(lines, kind='note'):
 
 
 def _programs(model, requests, refiner, devices):
-    """For each request which program made it, and for how many pictures on each device."""
+    """For each request which program made it, where its neighbours' prompts had a say in that (else
+    None), and for how many pictures on each device."""
     from jaxsd.run.generate import batches
-    from jaxsd.run.inputs import inputs, program
     found = {}
     for part in batches(model, requests, refiner):
-        name = program(inputs(model, [requests[i] for i in part]))
+        made = [requests[i] for i in part]
+        name = _program(model, made) if len({r.prompt for r in made}) > 1 else None
         batch = -(-len(part) // min(len(part), devices))
         found |= dict.fromkeys(part.tolist(), {'program': name, 'batch': batch})
     return [found[i] for i in range(len(requests))]
+
+
+def _program(model, requests):
+    from jaxsd.run.inputs import inputs, program
+    return program(inputs(model, requests))
 
 
 def _named(loras, embeddings, requests):

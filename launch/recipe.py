@@ -107,26 +107,24 @@ def words(flag, text):
     return found
 
 
-ENDINGS = ('.safetensors', '.ckpt', '.pt', '.pth', '.bin')
-
-
 def files(flag, texts):
     """[name=]PATH, of a file or of a folder of files -> {name: path}; without a name the file's.
 
     Raises FileNotFoundError, and ValueError for two files of one name.
     """
-    found = {}
+    from jaxsd.weights.files import PICKLES
+    endings, found = ('.safetensors', *PICKLES), {}
     for text in texts:
         name, equals, path = text.partition('=')
         path = pathlib.Path(text if os.path.exists(text) or not equals else path)
         if not path.exists():
             raise FileNotFoundError(f'{flag}={text}: no such file or folder: {path}')
-        several = sorted(p for p in path.iterdir() if p.suffix in ENDINGS) if path.is_dir() else ()
+        several = sorted(p for p in path.iterdir() if p.suffix in endings) if path.is_dir() else ()
         named = ([(p.stem, p) for p in several] if path.is_dir()
                  else [(path.stem if str(path) == text else name, path)])
         if not named:
             raise ValueError(f'{flag}={text}: expected files in the folder that end in '
-                             f'{", ".join(ENDINGS)}')
+                             f'{", ".join(endings)}')
         for name, path in named:
             if found.setdefault(name, str(path)) != str(path):
                 raise ValueError(f'{flag}: {found[name]} and {path} are both called {name!r}; give '

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsd.prompt.grammar import BREAK
+from jaxsd.prompt.emphasis import BREAK
 from jaxsd.sampling.choice import unknown
 from jaxsd.weights.embeddings import numbers
 
@@ -126,7 +126,7 @@ class _Vectors:
 
     def table(self):
         """The vectors in use -> float32 [E,D], E a power of two."""
-        return np.pad(self.rows, ((0, _bucket(len(self.rows)) - len(self.rows)), (0, 0)))
+        return np.pad(self.rows, ((0, bucket(len(self.rows)) - len(self.rows)), (0, 0)))
 
 
 def _pieces(tokenizer, text, cut, vectors):
@@ -228,8 +228,8 @@ def _stack(images, weighting, K):
     """`_image` of each image -> Texts."""
     B, blocks = len(images), len(images[0])  # N K
     extra = [dict.fromkeys(part[:2] for mixed in image for part in mixed[1:]) for image in images]
-    R = blocks + _bucket(max(map(len, extra)))
-    S = _bucket(max(len(mixed) for image in images for mixed in image))
+    R = blocks + bucket(max(map(len, extra)))
+    S = bucket(max(len(mixed) for image in images for mixed in image))
     T = len(images[0][0][0][0])
     tokens = np.zeros((B, R, T), np.int32)
     keep = np.ones((B, R, T), bool)
@@ -249,6 +249,6 @@ def _stack(images, weighting, K):
     return Texts(tokens, source, weight, restore, None if keep.all() else keep)
 
 
-def _bucket(count):
+def bucket(count):
     """The next power of two; 0 stays."""
     return count and 1 << (count - 1).bit_length()

@@ -9,7 +9,6 @@ unbalanced, and `|` within square brackets, which is A1111's alternation.
 """
 
 import bisect
-import difflib
 import fnmatch
 import functools
 import itertools
@@ -21,6 +20,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxsd.prompt.grammar import Nodes, lalr
+from jaxsd.sampling.choice import unknown
 
 MOST = 10_000  # choices in one prompt; a wildcard that names itself makes more
 
@@ -127,9 +127,7 @@ def _lines(wildcards, name):
     known = wildcards if isinstance(wildcards, Mapping) else _files(wildcards)
     found = sorted(key for key in known if fnmatch.fnmatchcase(key, name))
     if not found:
-        near = difflib.get_close_matches(name, known, cutoff=0) or ['none']
-        raise ValueError(f'unknown wildcard {name!r}; the nearest of {len(known)}: '
-                         f'{", ".join(near)}')
+        raise unknown('wildcard', name, known)
     options = []
     for key in found:
         lines = known[key]

@@ -27,7 +27,7 @@ class Reading(NamedTuple):
     adapters: dict
 
 
-class Texts(NamedTuple):
+class Arrangement(NamedTuple):
     """A batch's texts: N for each picture, of which each of its P parts hears one at a time.
 
     texts: per picture N pairs of side and text; heard: per picture int [steps,P], indices into the
@@ -75,7 +75,7 @@ def _by_step(part, steps):
 
 
 def arrange(readings):
-    """A batch's Readings -> Texts. Pictures with fewer parts than others get empty ones."""
+    """A batch's Readings -> Arrangement. Pictures with fewer parts than others get empty ones."""
     counts = {side: max(len(r.sides[side]) for r in readings) for side in SIDES}
     nothing = (((),) * len(TEXT_ENCODERS),)
     rows = [[(side, schedule) for side in SIDES for schedule in
@@ -83,19 +83,19 @@ def arrange(readings):
             for r in readings]
     prompts = np.repeat([side == 'prompt' for side in SIDES], list(counts.values()))
     if all(len(set(schedule)) == 1 for row in rows for _, schedule in row):
-        return Texts([[(side, schedule[0]) for side, schedule in row] for row in rows], None,
+        return Arrangement([[(side, schedule[0]) for side, schedule in row] for row in rows], None,
                      prompts)
     found = [list(dict.fromkeys((side, text) for side, schedule in row for text in schedule))
              for row in rows]
     heard = [np.array(list(itertools.zip_longest(*(
         [texts.index((side, text)) for text in schedule] for side, schedule in row),
         fillvalue=0))) for texts, row in zip(found, rows)]
-    most = 1 << (max(map(len, found)) - 1).bit_length()  # so that few numbers compile
-    return Texts([texts + texts[:1] * (most - len(texts)) for texts in found], heard, prompts)
+    most = blocks.bucket(max(map(len, found)))  # so that few numbers compile
+    return Arrangement([texts + texts[:1] * (most - len(texts)) for texts in found], heard, prompts)
 
 
 def variants(texts):
-    """Texts.texts -> what `blocks.texts` takes: encoder -> per picture the segments of N texts."""
+    """Arrangement.texts -> what `blocks.texts` takes: encoder -> segments of each picture's N."""
     def of(encoder):
         which = TEXT_ENCODERS.index(encoder)
         return [[text[which] for _, text in picture] for picture in texts]
@@ -110,7 +110,7 @@ def count(model, request):
 
 
 def over_rows(heard, sigmas, rows):
-    """Texts.heard -> int32 [calls,B,P]: the text of each row; sigmas: of each walk."""
+    """Arrangement.heard -> int32 [calls,B,P]: the text of each row; sigmas: of each walk."""
     if not hasattr(rows, 'mix'):
         raise ValueError('a prompt that changes over the steps: expected constant ones with '
                          'dpm_adaptive, which chooses its own steps')

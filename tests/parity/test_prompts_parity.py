@@ -13,7 +13,7 @@ from compel.embeddings_provider import SplitLongTextMode
 
 from jaxsd.config import VERSIONS
 from jaxsd.prompt import grammar
-from jaxsd.prompt.grammar import BREAK
+from jaxsd.prompt.emphasis import BREAK
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / 'prompt'))
 import tiny_clip  # noqa: E402

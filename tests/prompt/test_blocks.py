@@ -11,7 +11,7 @@ import tiny_clip
 
 from jaxsd.config import VERSIONS
 from jaxsd.prompt import blocks, conditioning, grammar
-from jaxsd.prompt.grammar import BREAK, Segment
+from jaxsd.prompt.emphasis import BREAK, Segment
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.run.request import WEIGHTINGS
 

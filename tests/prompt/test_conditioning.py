@@ -5,7 +5,7 @@ import numpy as np
 
 from jaxsd.models import clip
 from jaxsd.prompt import blocks, conditioning
-from jaxsd.prompt.grammar import Segment
+from jaxsd.prompt.emphasis import Segment
 
 
 def _encode(model, ids=None, zero=None):

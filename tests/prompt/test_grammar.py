@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxsd.prompt import grammar
-from jaxsd.prompt.grammar import BREAK, Alternate, Prompt, Segment, Switch, Term
+from jaxsd.prompt.emphasis import BREAK, Segment
+from jaxsd.prompt.grammar import Alternate, Prompt, Switch, Term
 
 TESTS = pathlib.Path(__file__).parents[1]
 GOLDEN = json.loads(gzip.decompress((TESTS / 'goldens' / 'prompts.json.gz').read_bytes()))

@@ -90,8 +90,8 @@ def test_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize('text, lists, message', [
-    ('__anmal__', LISTS, "unknown wildcard 'anmal'; the nearest of 5: animal"),
-    ('__animal__', {}, "unknown wildcard 'animal'; the nearest of 0: none"),
+    ('__anmal__', LISTS, "unknown wildcard 'anmal': did you mean 'animal'"),
+    ('__animal__', {}, "unknown wildcard 'animal': there are none"),
     ('__animal__', None, 'none are given; expected wildcards='),
     ('__animal__', ['cat'], 'expected a folder or a mapping'),
     ('__animal__', {'animal': 'cat'}, 'expected a list of strings'),
