@@ -145,8 +145,8 @@ def run():
     programs = _programs(model, requests, refiner, devices)
     if alone:
         before = past.run.get('program')
-        if before and past.fields.items() <= vars(requests[0]).items() and (
-                before != _program(model, requests)):
+        programs = [{**programs[0], 'program': before and _program(model, requests)}]
+        if past.fields.items() <= vars(requests[0]).items() and before != programs[0]['program']:
             _note(['made beside pictures of another kind: the last bits may differ'])
         images, requests = images[:1], requests[:1]
     sizes = sorted({f'{image.shape[1]}x{image.shape[0]}' for image in images})
