@@ -14,9 +14,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsd import sampling
 from jaxsd.run import canvas, texts
-from jaxsd.run.inputs import Inputs, inputs, networks
+from jaxsd.run.inputs import Inputs, inputs, networks, padded
 from jaxsd.run.request import resolve
-from jaxsd.run.walk import decode, latents, pipeline
+from jaxsd.run.walk import decode, stage
 from jaxsd.weights.model import Network
 
 
@@ -60,11 +60,8 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None,
     for name, other in (('refiner', refiner and refiner.config.vae),
                         ('preview', preview and preview.vae.config)):
         if other:
-            _check_latents(name, other, config.vae)
-    if tile is not None:
-        if tile < config.vae.factor or tile % config.vae.factor:
-            raise ValueError(f'tile={tile}: expected a multiple of {config.vae.factor} pixels')
-        tile //= config.vae.factor
+            check_latents(name, other, config.vae)
+    tile = latent_tile(tile, config)
     canvases = [canvas.canvas(r, config) for r in requests]
     painted = {}
     for part in batches(model, requests, refiner):
@@ -83,27 +80,45 @@ def batches(model, requests, refiner=None):
     return [np.flatnonzero([found == kind for found in kinds]) for kind in sorted(set(kinds))]
 
 
+def stages(model, requests, canvases, refiner=None, noise=None):
+    """The walks of resolved requests, one after the other -> a list of (model, its Inputs)."""
+    if refiner is None:
+        return [(model, inputs(model, requests, noise, canvases))]
+    plain = [r.replace(controls=()) for r in requests]  # made for the base model
+    return [(model, inputs(model, requests, noise, canvases, 'base')),
+            (refiner, inputs(refiner, plain, None, canvases, 'refiner'))]
+
+
+def latent_tile(tile, config):
+    """Pixels per side of a tile -> latents, or None. Raises ValueError for parts of latents."""
+    if tile is None:
+        return None
+    if tile < config.vae.factor or tile % config.vae.factor:
+        raise ValueError(f'tile={tile}: expected a multiple of {config.vae.factor} pixels')
+    return tile // config.vae.factor
+
+
+def not_finite(what, request):
+    """The error for a picture that is none."""
+    return ValueError(
+        f'{what} (seed {request.seed}) is not finite: the weights hold NaN or infinity, or '
+        'overflow in their dtype (float16: try bfloat16 or float32)')
+
+
 def _paint(model, requests, canvases, tile, noise, refiner, on_step, preview):
     """`generate` for requests that one program can do -> uint8 [B,H,W,3] at the working size."""
-    if refiner is None:
-        stages = [(model, inputs(model, requests, noise, canvases))]
-    else:
-        plain = [r.replace(controls=()) for r in requests]  # made for the base model
-        stages = [(model, inputs(model, requests, noise, canvases, 'base')),
-                  (refiner, inputs(refiner, plain, None, canvases, 'refiner'))]
-    progress = _Progress([data.rows for _, data in stages], on_step, preview)
+    walks = stages(model, requests, canvases, refiner, noise)
+    progress = _Progress([data.rows for _, data in walks], on_step, preview)
     found = None
-    for number, (net, data) in enumerate(stages):
+    for number, (net, data) in enumerate(walks):
         if number:
             data = data._replace(noise=found)
         progress.begin(number, len(requests))
         found, finite = _run(net, data, requests[0].height, requests[0].width, tile, progress,
-                             last=number == len(stages) - 1)
+                             last=number == len(walks) - 1)
     if not finite.all():
         i = int(np.argmin(finite))
-        raise ValueError(
-            f'picture {i} (seed {requests[i].seed}) is not finite: the weights hold NaN or '
-            f'infinity, or overflow in their dtype (float16: try bfloat16 or float32)')
+        raise not_finite(f'picture {i}', requests[i])
     return found
 
 
@@ -114,10 +129,7 @@ def _run(model, data, height, width, tile, progress, last):
     each = -(-count // min(count, jax.local_device_count()))  # images per device
     devices = -(-count // each)
     mesh = _mesh(devices)
-    pad = functools.partial(_pad, count=devices * each)
-    data = Inputs(*(value if axis is None else
-                    jax.tree.map(functools.partial(pad, axis=axis), value)
-                    for axis, value in zip(data.axes, data)))
+    data = padded(data, devices * each)
     params, config = networks(model, data)
     preview = progress.preview
     if preview is not None:
@@ -137,7 +149,8 @@ def _run(model, data, height, width, tile, progress, last):
     return found, finite
 
 
-def _check_latents(what, found, vae):
+def check_latents(what, found, vae):
+    """ValueError where the latents of two models differ."""
     for name in ('latent_channels', 'factor'):
         if getattr(found, name) != getattr(vae, name):
             raise ValueError(f'{what}: expected latents like the model\'s, {name} '
@@ -155,15 +168,11 @@ def replicated():
 @functools.partial(jax.jit, static_argnames=('config', 'height', 'width', 'tile', 'mesh', 'report',
                                              'preview', 'last'))
 def _program(params, data, ticket, *, config, height, width, tile, mesh, report, preview, last):
-    """`pipeline`, or `latents` alone if not last, each device on its own images: shard_map leaves
-    XLA nothing to communicate."""
+    """walk.stage, each device on its own images: shard_map leaves XLA nothing to communicate."""
     def local(params, data, ticket):
         on_call = functools.partial(_tell, ticket) if report else None
         watch = preview and functools.partial(_watch, params, *preview, ticket)
-        if last:
-            return pipeline(params, data, config, height, width, tile, on_call, watch)
-        x = latents(params, data, config, height, width, on_call, watch=watch)
-        return x, jnp.isfinite(x).all((1, 2, 3))
+        return stage(params, data, config, height, width, tile, last, on_call, watch)
 
     along = {0: PartitionSpec('data'), 1: PartitionSpec(None, 'data'), None: PartitionSpec()}
     specs = Inputs(*(along[axis] for axis in data.axes))
@@ -174,12 +183,6 @@ def _program(params, data, ticket, *, config, height, width, tile, mesh, report,
 def _mesh(devices):
     return jax.make_mesh((devices,), ('data',), axis_types=(AxisType.Auto,),
                          devices=jax.local_devices()[:devices])
-
-
-def _pad(array, count, axis):
-    """Repeat the last image until there are `count`; numpy, so that nothing compiles."""
-    extra = [(0, count - size if i == axis else 0) for i, size in enumerate(array.shape)]
-    return np.pad(array, extra, mode='edge')
 
 
 # Progress. The listener of a run is found by a ticket that is data too: a function in the program

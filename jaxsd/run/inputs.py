@@ -71,6 +71,16 @@ def program(data):
     return hashlib.sha256(repr(jax.tree.flatten(shapes)).encode()).hexdigest()[:10]
 
 
+def padded(data, count):
+    """Inputs of `count` pictures, the last one repeated; numpy, so that nothing compiles."""
+    def pad(array, axis):
+        extra = [(0, count - size if i == axis else 0) for i, size in enumerate(array.shape)]
+        return np.pad(array, extra, mode='edge')
+
+    return Inputs(*(value if axis is None else jax.tree.map(functools.partial(pad, axis=axis), value)
+                    for axis, value in zip(data.axes, data)))
+
+
 def inputs(model, requests, noise=None, canvases=None, stage=None):
     """Resolved requests -> Inputs, numpy on the host: tokens, tables, keys. Compiles nothing.
 

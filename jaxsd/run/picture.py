@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -91,8 +92,8 @@ def record(request, **run):
 
     run: what else a repetition needs, see launch/generate.py.
     """
-    files = {name: digest(name) for name in _files(request)}
-    return json.dumps({'request': _fields(request), **run, 'files': files, 'versions': versions(),
+    hashes = {name: digest(name) for name in files(request)}
+    return json.dumps({'request': _fields(request), **run, 'files': hashes, 'versions': versions(),
                        'device': device()}, default=describe, ensure_ascii=False)
 
 
@@ -118,7 +119,7 @@ def digest(path):
                           + images.read_gray(path).tobytes()).hexdigest()
 
 
-def _files(request):
+def files(request):
     """The paths of the files that a request names."""
     given = [request.image, request.mask, request.depth, *(c.image for c in request.controls)]
     if str(request.schedule).endswith('.json'):
@@ -144,18 +145,33 @@ def describe(value):
     return {'shape': list(pixels.shape), 'sha256': hashlib.sha256(pixels).hexdigest()}
 
 
-def write_png(path, image, texts=None):
-    """Write an image, uint8 [H,W,3], with text chunks; a file of that name is there whole or not
-    at all (a temporary file next to it, then a rename)."""
+def png(image, texts=None):
+    """An image, uint8 [H,W,3], and text chunks -> the bytes of a PNG file."""
     from PIL import Image, PngImagePlugin
     info = PngImagePlugin.PngInfo()
     for key, text in (texts or {}).items():
         info.add_itxt(key, text) if not text.isascii() else info.add_text(key, text)
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(file, 'PNG', pnginfo=info)
+    return file.getvalue()
+
+
+def write_png(path, image, texts=None):
+    """Write an image, uint8 [H,W,3], with text chunks, as `write_whole` does."""
+    write_whole(path, png(image, texts))
+
+
+def write_whole(path, data, sync=False):
+    """Write bytes so that a file of that name is there whole or not at all (a temporary file next
+    to it, then a rename); sync: also after the machine lost power."""
     path = pathlib.Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='.', suffix='.tmp')
     try:
         with os.fdopen(handle, 'wb') as file:
-            Image.fromarray(np.asarray(image)).save(file, 'PNG', pnginfo=info)
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(handle)
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for the owner only
         os.replace(temporary, path)
     except BaseException:

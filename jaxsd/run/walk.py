@@ -40,8 +40,13 @@ def pipeline(params, inputs, config, height, width, tile=None, on_call=None, wat
 
     -> images uint8 [B,height,width,3] and finite, bool [B].
     """
+    return stage(params, inputs, config, height, width, tile, True, on_call, watch)
+
+
+def stage(params, inputs, config, height, width, tile, last, on_call=None, watch=None):
+    """`pipeline`; if not last, what another model goes on from: latents [B,h,w,L], finite [B]."""
     x = latents(params, inputs, config, height, width, on_call, watch=watch)
-    return decode(params, config, x, tile)
+    return decode(params, config, x, tile) if last else (x, jnp.isfinite(x).all((1, 2, 3)))
 
 
 def latents(params, inputs, config, height, width, on_call=None, info=None, watch=None):

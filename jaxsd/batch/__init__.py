@@ -1,0 +1,1 @@
+"""Many pictures: plans of requests, microbatches on all devices, folders that resume."""

@@ -1,0 +1,123 @@
+"""A model on the devices of this host, for microbatches of one fixed size.
+
+Each device runs the same one-device program on `microbatch` pictures, the last one repeated where
+there are fewer. So a picture's bits depend neither on how many others are made nor beside which,
+nor on the number of devices: one program over a mesh of several devices would be another program,
+of which XLA fuses other operations than of that for one, and with them the last bits change.
+"""
+
+import functools
+import hashlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsd.run import canvas, networks, resolve, texts
+from jaxsd.run.generate import check_latents, latent_tile, not_finite, stages
+from jaxsd.run.inputs import padded, program
+from jaxsd.run.walk import stage
+
+MICROBATCH = 8
+
+
+class Kind(NamedTuple):
+    """What chooses a request's program: pictures of one kind may share a microbatch.
+
+    programs: of each stage, `inputs.program`. shared: the adapters' names and a hash of the
+    vectors of textual inversions, which are arguments that a whole microbatch shares.
+    """
+
+    height: int
+    width: int
+    programs: tuple
+    shared: tuple
+
+
+class Work(NamedTuple):
+    """A microbatch on its way. `images` waits for it."""
+
+    requests: list
+    canvases: list
+    found: jax.Array  # uint8 [microbatch,H,W,3]
+    finite: jax.Array  # bool [microbatch]
+
+    def images(self):
+        """-> per request its picture, uint8 [H,W,3], or the ValueError that it came to."""
+        count = len(self.requests)
+        found, finite = np.asarray(self.found)[:count], np.asarray(self.finite)[:count]
+        whole = canvas.finish(self.canvases, found)
+        return [image if good else not_finite('the picture', request)
+                for image, good, request in zip(whole, finite, self.requests)]
+
+
+class Engine:
+    """Makes microbatches of pictures; threads may call it at once.
+
+    model, refiner: on any device; they are copied to all of `devices` (None: the local ones).
+    microbatch: pictures that a device makes at once. tile: pixels per side, for `decode_tiled`.
+    """
+
+    def __init__(self, model, refiner=None, microbatch=MICROBATCH, tile=None, devices=None):
+        if microbatch < 1:
+            raise ValueError(f'microbatch={microbatch}: expected at least one picture')
+        if refiner is not None:
+            check_latents('refiner', refiner.config.vae, model.config.vae)
+        self.microbatch, self.tile = microbatch, latent_tile(tile, model.config)
+        self.devices = list(devices or jax.local_devices())
+        self.config = model.config
+        self.nets = [[net and _on(net, device) for net in (model, refiner)]
+                     for device in self.devices]
+
+    def resolve(self, requests):
+        """`run.resolve` with the model's config."""
+        return resolve(requests, self.config)
+
+    def kind(self, request):
+        """A resolved request -> its Kind. Raises ValueError for what the model cannot make, and
+        ValueError or OSError for files that cannot be read."""
+        walks = self._walks(0, [request], [canvas.canvas(request, self.config)])
+        shared = [*sorted(texts.read(request).adapters)]
+        for _, data in walks:
+            for name, vectors in sorted((data.embeddings or {}).items()):
+                shared.append(f'{name}:{hashlib.sha256(vectors).hexdigest()}')
+        return Kind(request.height, request.width, tuple(program(data) for _, data in walks),
+                    tuple(shared))
+
+    def start(self, requests, kind, device=0):
+        """Begin a microbatch of at most `microbatch` resolved requests of one kind -> Work.
+
+        device: its number among `devices`. Returns before the pictures are there.
+        """
+        if not 0 < len(requests) <= self.microbatch:
+            raise ValueError(f'{len(requests)} requests: expected 1 to {self.microbatch}')
+        canvases = [canvas.canvas(r, self.config) for r in requests]
+        walks = self._walks(device, requests, canvases)
+        if (found := tuple(program(data) for _, data in walks)) != kind.programs:
+            raise RuntimeError(f'a microbatch of programs {found}, expected {kind.programs}: '
+                               'its pictures would not be what they are alone')
+        found = None
+        for number, (net, data) in enumerate(walks):
+            data = padded(data, self.microbatch)
+            if number:
+                data = data._replace(noise=found)
+            params, config = networks(net, data)
+            found, finite = _program(
+                params, jax.device_put(data, self.devices[device]), config=config,
+                height=kind.height, width=kind.width, tile=self.tile,
+                last=number == len(walks) - 1)
+        return Work(requests, canvases, found, finite)
+
+    def _walks(self, device, requests, canvases):
+        model, refiner = self.nets[device]
+        return stages(model, requests, canvases, refiner)
+
+
+_program = jax.jit(stage, static_argnames=('config', 'height', 'width', 'tile', 'last'))
+
+
+def _on(model, device):
+    """The model with all that a program takes on one device."""
+    nets = {name: type(net)(net.config, jax.device_put(net.params, device))
+            for name, net in model.controlnets.items()}
+    return model.replace(params=jax.device_put(model.params, device), controlnets=nets)

@@ -1,0 +1,105 @@
+"""What a picture is determined by, as a hash: its id.
+
+The same id is the same picture, to the bit, on one kind of device with one version of jaxlib (see
+`fingerprint`), and nearly so elsewhere.
+"""
+
+import ast
+import concurrent.futures
+import functools
+import hashlib
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+import jaxsd
+from jaxsd.run import picture, texts
+from jaxsd.run.request import PROMPTS
+
+# The rooms whose code pictures depend on; a comment or docstring changes nothing.
+ROOMS = ('config.py', 'batch/engine.py', 'images', 'models', 'prompt', 'run', 'sampling', 'weights')
+
+
+@functools.cache
+def numerics():
+    """A hash of the code that makes pictures, less comments and docstrings -> 16 hex digits."""
+    root = pathlib.Path(jaxsd.__file__).parent
+    found = hashlib.sha256()
+    for room in ROOMS:
+        files = sorted((root / room).glob('*.py')) if (root / room).is_dir() else [root / room]
+        for file in files:
+            tree = ast.parse(file.read_text())
+            for node in ast.walk(tree):
+                body = getattr(node, 'body', None)
+                if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(
+                        body[0].value, ast.Constant):
+                    del body[0]
+            found.update(f'{file.relative_to(root)}\n{ast.unparse(tree)}\n'.encode())
+    return found.hexdigest()[:16]
+
+
+def digest(tree):
+    """A hash of the names and bytes of nested dicts of arrays -> 64 hex digits."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+
+    def leaf(item):
+        name, array = item
+        array = np.ascontiguousarray(array)
+        head = f'{jax.tree_util.keystr(name)} {array.dtype} {array.shape}'
+        return head.encode() + hashlib.sha256(array.reshape(-1).view(np.uint8)).digest()
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return hashlib.sha256(b'\n'.join(pool.map(leaf, leaves))).hexdigest()
+
+
+class Identity:
+    """Ids for the pictures of one Engine.
+
+    settings: what is common to all of them: hashes of the weights and of the code, microbatch,
+    tile. Adapters, embeddings and ControlNets count for the requests that name them.
+    """
+
+    def __init__(self, model, refiner=None, *, microbatch, tile=None):
+        def weights(net):
+            words = [(name, tokenizer.backend.get_vocab(), tokenizer.length, tokenizer.pad_id)
+                     for name, tokenizer in sorted(net.tokenizers.items())]
+            rest = hashlib.sha256(json.dumps([repr(net.config), words], sort_keys=True).encode())
+            return digest(net.params)[:32] + rest.hexdigest()[:32]
+
+        self.model = model
+        self._file = functools.cache(picture.digest)
+        self.settings = {'weights': weights(model), 'refiner': refiner and weights(refiner),
+                         'numerics': numerics(), 'microbatch': microbatch, 'tile': tile}
+
+    @functools.cached_property
+    def _named(self):
+        """Of all that requests may name: {kind: {name: hash}}."""
+        model = self.model
+        return {'controlnets': {name: digest(found.params)
+                                for name, found in model.controlnets.items()},
+                'adapters': {name: digest(found.deltas) for name, found in model.adapters.items()},
+                'embeddings': {name: digest(found.vectors)
+                               for name, found in model.embeddings.items()}}
+
+    def of(self, request):
+        """A resolved request's id -> 32 hex digits. Reads the files that the request names."""
+        words = ' '.join(getattr(request, name) or '' for name in PROMPTS).lower()
+        names = {'controlnets': [control.net for control in request.controls],
+                 'adapters': texts.read(request).adapters,
+                 'embeddings': [n for n in self._named['embeddings'] if n.lower() in words]}
+        used = {kind: {name: self._named[kind].get(name) for name in sorted(found)}
+                for kind, found in names.items() if found}
+        hashes = {name: self._file(name) for name in picture.files(request)}
+        fields = json.loads(json.dumps(vars(request) | {'wildcards': None},
+                                       default=picture.describe))
+        fields = jax.tree.map(lambda value: hashes.get(value, value), fields)  # by content
+        whole = json.dumps([self.settings, used, fields], sort_keys=True)
+        return hashlib.sha256(whole.encode()).hexdigest()[:32]
+
+
+def fingerprint():
+    """What else a picture's last bits depend on: the device's kind and the versions."""
+    return {'device': picture.device(), **picture.versions()}
