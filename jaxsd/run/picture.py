@@ -1,6 +1,7 @@
 """PNG files that say how they were made, and grids of pictures."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -179,6 +180,7 @@ def write_whole(path, data, sync=False):
         raise
 
 
+@functools.cache  # asked once: setting it is the only way to ask, and threads share it
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
