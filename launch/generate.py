@@ -16,7 +16,7 @@ import warnings
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch.recipe import fields, files, load, words
+from launch.recipe import complete, fields, files, load, words
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEFAULT = str(ROOT / 'configs' / 'emoji.py')
@@ -31,13 +31,7 @@ ASKED = ('negative_prompt', 'prompt_2', 'negative_prompt_2', 'strength', 'mask',
 
 def define_flags():
     """Not at import: other mains have flags of these names."""
-    config_flags.DEFINE_config_file(
-        'config', None,
-        'Recipe (configs/emoji.py if left out); its fields are flags too: --config.steps, '
-        '.guidance, .sampler, .schedule, .eta, .width, .height, .dtype, .tile, .prediction, .base, '
-        '.ema, and '
-        '.sampler_options="order=3, solver_type=heun", .schedule_options, .guidance_options, '
-        '.aspect=16:9 (SDXL), and .request="mask_blur=4, fill=edge" for any field of Request.')
+    define_model_flags()
     flags.DEFINE_string('from', None, 'A picture to make again from what its file says, written '
                         'here or by stable-diffusion-webui; other flags change what they name.')
     flags.DEFINE_multi_string('prompt', None, 'What to draw; repeat for several pictures.')
@@ -56,38 +50,53 @@ def define_flags():
         'start=0, end=1, guess=original, preprocess=canny (with its low=100, high=200; scribble, '
         'tile, or pose from JSON); '
         'repeat for several.')
+    flags.DEFINE_string('wildcards', None, 'A folder of NAME.txt, for __NAME__ in prompts.')
+    flags.DEFINE_string('preview', None, 'A small VAE (TAESD: folder, files or Hub id) that shows '
+                        'the pictures come, in preview.png in the folder.')
+    flags.DEFINE_integer('num_images', 1, 'Pictures per prompt; their seeds count up.',
+                         lower_bound=1)
+    flags.DEFINE_integer('seed', -1, '0 to 2^64 - 1; -1 picks one at random.')
+    flags.DEFINE_string('out', 'outputs', 'Folder for the pictures.')
+
+
+def define_model_flags():
+    """The flags that say which model makes the pictures."""
+    config_flags.DEFINE_config_file(
+        'config', None,
+        'Recipe (configs/emoji.py if left out); its fields are flags too: --config.steps, '
+        '.guidance, .sampler, .schedule, .eta, .width, .height, .dtype, .tile, .prediction, .base, '
+        '.ema, and '
+        '.sampler_options="order=3, solver_type=heun", .schedule_options, .guidance_options, '
+        '.aspect=16:9 (SDXL), and .request="mask_blur=4, fill=edge" for any field of Request.')
+    flags.DEFINE_string('checkpoint', None,
+                        "A folder, a .safetensors file or a Hub id, instead of the recipe's.")
+    flags.DEFINE_string('vae', None, 'A VAE (folder, file or Hub id) instead of the model\'s.')
+    flags.DEFINE_string('refiner', None, 'An SDXL refiner; --config.request="switch=0.8" says when '
+                        'it takes over.')
     flags.DEFINE_multi_string(
         'lora', None, 'A LoRA for <lora:name:0.8> in prompts, "[name=]PATH", or a folder of them; '
         'repeat for several.')
     flags.DEFINE_multi_string('embeddings', None, 'A textual inversion, "[name=]PATH", or a folder '
                               'of them, for their names in prompts; repeat for several.')
-    flags.DEFINE_string('wildcards', None, 'A folder of NAME.txt, for __NAME__ in prompts.')
-    flags.DEFINE_string('vae', None, 'A VAE (folder, file or Hub id) instead of the model\'s.')
-    flags.DEFINE_string('preview', None, 'A small VAE (TAESD: folder, files or Hub id) that shows '
-                        'the pictures come, in preview.png in the folder.')
-    flags.DEFINE_string('refiner', None, 'An SDXL refiner; --config.request="switch=0.8" says when '
-                        'it takes over.')
-    flags.DEFINE_integer('num_images', 1, 'Pictures per prompt; their seeds count up.',
-                         lower_bound=1)
-    flags.DEFINE_integer('seed', -1, '0 to 2^64 - 1; -1 picks one at random.')
-    flags.DEFINE_string('checkpoint', None,
-                        "A folder, a .safetensors file or a Hub id, instead of the recipe's.")
-    flags.DEFINE_string('out', 'outputs', 'Folder for the pictures.')
 
 
-def main(argv):
-    """Entry point: one clear line and exit code 1 or 2 for whatever the user can get wrong."""
-    warnings.showwarning = _warn
-    try:
-        if len(argv) > 1:
-            fail(f'unexpected argument {argv[1]!r}: give prompts as --prompt="{argv[1]}"', 2)
-        run()
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
-    except RuntimeError as error:  # XLA's: most often memory
-        fail(str(error).strip().splitlines()[0])
-    except KeyboardInterrupt:
-        fail('interrupted', 130)
+def guarded(run):
+    """`run` as an absl main: one clear line and exit code 1 or 2 for whatever the user can get
+    wrong; else what it returns is the exit code."""
+    def main(argv):
+        warnings.showwarning = warn
+        try:
+            if len(argv) > 1:
+                fail(f'unexpected argument {argv[1]!r}: give prompts as --prompt="{argv[1]}"', 2)
+            return run()
+        except (ValueError, OSError, ImportError) as error:
+            fail(error)
+        except RuntimeError as error:  # XLA's: most often memory
+            fail(str(error).strip().splitlines()[0])
+        except KeyboardInterrupt:
+            fail('interrupted', 130)
+
+    return main
 
 
 def run():
@@ -109,9 +118,11 @@ def run():
     import jax
 
     import jaxsd
+    from jaxsd.batch.engine import Engine
     from jaxsd.run import replicated, resolve
     devices = jax.local_device_count()
     alone = past is not None and len(requests) == 1
+    microbatch = past.run.get('microbatch') if alone else None  # launch.batch and launch.serve
     if alone:  # in a program of as many pictures per device as it was made in
         batch = past.run.get('batch', 1)
         requests *= batch * devices if batch > 1 else 1
@@ -128,36 +139,36 @@ def run():
     elif past:
         requests, notes = infotext.fit(requests, model.config)
         _note(notes)
-    adapters, embeddings = _named(adapters, embeddings, requests)
-    nets = [control.net for control in requests[0].controls]
-    model = model.replace(
-        controlnets={n: jaxsd.load_controlnet(n, dtype, device=device) for n in nets},
-        adapters={n: jaxsd.load_adapter(p, model, device=device) for n, p in adapters.items()},
-        embeddings={n: jaxsd.load_embedding(p, model.config) for n, p in embeddings.items()})
+    _check_adapters(requests, adapters)
+    model, named = complete(model, requests, dtype, adapters, embeddings, device)
     print(f'{name}: {model.config.version}, {dtype}, on {devices} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
 
     start = time.perf_counter()
     with Bar() as bar:
-        images = jaxsd.generate(model, requests, on_step=bar, tile=recipe.tile or None,
-                                refiner=refiner, preview=preview)
+        if microbatch is not None:
+            images = Engine(model, refiner, microbatch, recipe.tile or None).make(requests)
+        else:
+            images = jaxsd.generate(model, requests, on_step=bar, tile=recipe.tile or None,
+                                    refiner=refiner, preview=preview)
     took = time.perf_counter() - start
-    programs = _programs(model, requests, refiner, devices)
-    if alone:
+    programs = [{'microbatch': microbatch}]
+    if microbatch is None:
+        programs = _programs(model, requests, refiner, devices)
+    if alone and microbatch is None:
         before = past.run.get('program')
         programs = [{**programs[0], 'program': before and _program(model, requests)}]
         if past.fields.items() <= vars(requests[0]).items() and before != programs[0]['program']:
             _note(['made beside pictures of another kind: the last bits may differ'])
         images, requests = images[:1], requests[:1]
     sizes = sorted({f'{image.shape[1]}x{image.shape[0]}' for image in images})
-    print(f'{len(images)} picture(s) of {", ".join(sizes)} in {took:.1f} s '
-          f'(compilation {bar.compilation:.1f} s, sampling {bar.sampling:.1f} s: '
-          f'{bar.rate:.2f} steps/s, decoding {bar.decoding:.1f} s)')
+    parts = '' if microbatch else (
+        f' (compilation {bar.compilation:.1f} s, sampling {bar.sampling:.1f} s: '
+        f'{bar.rate:.2f} steps/s, decoding {bar.decoding:.1f} s)')
+    print(f'{len(images)} picture(s) of {", ".join(sizes)} in {took:.1f} s{parts}')
 
-    named = {'lora': adapters, 'embeddings': embeddings}
     made = {**{name: recipe[name] for name in RECIPE},
-            **{name: FLAGS[name].value for name in GIVEN if FLAGS[name].value},
-            **{flag: [f'{n}={p}' for n, p in found.items()] for flag, found in named.items()},
+            **{name: FLAGS[name].value for name in GIVEN if FLAGS[name].value}, **named,
             'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'dtype': dtype, 'model': name}
     if FLAGS.control:
         made['hint_size'] = hint_size
@@ -210,17 +221,13 @@ def _program(model, requests):
     return program(inputs(model, requests))
 
 
-def _named(loras, embeddings, requests):
-    """Of the adapters and embeddings, {name: path}, those that the requests name."""
+def _check_adapters(requests, loras):
     from jaxsd.run import texts
     from jaxsd.sampling.choice import choose
-    asked = sorted({name for request in requests for name in texts.read(request).adapters})
-    if asked and not loras:
-        raise ValueError(f'adapter {asked[0]!r}: expected its file as --lora=PATH')
-    words = ' '.join(text for r in requests for text in (
-        r.prompt, r.negative_prompt, r.prompt_2 or '', r.negative_prompt_2 or '')).lower()
-    return ({name: choose('adapter', name, loras) for name in asked},
-            {name: path for name, path in embeddings.items() if name.lower() in words})
+    for name in sorted({name for request in requests for name in texts.read(request).adapters}):
+        if not loras:
+            raise ValueError(f'adapter {name!r}: expected its file as --lora=PATH')
+        choose('adapter', name, loras)
 
 
 def _hint_size(request, past):
@@ -369,7 +376,7 @@ def parse(argv):
         fail(error, 2)
 
 
-def _warn(message, category, filename, lineno, file=None, line=None):
+def warn(message, category, filename, lineno, file=None, line=None):
     print(f'warning: {message}', file=sys.stderr)
 
 
@@ -378,6 +385,8 @@ def fail(message, code=1):
     print('error:', ' '.join(str(message).split()), file=sys.stderr)
     sys.exit(code)
 
+
+main = guarded(run)
 
 if __name__ == '__main__':
     define_flags()

@@ -74,6 +74,29 @@ def load(config, checkpoint=None, device=None):
     return model, pathlib.Path(name).name if os.path.exists(source) else name, dtype
 
 
+def complete(model, requests, dtype, loras, embeddings, device=None):
+    """The model with what resolved requests name -> it, and what a picture's record says of that.
+
+    requests: None: whatever is there counts as named. loras, embeddings: {name: path}, see `files`;
+    ControlNets are named by their paths.
+    """
+    import jaxsd
+    from jaxsd.run import texts
+    from jaxsd.run.request import PROMPTS
+    nets = sorted({control.net for request in requests or () for control in request.controls})
+    if requests is not None:
+        asked = {name for request in requests for name in texts.read(request).adapters}
+        words = ' '.join({getattr(r, name) or '' for r in requests for name in PROMPTS}).lower()
+        loras = {name: path for name, path in loras.items() if name in asked}
+        embeddings = {name: path for name, path in embeddings.items() if name.lower() in words}
+    model = model.replace(
+        controlnets={n: jaxsd.load_controlnet(n, dtype, device=device) for n in nets},
+        adapters={n: jaxsd.load_adapter(p, model, device=device) for n, p in loras.items()},
+        embeddings={n: jaxsd.load_embedding(p, model.config) for n, p in embeddings.items()})
+    return model, {flag: [f'{name}={path}' for name, path in found.items()]
+                   for flag, found in (('lora', loras), ('embeddings', embeddings))}
+
+
 def options(text):
     """'order=3, solver_type=heun, interval=(0.2, 0.8)' -> a dict; bare words are strings.
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxsd import sampling
+from jaxsd.batch.cost import operations
 from jaxsd.run import canvas, networks, resolve, texts
 from jaxsd.run.generate import check_latents, latent_tile, not_finite, stages
 from jaxsd.run.inputs import padded, program
@@ -76,13 +78,18 @@ class Engine:
     def kind(self, request):
         """A resolved request -> its Kind. Raises ValueError for what the model cannot make, and
         ValueError or OSError for files that cannot be read."""
+        return self.survey(request)[0]
+
+    def survey(self, request):
+        """`kind`, and how many model calls the picture takes (of dpm_adaptive, at most)."""
         walks = self._walks(0, [request], [canvas.canvas(request, self.config)])
         shared = [*sorted(texts.read(request).adapters)]
         for _, data in walks:
             for name, vectors in sorted((data.embeddings or {}).items()):
                 shared.append(f'{name}:{hashlib.sha256(vectors).hexdigest()}')
-        return Kind(request.height, request.width, tuple(program(data) for _, data in walks),
+        kind = Kind(request.height, request.width, tuple(program(data) for _, data in walks),
                     tuple(shared))
+        return kind, sum(_calls(data.rows) for _, data in walks)
 
     def start(self, requests, kind, device=0):
         """Begin a microbatch of at most `microbatch` resolved requests of one kind -> Work.
@@ -108,12 +115,44 @@ class Engine:
                 last=number == len(walks) - 1)
         return Work(requests, canvases, found, finite)
 
+    def make(self, requests):
+        """Pictures of resolved requests, one after the other, each in a microbatch of its own ->
+        a list of uint8 [H,W,3]. Raises the ValueError that one came to."""
+        found = [self.start([request], self.kind(request)).images()[0] for request in requests]
+        for image in found:
+            if isinstance(image, Exception):
+                raise image
+        return found
+
+    def cost(self, request, kind):
+        """Of a kind, by one of its requests -> operations of a picture but for its model calls, of
+        a model call on average, and the bytes that a device needs. Compiles."""
+        walks = self._walks(0, [request], [canvas.canvas(request, self.config)])
+        before = called = calls = held = working = 0
+        for number, (net, data) in enumerate(walks):
+            params, config = networks(net, data)
+            options = {'config': config, 'height': kind.height, 'width': kind.width,
+                       'tile': self.tile, 'last': number == len(walks) - 1}
+            outside, call = operations(functools.partial(stage, **options), params, data)
+            needs = _program.lower(params, padded(data, self.microbatch), **options
+                                   ).compile().memory_analysis()
+            before, called = before + outside, called + call * _calls(data.rows)
+            calls, held = calls + _calls(data.rows), held + needs.argument_size_in_bytes
+            working = max(working, needs.temp_size_in_bytes + needs.output_size_in_bytes)
+        return before, called // max(calls, 1), held + working
+
     def _walks(self, device, requests, canvases):
         model, refiner = self.nets[device]
         return stages(model, requests, canvases, refiner)
 
 
 _program = jax.jit(stage, static_argnames=('config', 'height', 'width', 'tile', 'last'))
+
+
+def _calls(rows):
+    if isinstance(rows, sampling.Adaptive):
+        return int(rows.max_calls.max())
+    return int((rows.sigma > 0).sum())
 
 
 def _on(model, device):

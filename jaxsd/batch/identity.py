@@ -99,6 +99,12 @@ class Identity:
         whole = json.dumps([self.settings, used, fields], sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
+    def unmade(self, request):
+        """An id for a request that the model cannot make, or whose files cannot be read."""
+        fields = json.dumps([self.settings, vars(request)], sort_keys=True,
+                            default=picture.describe)
+        return hashlib.sha256(fields.encode()).hexdigest()[:32]
+
 
 def fingerprint():
     """What else a picture's last bits depend on: the device's kind and the versions."""

@@ -74,7 +74,7 @@ def _recorded(path, text):
     try:
         run = json.loads(text)
         versions, files = run['versions'], run.pop('files', {})
-        found = {name: _tuples(value) for name, value in run.pop('request').items()}
+        found = {name: tuples(value) for name, value in run.pop('request').items()}
         controls, image = found.pop('controls'), found['image']
         hints = [dict(control) for control in controls]
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -102,8 +102,8 @@ def _recorded(path, text):
     return Past(found, run, notes)
 
 
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def tuples(value):
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def _lost(value):

@@ -77,7 +77,8 @@ def padded(data, count):
         extra = [(0, count - size if i == axis else 0) for i, size in enumerate(array.shape)]
         return np.pad(array, extra, mode='edge')
 
-    return Inputs(*(value if axis is None else jax.tree.map(functools.partial(pad, axis=axis), value)
+    return Inputs(*(value if axis is None else
+                    jax.tree.map(functools.partial(pad, axis=axis), value)
                     for axis, value in zip(data.axes, data)))
 
 

@@ -157,6 +157,18 @@ def png(image, texts=None):
     return file.getvalue()
 
 
+def thumbnail(image, side=256):
+    """An image, uint8 [H,W,3] -> the bytes of a WebP of at most `side` pixels, or None where the
+    image is no larger itself."""
+    from PIL import Image
+    if max(image.shape[:2]) <= side:
+        return None
+    small, file = Image.fromarray(image), io.BytesIO()
+    small.thumbnail((side, side))
+    small.save(file, 'WebP', quality=80)
+    return file.getvalue()
+
+
 def write_png(path, image, texts=None):
     """Write an image, uint8 [H,W,3], with text chunks, as `write_whole` does."""
     write_whole(path, png(image, texts))

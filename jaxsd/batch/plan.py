@@ -1,0 +1,235 @@
+"""What a run shall make: requests from files, times seeds, times a grid of their fields."""
+
+import ast
+import csv
+import functools
+import io
+import itertools
+import json
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+from jaxsd.run.infotext import tuples
+from jaxsd.run.request import MAX_SEED, PROMPTS, Control, Request
+from jaxsd.sampling.choice import one_of
+
+PATHS = ('image', 'mask', 'depth')  # relative to the file that names them
+TEXTS = (*PROMPTS, *PATHS, 'sampler', 'schedule', 'aspect')  # of a CSV, taken as they stand
+
+
+class Item(NamedTuple):
+    """One entry of a file: arguments of a Request, and where they stand, 'plan.jsonl:7'."""
+
+    fields: dict
+    source: str
+
+
+class Bad(NamedTuple):
+    """An entry that cannot be read, and what is wrong with it: where it stands, and why."""
+
+    source: str
+    error: str
+
+
+class _Wrong(NamedTuple):
+    """What is wrong with an entry, and in which column."""
+
+    column: int
+    error: str
+
+
+def read(path, defaults):
+    """Read a file of requests -> (a list of Item, a list of Bad).
+
+    path: .jsonl (an object of Request's fields on each line), .csv (their names in the first line)
+    or .txt (a prompt on each line). defaults: fields that entries leave open.
+    Controls are objects of Control's fields; their hints are taken as they are.
+    Raises OSError, and ValueError for another kind of file.
+    """
+    path = pathlib.Path(path)
+    readers = {'.jsonl': _json, '.ndjson': _json, '.csv': _csv, '.txt': _text}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f'{path}: expected a file that ends in {", ".join(readers)}')
+    items, bad = [], []
+    for number, found, column in readers[path.suffix.lower()](path.read_bytes()):
+        if not isinstance(found, _Wrong):
+            found = _checked(found, defaults, path.parent, column)
+        if isinstance(found, _Wrong):
+            bad.append(Bad(f'{path.name}:{number}:{found.column}', found.error))
+        else:
+            items.append(Item(found, f'{path.name}:{number}'))
+    return items, bad
+
+
+def expand(items, seeds, grid):
+    """Items, times a grid {field: values}, times seeds -> a list of Request.
+
+    An item that names a seed has that one alone. Raises ValueError for what no Request can have.
+    """
+    requests = []
+    for item in items:
+        own = item.fields.get('seed', -1)
+        for values in itertools.product(*grid.values()):
+            for seed in seeds if own == -1 else [own]:
+                point = dict(zip(grid, values))
+                try:
+                    requests.append(Request(**{**item.fields, **point, 'seed': seed}))
+                except ValueError as error:
+                    at = ', '.join(f'{name}={value!r}' for name, value in point.items())
+                    raise ValueError(f'{item.source}: at {at}: {error}' if at else
+                                     f'{item.source}: {error}') from None
+    return requests
+
+
+def grid(texts):
+    """['sampler=euler,heun', 'guidance=4,7'] -> {field: list of values}.
+
+    Raises ValueError for what is no field of Request, has no values, or comes twice.
+    """
+    found = {}
+    for text in texts:
+        name, equals, values = (part.strip() for part in text.partition('='))
+        if not equals or not values:
+            raise ValueError(f'--grid={text}: expected a field and its values, for example '
+                             '--grid=guidance=4,7')
+        one_of('field of Request', name, Request.__dataclass_fields__)
+        if name == 'seed':
+            raise ValueError(f'--grid={text}: expected --seeds={values}, which is for that')
+        if name in found:
+            raise ValueError(f'--grid={text}: {name} has its values already')
+        found[name] = _values(values)
+    return found
+
+
+def _values(text):
+    """'4, 7', 'euler, heun' or '(1, 2), (3, 4)' -> a list; bare words are strings."""
+    try:
+        nodes = ast.parse(f'[{text}]', mode='eval').body.elts
+        return [node.id if isinstance(node, ast.Name) and node.id not in ('None',)
+                else ast.literal_eval(node) for node in nodes]
+    except (SyntaxError, ValueError):
+        return [word.strip() for word in text.split(',')]
+
+
+def seeds(text):
+    """'7', '0-99' or '1,5,10-12' -> a list of seeds. Raises ValueError for anything else."""
+    found = []
+    for part in str(text).split(','):
+        ends = re.fullmatch(r'\s*(\d+)\s*(?:-\s*(\d+)\s*)?', part)
+        first, last = (int(end or ends[1]) for end in ends.groups()) if ends else (1, 0)
+        if not first <= last <= MAX_SEED:
+            raise ValueError(f'--seeds={text}: expected whole numbers from 0 to 2^64 - 1 and '
+                             'ranges of them, for example 0-99 or 1,5,10-12')
+        found += range(first, last + 1)
+    return found
+
+
+def _checked(fields, defaults, folder, column):
+    """An entry's fields with the defaults, as a Request takes them, or _Wrong.
+
+    column(name): where a field stands, from 0.
+    """
+    try:
+        for name in fields:
+            one_of('field', name, Request.__dataclass_fields__)
+        found = {name: tuples(value) for name, value in fields.items()}
+        found |= {name: os.path.join(folder, found[name]) for name in PATHS
+                  if isinstance(found.get(name), str)}
+        if 'controls' in found:
+            found['controls'] = tuple(_control(each, folder) for each in found['controls'])
+        found = {**defaults, **found}
+        Request(**found)
+        return found
+    except (ValueError, TypeError) as error:
+        named = [word for word in re.findall(r'\w+', str(error)) if word in fields]
+        return _Wrong(column(named[0]) + 1 if named else 1, str(error))
+
+
+def _control(given, folder):
+    """An object in `controls` -> a Control."""
+    if not isinstance(given, dict) or not isinstance(given.get('image'), str):
+        raise ValueError(f'controls: {given!r}: expected objects with net and image')
+    for name in given:
+        one_of('field of controls', name, Control.__dataclass_fields__)
+    return Control(**{**given, 'image': os.path.join(folder, given['image'])})
+
+
+# Readers: bytes -> for each entry the number of its line, its fields or _Wrong, and in which
+# column a field stands, from 0.
+
+
+def _lines(data):
+    """The lines that are not empty; _Wrong for those that are no text."""
+    for number, line in enumerate(data.removeprefix(b'\xef\xbb\xbf').split(b'\n'), 1):
+        try:
+            text = line.decode().strip('\r')
+        except UnicodeDecodeError as error:
+            text = _Wrong(error.start + 1, f'byte {line[error.start]:#04x} is no UTF-8')
+        if isinstance(text, _Wrong) or text.strip():
+            yield number, text
+
+
+def _text(data):
+    for number, line in _lines(data):
+        prompt = line if isinstance(line, _Wrong) else {'prompt': line.strip()}
+        yield number, prompt, {'prompt': 0}.get
+
+
+def _json(data):
+    for number, line in _lines(data):
+        found = line if isinstance(line, _Wrong) else _object(line)
+        yield number, found, functools.partial(_place, line)
+
+
+def _place(line, name):
+    return max(line.find(json.dumps(name, ensure_ascii=False)), 0)
+
+
+def _object(line):
+    """A line of JSON -> dict, or _Wrong: names that come twice and NaN, which json lets pass, too.
+    """
+    wrong = []
+
+    def once(pairs):
+        names = [name for name, _ in pairs]
+        wrong.extend(_Wrong(_place(line, name) + 1, f'{name!r} stands there twice')
+                     for name in names if names.count(name) > 1)
+        return dict(pairs)
+
+    def refuse(word):
+        wrong.append(_Wrong(line.find(word) + 1, f'{word}: expected a finite number'))
+
+    try:
+        found = json.loads(line, object_pairs_hook=once, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        return _Wrong(error.colno, error.msg)
+    except (RecursionError, ValueError) as error:  # nested too deeply, numbers of too many digits
+        return _Wrong(1, str(error))
+    if not isinstance(found, dict):
+        return _Wrong(1, f'expected an object such as {{"prompt": "red apple"}}, found {line[:40]}')
+    return wrong[0] if wrong else found
+
+
+def _csv(data):
+    rows, names = csv.reader(io.StringIO(data.decode('utf-8-sig', 'replace'), newline='')), None
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield rows.line_num, _Wrong(1, str(error)), None
+            continue
+        if row is None:
+            return
+        if not any(cell.strip() for cell in row):
+            continue
+        if names is None:
+            names = [name.strip() for name in row]
+        elif len(row) > len(names):
+            yield rows.line_num, _Wrong(len(names) + 1, f'{len(row)} cells, expected at most '
+                                        f'{len(names)}'), None
+        else:
+            cells = {name: cell for name, cell in zip(names, row) if cell.strip()}
+            yield rows.line_num, {name: cell if name in TEXTS else _values(cell)[0]
+                                  for name, cell in cells.items()}, names.index

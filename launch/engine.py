@@ -1,0 +1,51 @@
+"""A model as the flags of `batch` and `serve` describe it, brought onto this host's devices."""
+
+import sys
+import time
+from types import SimpleNamespace
+
+from absl import flags
+
+from launch import generate
+from launch.recipe import complete, files, load
+
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+    """Which model, and how much of it at once; not at import: other mains have flags so named."""
+    generate.define_model_flags()
+    flags.DEFINE_integer('microbatch', 8, 'Pictures that a device makes at once; other numbers may '
+                         'change their last bits.', lower_bound=1)
+
+
+def describe():
+    """What the flags say of the model, as JSON can keep it: for `build`, here or elsewhere."""
+    recipe = FLAGS.config
+    return {**{name: recipe[name] for name in generate.RECIPE},
+            **{name: FLAGS[name].value for name in ('vae', 'refiner') if FLAGS[name].value},
+            **{name: [f'{key}={path}' for key, path in files(
+                f'--{name}', FLAGS[name].value or ()).items()] for name in ('lora', 'embeddings')},
+            'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'microbatch': FLAGS.microbatch}
+
+
+def build(how, requests=None, devices=None):
+    """-> Engine, Identity, and `how` with what it came to: dtype, the model's name, and of LoRAs
+    and embeddings those that the requests name (None: all)."""
+    import jaxsd
+    from jaxsd.batch.engine import Engine
+    from jaxsd.batch.identity import Identity
+    start = time.perf_counter()
+    recipe = SimpleNamespace(**how)
+    model, name, dtype = load(recipe)
+    if how.get('vae'):
+        model = model.with_vae(jaxsd.load_vae(how['vae'], dtype))
+    refiner = load(recipe, how['refiner'])[0] if how.get('refiner') else None
+    adapters, embeddings = (files(f'--{flag}', how[flag]) for flag in ('lora', 'embeddings'))
+    model, named = complete(model, requests, dtype, adapters, embeddings)
+    shape = {'microbatch': how['microbatch'], 'tile': how['tile'] or None}
+    engine = Engine(model, refiner, devices=devices, **shape)
+    identity = Identity(model, refiner, **shape)
+    print(f'{name}: {model.config.version}, {dtype}, on {len(engine.devices)} device(s), loaded in '
+          f'{time.perf_counter() - start:.1f} s', file=sys.stderr)
+    return engine, identity, how | named | {'dtype': dtype, 'model': name}

@@ -1,0 +1,80 @@
+"""Make some pictures of a run again, and compare them to the bit.
+
+python -m launch.verify runs/a --sample=16
+
+Prints a line for each picture that is not as its run's manifest says: its file, or what this
+machine makes of it. Exit codes: 0 all are equal, 1 some are not.
+"""
+
+import os
+import pathlib
+import random
+import sys
+
+from absl import app, flags
+
+from launch import engine, generate
+
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+    """Not at import: other mains have flags of these names."""
+    flags.DEFINE_string('sample', '16', 'How many pictures to make again, or all.')
+    flags.DEFINE_integer('seed', 0, 'Which ones: other seeds take others.')
+
+
+def run(path):
+    """-> exit code."""
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's chatter
+    from jaxsd.batch import folder, runner
+    from jaxsd.run import Request, infotext
+    config, path = folder.read_config(path), pathlib.Path(path)
+    records = sorted((r for r in folder.read(path).values() if 'file' in r), key=lambda r: r['id'])
+    if FLAGS.sample != 'all':
+        if not FLAGS.sample.isdigit():
+            raise ValueError(f'--sample={FLAGS.sample}: expected a whole number, or all')
+        records = random.Random(FLAGS.seed).sample(records, min(int(FLAGS.sample), len(records)))
+    if not records:
+        raise ValueError(f'{path}: no picture is there yet')
+    wrong, requests, kept = [], [], []
+    for record in records:
+        try:
+            if folder.pixels_of(path / record['file']) != record['pixels']:
+                raise ValueError('the file holds another picture than was written')
+            requests.append(Request(**infotext.read(path / record['file']).fields))
+            kept.append(record)
+        except (ValueError, OSError) as error:
+            wrong.append((record, error))
+    maker, identity, _ = engine.build(config['how'], requests)
+    changed = infotext.differences(infotext.read(path / kept[0]['file']).run) if kept else ''
+    if changed:
+        print(f'note: {changed}', file=sys.stderr)
+    for name, value in identity.settings.items():
+        if value != config['settings'].get(name):
+            print(f'note: {name} was {config["settings"].get(name)}, is {value}', file=sys.stderr)
+    for batch in runner.pack(runner.jobs(maker, identity, requests), maker.microbatch):
+        found = [job.error for job in batch] if batch[0].error else maker.start(
+            [job.request for job in batch], batch[0].kind).images()
+        for job, image in zip(batch, found):
+            record = kept[job.number]
+            if isinstance(image, Exception):
+                wrong.append((record, image))
+            elif folder.pixels(image) != record['pixels']:
+                wrong.append((record, 'made again it is another picture'))
+    for record, error in wrong:
+        print(f'{record["file"]}: {error}')
+    print(f'{len(records) - len(wrong)} of {len(records)} pictures are equal to the bit')
+    return 1 if wrong else 0
+
+
+def main(argv):
+    """Entry point."""
+    if len(argv) != 2:
+        generate.fail("expected a run's folder: python -m launch.verify runs/a", 2)
+    return generate.guarded(lambda: run(argv[1]))(argv[:1])
+
+
+if __name__ == '__main__':
+    define_flags()
+    app.run(main)
