@@ -53,16 +53,18 @@ def run():
     requests, bad, axes = plan()
     process, processes = _join()
     from jaxsd.batch import runner
+    from jaxsd.batch.folder import finished
+    from jaxsd.batch.identity import fingerprint
     maker, identity, how = engine.build(engine.describe(), requests)
     if FLAGS.dry_run:
         return _dry_run(maker, identity, requests, bad)
-    folder = open_folder(identity, how, axes, process)
+    folder = open_folder(identity.settings, how, axes, fingerprint(), process)
     keep_bad(folder, bad if process == 0 else ())
     _barrier('config')  # process 0 has cleaned up
-    done = folder.finished()
+    done = finished(FLAGS.out)
     _barrier('plan')  # nobody writes before all have read
     jobs = runner.jobs(maker, identity, requests, done)
-    mine = runner.pack(jobs, maker.microbatch)[process::processes]
+    mine = runner.pack(jobs, maker.capacity)[process::processes]
     print(f'{len(requests)} requests: {len(done)} pictures are there, {len(jobs)} to make'
           + (f', {sum(map(len, mine))} of them here' if processes > 1 else ''), file=sys.stderr)
     code = _make(maker, folder, how, mine)
@@ -95,13 +97,12 @@ def plan():
     return plan.expand(items, seeds, axes), bad, axes
 
 
-def open_folder(identity, how, axes, process=0):
+def open_folder(settings, how, axes, fingerprint, process=0):
     """The run's Folder, with what its pictures have in common in config.json."""
     from jaxsd.batch.folder import Folder
-    from jaxsd.batch.identity import fingerprint
     return Folder(FLAGS.out, {
-        'settings': identity.settings, 'grid': axes, 'how': how, 'model': how['model'],
-        'command': shlex.join(sys.orig_argv), 'fingerprint': fingerprint()}, process)
+        'settings': settings, 'grid': axes, 'how': how, 'model': how['model'],
+        'command': shlex.join(sys.orig_argv), 'fingerprint': fingerprint}, process)
 
 
 def keep_bad(folder, bad):
@@ -168,11 +169,10 @@ def _barrier(name):
 def _dry_run(maker, identity, requests, bad):
     """Print what there is to do, and what it takes -> exit code."""
     from jaxsd.batch import runner
-    from jaxsd.batch.folder import read
-    done = {key for key, record in read(FLAGS.out).items() if 'file' in record} if (
-        FLAGS.out and os.path.isdir(FLAGS.out)) else set()
+    from jaxsd.batch.folder import finished
+    done = finished(FLAGS.out) if FLAGS.out else set()
     jobs = runner.jobs(maker, identity, requests, done)
-    packed = runner.pack(jobs, maker.microbatch)
+    packed = runner.pack(jobs, maker.capacity)
     failing = [job for job in jobs if job.error is not None]
     print(f'{len(requests)} requests, {len(done)} pictures are there, {len(jobs)} to make'
           f'{f", {len(failing)} of which cannot be made" if failing else ""}')
@@ -185,10 +185,10 @@ def _dry_run(maker, identity, requests, bad):
         some = [job for batch in batches for job in batch]
         before, call, memory = maker.cost(some[0].request, kind)
         calls = sum(job.calls for job in some)
-        slots = sum(max(job.calls for job in batch) for batch in batches) * maker.microbatch
+        slots = sum(max(job.calls for job in batch) for batch in batches) * maker.capacity
         work = (len(some) * before + calls * call) / 1e12
         print(f'{kind.width}x{kind.height}, program {"+".join(kind.programs)}: {len(some)} '
-              f'pictures in {len(batches)} microbatches of {maker.microbatch}; {calls} model calls '
+              f'pictures in {len(batches)} microbatches of {maker.capacity}; {calls} model calls '
               f'({calls / slots:.0%} of those computed), {work:.4g} TFLOP; '
               f'{memory / 2**30:.2f} GiB on each device')
     return 3 * bool(bad or failing)

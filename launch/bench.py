@@ -6,6 +6,10 @@ the largest difference of the outputs relative to their deviation.
 
 `python -m launch.bench --parts=mixed`: a batch of 16 different samplers against 16 times one, on
 the emoji model, the same number of model calls.
+
+`python -m launch.bench --parts=requests`: 256 requests for emoji, of 4 samplers and mixed steps,
+made and written as launch.batch does it, against diffusers' pipeline, which makes those of one
+sampler and number of steps together.
 """
 
 import json
@@ -24,7 +28,8 @@ FLAGS = flags.FLAGS
 def define_flags():
     """Not at import: other mains have flags of these names."""
     flags.DEFINE_string('version', 'sd15', 'A released version, see jaxsd.versions().')
-    flags.DEFINE_list('parts', ['text', 'unet', 'vae'], 'What to time: text, unet, vae, mixed.')
+    flags.DEFINE_list('parts', ['text', 'unet', 'vae'], 'What to time: text, unet, vae, mixed, '
+                      'requests.')
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Of both sides.')
     flags.DEFINE_integer('batch', 1, 'Pictures; the U-Net sees two latents for each.',
                          lower_bound=1)
@@ -168,6 +173,75 @@ def measure_mixed(count=16, steps=12):
     return {**row, 'ratio': row['mixed'] / row['one']}
 
 
+DIFFUSERS = {  # the same samplers on the same noise levels
+    'euler': ('EulerDiscreteScheduler', {}), 'heun': ('HeunDiscreteScheduler', {}),
+    'dpmpp_2m': ('DPMSolverMultistepScheduler', {}), 'ddim': ('DDIMScheduler', {})}
+
+
+def measure_requests(count=256, few=(10, 12, 15, 18, 20, 22, 25, 30)):
+    """Rows of results, seconds for all requests: with steps of few values, and with any from 10 to
+    30. `first` includes compilation."""
+    import collections
+    import tempfile
+
+    import diffusers
+    import numpy as np
+    import torch
+
+    import jaxsd
+    from configs import emoji
+    from jaxsd.batch import folder, runner
+    from jaxsd.batch.engine import Engine
+    from jaxsd.batch.identity import Identity
+    model = jaxsd.load(emoji.CHECKPOINT)
+    engine, identity = Engine(model, microbatch=16), Identity(model, microbatch=16)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        emoji.CHECKPOINT, safety_checker=None, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    rng, names = np.random.default_rng(0), list(DIFFUSERS)
+    subjects = ['red apple', 'alien', 'rocket', 'rooster', 'musical note', 'red heart', 'tangerine']
+
+    def requests(values):
+        return [jaxsd.Request(subjects[i % len(subjects)], seed=i, sampler=names[i % len(names)],
+                              schedule='normal', steps=int(rng.choice(values)), guidance=4)
+                for i in range(count)]
+
+    def ours(some):
+        with tempfile.TemporaryDirectory() as path:
+            run = folder.Folder(path)
+            packed = runner.pack(runner.jobs(engine, identity, some), engine.capacity)
+            assert runner.Runner(engine, run, {}).run(packed) == (count, 0)
+            run.close()
+
+    def theirs(some, most=16):
+        groups = collections.defaultdict(list)
+        for r in some:
+            groups[r.sampler, r.steps].append(r)
+        with tempfile.TemporaryDirectory() as path:
+            for (sampler, steps), group in groups.items():
+                kind, options = DIFFUSERS[sampler]
+                pipe.scheduler = getattr(diffusers, kind).from_config(
+                    pipe.scheduler.config, **options)
+                for i in range(0, len(group), most):
+                    part = group[i:i + most]
+                    images = pipe([r.prompt for r in part], num_inference_steps=steps,
+                                  guidance_scale=4, height=64, width=64, generator=[
+                                      torch.Generator().manual_seed(r.seed) for r in part]).images
+                    for r, image in zip(part, images):
+                        image.save(f'{path}/{r.seed}.png')
+
+    rows = {}
+    for name, values in (('few', few), ('any', range(10, 31))):
+        some = requests(values)
+        start = time.perf_counter()
+        ours(some)
+        first = time.perf_counter() - start
+        row, _ = alternate({'jaxsd': lambda some=some: ours(some),
+                            'torch': lambda some=some: theirs(some)})
+        rows[name] = {'first': first, **row, 'ratio': row['torch'] / row['jaxsd']}
+    return rows
+
+
 def measure(component, ours, inputs, config):
     """One row of results: both sides called in turn, ours first."""
     import jax
@@ -201,7 +275,7 @@ def run():
         raise ValueError(f'--version={FLAGS.version}: expected one of {jaxsd.versions()}')
     config = jaxsd.read_config(FLAGS.version)
     found = cases(config, FLAGS.batch)
-    known = [*found, 'mixed']
+    known = [*found, 'mixed', 'requests']
     if unknown := set(FLAGS.parts) - set(known):
         raise ValueError(f'--parts={",".join(sorted(unknown))}: expected some of {known}')
     print(f'{FLAGS.version}, {FLAGS.dtype}, batch {FLAGS.batch} (mixed: emoji, float32, 16), '
@@ -209,9 +283,11 @@ def run():
           f'against: {FLAGS.against}')
     results = {}
     for part in FLAGS.parts:
-        results[part] = row = (
-            measure_mixed() if part == 'mixed' else measure(*found[part], config))
-        print(f'{part:5}' + ''.join(f'  {k} {v:.3g}' for k, v in row.items()), flush=True)
+        rows = (measure_requests() if part == 'requests' else
+                {part: measure_mixed() if part == 'mixed' else measure(*found[part], config)})
+        results |= rows
+        for name, row in rows.items():
+            print(f'{name:5}' + ''.join(f'  {k} {v:.3g}' for k, v in row.items()), flush=True)
     if FLAGS.out:
         with open(FLAGS.out, 'w') as file:
             json.dump({'version': FLAGS.version, 'dtype': FLAGS.dtype, 'results': results}, file)

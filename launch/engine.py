@@ -1,5 +1,6 @@
 """A model as the flags of `batch` and `serve` describe it, brought onto this host's devices."""
 
+import math
 import sys
 import time
 from types import SimpleNamespace
@@ -17,6 +18,9 @@ def define_flags():
     generate.define_model_flags()
     flags.DEFINE_integer('microbatch', 8, 'Pictures that a device makes at once; other numbers may '
                          'change their last bits.', lower_bound=1)
+    flags.DEFINE_enum('weights', 'auto', ['auto', 'replicated', 'sharded'], 'Whole on each device, '
+                      'or spread over those of a host and gathered layer by layer; auto: where '
+                      'they would fill more than three quarters of a device.')
 
 
 def describe():
@@ -26,7 +30,8 @@ def describe():
             **{name: FLAGS[name].value for name in ('vae', 'refiner') if FLAGS[name].value},
             **{name: [f'{key}={path}' for key, path in files(
                 f'--{name}', FLAGS[name].value or ()).items()] for name in ('lora', 'embeddings')},
-            'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'microbatch': FLAGS.microbatch}
+            'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'microbatch': FLAGS.microbatch,
+            'weights': FLAGS.weights}
 
 
 def build(how, requests=None, devices=None):
@@ -44,8 +49,17 @@ def build(how, requests=None, devices=None):
     adapters, embeddings = (files(f'--{flag}', how[flag]) for flag in ('lora', 'embeddings'))
     model, named = complete(model, requests, dtype, adapters, embeddings)
     shape = {'microbatch': how['microbatch'], 'tile': how['tile'] or None}
-    engine = Engine(model, refiner, devices=devices, **shape)
-    identity = Identity(model, refiner, **shape)
+    spread = how['weights'] == 'sharded' or how['weights'] == 'auto' and not _fits(model, refiner)
+    engine = Engine(model, refiner, devices=devices, spread=spread, **shape)
+    identity = Identity(model, refiner, spread=len(engine.devices) if spread else None, **shape)
     print(f'{name}: {model.config.version}, {dtype}, on {len(engine.devices)} device(s), loaded in '
           f'{time.perf_counter() - start:.1f} s', file=sys.stderr)
     return engine, identity, how | named | {'dtype': dtype, 'model': name}
+
+
+def _fits(*models):
+    """Whether weights fill at most three quarters of a device; where none says its size, yes."""
+    import jax
+    needed = sum(a.nbytes for model in models if model for a in jax.tree.leaves(model.params))
+    room = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
+    return needed <= 0.75 * room

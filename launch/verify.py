@@ -53,7 +53,7 @@ def run(path):
     for name, value in identity.settings.items():
         if value != config['settings'].get(name):
             print(f'note: {name} was {config["settings"].get(name)}, is {value}', file=sys.stderr)
-    for batch in runner.pack(runner.jobs(maker, identity, requests), maker.microbatch):
+    for batch in runner.pack(runner.jobs(maker, identity, requests), maker.capacity):
         found = [job.error for job in batch] if batch[0].error else maker.start(
             [job.request for job in batch], batch[0].kind).images()
         for job, image in zip(batch, found):

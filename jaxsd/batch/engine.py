@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsd import sampling
+from jaxsd.batch import sharded
 from jaxsd.batch.cost import operations
+from jaxsd.batch.sharded import AXIS
 from jaxsd.run import canvas, networks, resolve, texts
 from jaxsd.run.generate import check_latents, latent_tile, not_finite, stages
 from jaxsd.run.inputs import padded, program
@@ -56,20 +59,27 @@ class Work(NamedTuple):
 class Engine:
     """Makes microbatches of pictures; threads may call it at once.
 
-    model, refiner: on any device; they are copied to all of `devices` (None: the local ones).
+    model, refiner: on any device; they are copied to all of `devices` (None: the local ones), or
+    where `spread`, sharded over them, which then work on one microbatch of `capacity` pictures.
     microbatch: pictures that a device makes at once. tile: pixels per side, for `decode_tiled`.
     """
 
-    def __init__(self, model, refiner=None, microbatch=MICROBATCH, tile=None, devices=None):
+    def __init__(self, model, refiner=None, microbatch=MICROBATCH, tile=None, devices=None,
+                 spread=False):
         if microbatch < 1:
             raise ValueError(f'microbatch={microbatch}: expected at least one picture')
         if refiner is not None:
             check_latents('refiner', refiner.config.vae, model.config.vae)
         self.microbatch, self.tile = microbatch, latent_tile(tile, model.config)
+        self.config, self.spread = model.config, spread
         self.devices = list(devices or jax.local_devices())
-        self.config = model.config
-        self.nets = [[net and _on(net, device) for net in (model, refiner)]
-                     for device in self.devices]
+        self.places = self.devices  # of which each has its own microbatches
+        if spread:
+            self.places = [jax.make_mesh((len(self.devices),), (AXIS,), devices=self.devices,
+                                         axis_types=(AxisType.Auto,))]
+        self.capacity = microbatch * len(self.devices) // len(self.places)
+        self.nets = [[net and _on(net, place) for net in (model, refiner)]
+                     for place in self.places]
 
     def resolve(self, requests):
         """`run.resolve` with the model's config."""
@@ -82,6 +92,9 @@ class Engine:
 
     def survey(self, request):
         """`kind`, and how many model calls the picture takes (of dpm_adaptive, at most)."""
+        if self.spread and request.sampler == 'dpm_adaptive':
+            raise ValueError('dpm_adaptive: expected a sampler of fixed steps where the weights '
+                             'are spread over devices, which go step by step together')
         walks = self._walks(0, [request], [canvas.canvas(request, self.config)])
         shared = [*sorted(texts.read(request).adapters)]
         for _, data in walks:
@@ -91,28 +104,26 @@ class Engine:
                     tuple(shared))
         return kind, sum(_calls(data.rows) for _, data in walks)
 
-    def start(self, requests, kind, device=0):
-        """Begin a microbatch of at most `microbatch` resolved requests of one kind -> Work.
+    def start(self, requests, kind, place=0):
+        """Begin a microbatch of at most `capacity` resolved requests of one kind -> Work.
 
-        device: its number among `devices`. Returns before the pictures are there.
+        place: its number among `places`. Returns before the pictures are there.
         """
-        if not 0 < len(requests) <= self.microbatch:
-            raise ValueError(f'{len(requests)} requests: expected 1 to {self.microbatch}')
+        if not 0 < len(requests) <= self.capacity:
+            raise ValueError(f'{len(requests)} requests: expected 1 to {self.capacity}')
         canvases = [canvas.canvas(r, self.config) for r in requests]
-        walks = self._walks(device, requests, canvases)
+        walks = self._walks(place, requests, canvases)
         if (found := tuple(program(data) for _, data in walks)) != kind.programs:
             raise RuntimeError(f'a microbatch of programs {found}, expected {kind.programs}: '
                                'its pictures would not be what they are alone')
         found = None
         for number, (net, data) in enumerate(walks):
-            data = padded(data, self.microbatch)
+            data = padded(data, self.capacity)
             if number:
                 data = data._replace(noise=found)
             params, config = networks(net, data)
-            found, finite = _program(
-                params, jax.device_put(data, self.devices[device]), config=config,
-                height=kind.height, width=kind.width, tile=self.tile,
-                last=number == len(walks) - 1)
+            found, finite = self._program(kind, config, number == len(walks) - 1)(
+                params, data if self.spread else jax.device_put(data, self.places[place]))
         return Work(requests, canvases, found, finite)
 
     def make(self, requests):
@@ -131,22 +142,31 @@ class Engine:
         before = called = calls = held = working = 0
         for number, (net, data) in enumerate(walks):
             params, config = networks(net, data)
-            options = {'config': config, 'height': kind.height, 'width': kind.width,
-                       'tile': self.tile, 'last': number == len(walks) - 1}
-            outside, call = operations(functools.partial(stage, **options), params, data)
-            needs = _program.lower(params, padded(data, self.microbatch), **options
-                                   ).compile().memory_analysis()
+            program = self._program(kind, config, number == len(walks) - 1)
+            one = {name: program.keywords[name] for name in STATIC}
+            outside, call = operations(functools.partial(stage, **one), params, data)
+            needs = program.func.lower(params, padded(data, self.capacity), **program.keywords
+                                       ).compile().memory_analysis()
             before, called = before + outside, called + call * _calls(data.rows)
             calls, held = calls + _calls(data.rows), held + needs.argument_size_in_bytes
             working = max(working, needs.temp_size_in_bytes + needs.output_size_in_bytes)
         return before, called // max(calls, 1), held + working
 
-    def _walks(self, device, requests, canvases):
-        model, refiner = self.nets[device]
+    def _program(self, kind, config, last):
+        """A stage of a kind, compiled when it is called: a partial of a jit function."""
+        options = {'config': config, 'height': kind.height, 'width': kind.width,
+                   'tile': self.tile, 'last': last}
+        return functools.partial(_sharded, mesh=self.places[0], **options) if self.spread else (
+            functools.partial(_alone, **options))
+
+    def _walks(self, place, requests, canvases):
+        model, refiner = self.nets[place]
         return stages(model, requests, canvases, refiner)
 
 
-_program = jax.jit(stage, static_argnames=('config', 'height', 'width', 'tile', 'last'))
+STATIC = ('config', 'height', 'width', 'tile', 'last')
+_alone = jax.jit(stage, static_argnames=STATIC)
+_sharded = jax.jit(sharded.run, static_argnames=(*STATIC, 'mesh'))
 
 
 def _calls(rows):
@@ -155,8 +175,14 @@ def _calls(rows):
     return int((rows.sigma > 0).sum())
 
 
-def _on(model, device):
-    """The model with all that a program takes on one device."""
-    nets = {name: type(net)(net.config, jax.device_put(net.params, device))
+def _on(model, place):
+    """The model with all that a program takes on one device, or spread over a mesh; there each
+    device has the ControlNets whole, which not all of them hear in the same rows."""
+    if isinstance(place, Mesh):
+        everywhere = NamedSharding(place, PartitionSpec())
+        params = sharded.place(model.params, place)
+    else:
+        params, everywhere = jax.device_put(model.params, place), place
+    nets = {name: type(net)(net.config, jax.device_put(net.params, everywhere))
             for name, net in model.controlnets.items()}
-    return model.replace(params=jax.device_put(model.params, device), controlnets=nets)
+    return model.replace(params=params, controlnets=nets)

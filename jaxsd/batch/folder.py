@@ -50,10 +50,23 @@ def read(path):
     return found
 
 
+def finished(path):
+    """The ids of a run's pictures that are there; none where there is no run."""
+    return {key for key, record in read(path).items()
+            if 'file' in record and os.path.exists(os.path.join(path, record['file']))}
+
+
 def pixels(image):
     """The hash by which pictures are compared: of an image, uint8 [H,W,3] -> 64 hex digits."""
     image = np.ascontiguousarray(image)
     return hashlib.sha256(f'{image.shape}'.encode() + image.tobytes()).hexdigest()
+
+
+def encode(image, texts):
+    """A picture, uint8 [H,W,3], and its text chunks -> what `Folder.add` takes."""
+    height, width = image.shape[:2]
+    return {'file': picture.png(image, texts), 'thumb': picture.thumbnail(image),
+            'pixels': pixels(image), 'width': width, 'height': height}
 
 
 def pixels_of(path):
@@ -88,30 +101,21 @@ class Folder:
         os.close(self._manifest)
         os.close(self._held)
 
-    def finished(self):
-        """The ids of the pictures that are there."""
-        return {key for key, record in read(self.path).items()
-                if 'file' in record and (self.path / record['file']).exists()}
-
-    def add(self, key, image, texts, record):
-        """Keep a picture, uint8 [H,W,3], with its text chunks, and then its record: safe on disk
-        when it returns. Raises OSError."""
-        files = {'file': ('pictures', 'png', picture.png(image, texts)),
-                 'thumb': ('thumbs', 'webp', picture.thumbnail(image))}
-        places = {}
-        for name, (room, ending, data) in files.items():
-            if data is None:
+    def add(self, key, encoded, record):
+        """Keep a picture, `encode`d, and then its record: safe on disk when it returns. Raises
+        OSError."""
+        record = {'id': key, **record, **encoded}
+        for name, place in (('file', 'pictures/{}/{}.png'), ('thumb', 'thumbs/{}/{}.webp')):
+            if (data := record.pop(name)) is None:
                 continue
-            places[name] = f'{room}/{key[:2]}/{key}.{ending}'
-            path = self.path / places[name]
+            record[name] = place = place.format(key[:2], key)
+            path = self.path / place
             if not path.parent.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _sync(path.parent.parent)
             picture.write_whole(path, data, sync=True)
             _sync(path.parent)
-        height, width = image.shape[:2]
-        self._append({'id': key, **record, **places, 'pixels': pixels(image), 'width': width,
-                      'height': height})
+        self._append(record)
 
     def fail(self, key, error, record):
         """Keep that a picture could not be made, and why."""

@@ -59,10 +59,11 @@ class Identity:
     """Ids for the pictures of one Engine.
 
     settings: what is common to all of them: hashes of the weights and of the code, microbatch,
-    tile. Adapters, embeddings and ControlNets count for the requests that name them.
+    tile, and over how many devices the weights are spread (None: not). Adapters, embeddings and
+    ControlNets count for the requests that name them.
     """
 
-    def __init__(self, model, refiner=None, *, microbatch, tile=None):
+    def __init__(self, model, refiner=None, *, microbatch, tile=None, spread=None):
         def weights(net):
             words = [(name, tokenizer.backend.get_vocab(), tokenizer.length, tokenizer.pad_id)
                      for name, tokenizer in sorted(net.tokenizers.items())]
@@ -72,7 +73,8 @@ class Identity:
         self.model = model
         self._file = functools.cache(picture.digest)
         self.settings = {'weights': weights(model), 'refiner': refiner and weights(refiner),
-                         'numerics': numerics(), 'microbatch': microbatch, 'tile': tile}
+                         'numerics': numerics(), 'microbatch': microbatch, 'tile': tile,
+                         'spread': spread}
 
     @functools.cached_property
     def _named(self):

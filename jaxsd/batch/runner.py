@@ -8,6 +8,7 @@ import pathlib
 import threading
 from typing import NamedTuple
 
+from jaxsd.batch import folder
 from jaxsd.batch.engine import Kind, Work
 from jaxsd.run import picture
 from jaxsd.run.request import Request
@@ -68,19 +69,44 @@ def described(request):
             and (name != 'strength' or request.image is not None)}
 
 
+def begin(engine, batch, place=0):
+    """Start a microbatch of jobs -> [(its Work, its jobs)]; where jobs fail together they are tried
+    one by one, and the one at fault has its error for a Work."""
+    if batch[0].error is not None:
+        return [(batch[0].error, batch)]
+    try:
+        return [(engine.start([job.request for job in batch], batch[0].kind, place), batch)]
+    except (ValueError, OSError) as error:
+        if len(batch) == 1:
+            return [(error, batch)]
+        return [pair for job in batch for pair in begin(engine, [job], place)]
+
+
+def encode(job, image, how):
+    """A job's picture, uint8 [H,W,3] -> what Folder.add takes; how: as of Runner."""
+    names = {name: pathlib.Path(how.get(name) or '').stem for name in ('vae', 'refiner')}
+    texts = {'parameters': picture.parameters(job.request, how.get('model', ''), **names),
+             'jaxsd': picture.record(job.request, **how, id=job.id)}
+    return folder.encode(image, texts)
+
+
+def record(job):
+    """A job's line in the manifest, but for its picture."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    return {'index': job.number, 'request': described(job.request), 'time': now}
+
+
 class Runner:
     """Makes jobs and keeps them in a Folder.
 
-    how: what a picture's record holds beside its request, see launch.generate. on_done(job, error)
+    how: what a picture's record holds beside its request, see launch.engine. on_done(job, error)
     is called after each, by any thread.
     """
 
-    def __init__(self, engine, folder, how, on_done=lambda job, error: None):
-        self.engine, self.folder, self.how, self.on_done = engine, folder, how, on_done
+    def __init__(self, engine, run, how, on_done=lambda job, error: None):
+        self.engine, self.folder, self.how, self.on_done = engine, run, how, on_done
         self.made = self.failed = 0
         self._lock, self._stopped = threading.Lock(), threading.Event()
-        self._names = {'model': how.get('model', ''), **{
-            name: pathlib.Path(how.get(name) or '').stem for name in ('vae', 'refiner')}}
 
     def stop(self):
         """Begin no more microbatches; those that are begun are finished."""
@@ -90,7 +116,7 @@ class Runner:
         """Make microbatches of jobs -> (pictures made, jobs failed). Raises what stopped it: the
         OSError of a full disk, the RuntimeError of a device out of memory."""
         waiting = collections.deque(packed)
-        devices = len(self.engine.devices)
+        devices = len(self.engine.places)
         with (concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as writers,
               concurrent.futures.ThreadPoolExecutor(devices) as pool):
             running = [pool.submit(self._device, number, waiting, writers)
@@ -110,7 +136,7 @@ class Runner:
                     batch = waiting.popleft()
                 except IndexError:  # another device was faster
                     break
-                begun.extend(self._begin(batch, number))
+                begun.extend(begin(self.engine, batch, number))
                 while len(begun) > 1:
                     writing = self._keep(*begun.popleft(), writing, writers)
             while begun:
@@ -119,19 +145,6 @@ class Runner:
         except BaseException:
             self.stop()
             raise
-
-    def _begin(self, batch, number):
-        """Start a microbatch -> [(its Work, its jobs)]; where jobs fail together they are tried one
-        by one, and the one at fault has its error for a Work."""
-        if batch[0].error is not None:
-            return [(batch[0].error, batch)]
-        try:
-            requests = [job.request for job in batch]
-            return [(self.engine.start(requests, batch[0].kind, number), batch)]
-        except (ValueError, OSError) as error:
-            if len(batch) == 1:
-                return [(error, batch)]
-            return [pair for job in batch for pair in self._begin([job], number)]
 
     def _keep(self, work, batch, writing, writers):
         """Fetch a microbatch and have its pictures written, when those of the last one are ->
@@ -143,24 +156,16 @@ class Runner:
     def _write(self, job, image):
         if isinstance(image, Exception):
             return self._fail(job, image)
-        made = {**self.how, 'id': job.id, 'microbatch': self.engine.microbatch}
-        texts = {'parameters': picture.parameters(job.request, **self._names),
-                 'jaxsd': picture.record(job.request, **made)}
-        self.folder.add(job.id, image, texts, _record(job))
+        self.folder.add(job.id, encode(job, image, self.how), record(job))
         with self._lock:
             self.made += 1
         self.on_done(job, None)
 
     def _fail(self, job, error):
-        self.folder.fail(job.id, error, _record(job))
+        self.folder.fail(job.id, error, record(job))
         with self._lock:
             self.failed += 1
         self.on_done(job, error)
-
-
-def _record(job):
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-    return {'index': job.number, 'request': described(job.request), 'time': now}
 
 
 def _all_done(futures):

@@ -1,0 +1,84 @@
+"""Weights spread over the devices of a host, for models that do not fit on one of them.
+
+Each device still makes its own pictures. A layer's weights are gathered when it runs and are whole
+for it alone (fully sharded data parallel, https://arxiv.org/abs/2304.11277), so that the pictures
+are made of the same numbers.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxsd.run.inputs import Inputs
+from jaxsd.run.walk import stage
+
+AXIS = 'data'
+
+
+def axis(shape, devices):
+    """The dimension along which an array is spread: the largest that the devices divide; None for
+    vectors and for arrays without one."""
+    found = [i for i, n in enumerate(shape) if n % devices == 0]
+    return max(found, key=lambda i: shape[i]) if len(shape) > 1 and found else None
+
+
+def place(params, mesh):
+    """Spread nested dicts of arrays over a mesh of one axis."""
+    return jax.tree.map(
+        lambda a: jax.device_put(a, NamedSharding(mesh, _spec(axis(a.shape, mesh.size)))), params)
+
+
+def run(params, data, *, mesh, **options):
+    """walk.stage, with spread weights and the pictures shared out over the mesh."""
+    def along(name, a):  # ControlNets are whole, see Engine
+        return None if name[0].key == 'controlnet' else axis(a.shape, mesh.size)
+
+    axes = jax.tree_util.tree_map_with_path(along, params)
+    specs = jax.tree_util.tree_map_with_path(lambda name, a: _spec(along(name, a)), params)
+    pictures = Inputs(*({None: PartitionSpec(), 0: PartitionSpec(AXIS)}.get(
+        along, PartitionSpec(None, AXIS)) for along in data.axes))
+
+    # All devices gather together, so none may leave out a row that another computes.
+    sigma = data.rows.sigma
+    computed = jnp.broadcast_to((sigma > 0).any(1, keepdims=True), sigma.shape)
+    data = data._replace(rows=data.rows._replace(
+        sigma=jnp.where(computed & (sigma == 0), 1, sigma)))  # as scan.sample has idle pictures
+
+    def local(params, data):
+        return stage(_Whole(params, axes), data, **options)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, pictures),
+                         out_specs=PartitionSpec(AXIS), check_vma=False)(params, data)
+
+
+def _spec(along):
+    return PartitionSpec() if along is None else PartitionSpec(*[None] * along, AXIS)
+
+
+@jax.tree_util.register_pytree_node_class
+class _Whole(dict):
+    """Nested dicts of arrays of which this device has parts: whole when they are looked up."""
+
+    def __init__(self, parts, axes):
+        super().__init__(parts)
+        self.axes = axes
+
+    def __getitem__(self, key):
+        part, along = super().__getitem__(key), (self.axes or {}).get(key)
+        if isinstance(part, dict):
+            return part if isinstance(part, _Whole) else _Whole(part, along)
+        return part if along is None else lax.all_gather(part, AXIS, axis=along, tiled=True)
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default  # noqa: SIM401, dict's would not gather
+
+    def __or__(self, more):
+        return _Whole(dict(self) | more, self.axes)
+
+    def tree_flatten(self):
+        return list(dict.values(self)), (list(self), self.axes)
+
+    @classmethod
+    def tree_unflatten(cls, names, parts):
+        return cls(dict(zip(names[0], parts)), names[1])
