@@ -145,12 +145,21 @@ class Engine:
             program = self._program(kind, config, number == len(walks) - 1)
             one = {name: program.keywords[name] for name in STATIC}
             outside, call = operations(functools.partial(stage, **one), params, data)
-            needs = program.func.lower(params, padded(data, self.capacity), **program.keywords
-                                       ).compile().memory_analysis()
+            needs = self._compiled(program, params, data).memory_analysis()
             before, called = before + outside, called + call * _calls(data.rows)
             calls, held = calls + _calls(data.rows), held + needs.argument_size_in_bytes
             working = max(working, needs.temp_size_in_bytes + needs.output_size_in_bytes)
         return before, called // max(calls, 1), held + working
+
+    def compiled(self, request):
+        """The compiled program of a resolved request's (first) walk, to look at."""
+        kind = self.kind(request)
+        (net, data), *others = self._walks(0, [request], [canvas.canvas(request, self.config)])
+        params, config = networks(net, data)
+        return self._compiled(self._program(kind, config, not others), params, data)
+
+    def _compiled(self, program, params, data):
+        return program.func.lower(params, padded(data, self.capacity), **program.keywords).compile()
 
     def _program(self, kind, config, last):
         """A stage of a kind, compiled when it is called: a partial of a jit function."""

@@ -85,16 +85,20 @@ class Folder:
         self.path = picture.check_folder(path)
         self._lock = threading.Lock()
         self._held = self._hold(process)
-        if process == 0:
-            for name in self.path.rglob(TEMPORARY):
-                name.unlink()
-            self._agree(config)
-        name = f'manifest-{process}.jsonl' if process else 'manifest.jsonl'
-        self._manifest = os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o666)
-        self._end = _whole_lines(self._manifest)
-        os.ftruncate(self._manifest, self._end)
-        os.fsync(self._manifest)
-        _sync(self.path)
+        try:
+            if process == 0:
+                for name in self.path.rglob(TEMPORARY):
+                    name.unlink()
+                self._agree(config)
+            name = f'manifest-{process}.jsonl' if process else 'manifest.jsonl'
+            self._manifest = os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o666)
+            self._end = _whole_lines(self._manifest)
+            os.ftruncate(self._manifest, self._end)
+            os.fsync(self._manifest)
+            _sync(self.path)
+        except BaseException:
+            os.close(self._held)
+            raise
 
     def close(self):
         """Let another process have it."""

@@ -1,0 +1,206 @@
+"""Microbatches: what a picture's bits do not depend on, and what programs are made of."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from mains import run_code
+
+from jaxsd import Request
+from jaxsd.batch import cost, runner
+from jaxsd.batch.engine import Engine
+from jaxsd.batch.identity import Identity
+
+SAMPLERS = ('euler', 'dpmpp_2m', 'heun', 'euler_ancestral')
+
+
+def _requests(count, **more):
+    return [Request(('red apple', 'a cat', 'green dog')[i % 3], seed=i, steps=2 + i % 3,
+                    sampler=SAMPLERS[i % 4], guidance=1.5 + i % 5, **more) for i in range(count)]
+
+
+@pytest.fixture(scope='module')
+def engine(tiny_model):
+    return Engine(tiny_model('sd1'), microbatch=3)
+
+
+def _alone(engine, request):
+    return engine.make([request])[0]
+
+
+def test_a_picture_is_the_same_at_every_place_beside_any_neighbours(engine):
+    requests = engine.resolve(_requests(7))
+    kind, = {engine.kind(r) for r in requests}
+    alone = [_alone(engine, r) for r in requests]
+    for some in ([0, 1, 2], [2, 0, 1], [6, 2], [3, 3, 3], [5, 4, 2]):
+        images = engine.start([requests[i] for i in some], kind).images()
+        for i, image in zip(some, images, strict=True):
+            np.testing.assert_array_equal(image, alone[i])
+
+
+def test_kinds_keep_apart_what_would_be_another_program(engine):
+    plain = Request('a', seed=1)
+    others = [Request('a', seed=1, width=72, height=64), Request('a AND b', seed=1),
+              Request('[a:b:2]', seed=1), Request('(a:1.2) (b:2) c', seed=1, weighting='compel'),
+              Request('a', seed=1, steps=99), Request('a', seed=1, clip_skip=2),
+              Request('a', seed=1, noise='torch'),
+              Request('a', seed=1, sampler='dpm_adaptive'), Request(' '.join(['cat'] * 40), seed=1),
+              Request('a', seed=1, guidance_options={'rescale': 0.5}),
+              Request('a', seed=1, image=np.zeros((64, 64, 3), np.uint8))]
+    kinds = [engine.kind(r) for r in engine.resolve([plain, *others])]
+    assert len(set(kinds)) == len(kinds)
+
+
+@pytest.mark.parametrize('fields', [
+    {'guidance_options': {'rescale': 0.5}}, {'noise': 'torch'}, {'clip_skip': 2},
+    {'image': np.full((64, 64, 3), 90, np.uint8), 'strength': 0.5}])
+def test_pictures_of_one_kind_share_its_program(engine, fields):
+    requests = engine.resolve(_requests(3, **fields))
+    kind, = {engine.kind(r) for r in requests}
+    for image, request in zip(engine.start(requests, kind).images(), requests):
+        np.testing.assert_array_equal(image, _alone(engine, request))
+
+
+def test_one_compilation_serves_all_of_a_kind(engine):
+    from jaxsd.batch import engine as module
+    requests = engine.resolve(_requests(6))
+    kind = engine.kind(requests[0])
+    engine.start(requests[:3], kind).images()
+    before = module._alone._cache_size()
+    engine.start(requests[3:], kind).images()
+    engine.start(requests[5:], kind).images()
+    assert module._alone._cache_size() == before
+
+
+def test_a_base_and_its_refiner(tiny_model):
+    engine = Engine(tiny_model('sdxl'), tiny_model('refiner'), microbatch=2)
+    requests = engine.resolve([Request('red apple', seed=i, steps=4, switch=0.5, sampler=sampler)
+                               for i, sampler in enumerate(['euler', 'dpmpp_2m'])])
+    kind, = {engine.kind(r) for r in requests}
+    for image, request in zip(engine.start(requests, kind).images(), requests):
+        np.testing.assert_array_equal(image, _alone(engine, request))
+
+
+def test_what_is_not_finite_fails_alone(tiny_model):
+    model = tiny_model('sd1')
+    params = jax.tree.map(lambda a: a, model.params)
+    params['vae']['decoder']['conv_in']['bias'] *= np.nan
+    engine = Engine(model.replace(params=params), microbatch=2)
+    requests = engine.resolve(_requests(2))
+    found = engine.start(requests, engine.kind(requests[0])).images()
+    assert [f'(seed {i}) is not finite' in str(found[i]) for i in (0, 1)] == [True, True]
+
+
+def test_packing(engine):
+    requests = _requests(8) + [Request('a AND b', seed=1), Request('a', seed=2, width=63)]
+    some = runner.jobs(engine, Identity(engine.nets[0][0], microbatch=3), requests + requests[:2])
+    assert len(some) == 10  # the same request twice is one picture
+    packed = runner.pack(some, 3)
+    assert [len(batch) for batch in packed] in ([1, 3, 3, 2, 1], [1, 1, 3, 3, 2])
+    assert 'width=63: expected a multiple of 8' in str(packed[0][0].error)
+    assert sorted(job.number for batch in packed for job in batch) == list(range(10))
+    for batch in packed[1:]:
+        assert len({job.kind for job in batch}) == 1
+        assert [job.calls for job in batch] == sorted((job.calls for job in batch), reverse=True)
+
+
+def test_ids(tiny_model, tmp_path):
+    model = tiny_model('sd1')
+    ids = Identity(model, microbatch=8)
+    engine = Engine(model)
+    one, = engine.resolve([Request('red apple', seed=1)])
+    again, = engine.resolve([Request('red apple', seed=1)])
+    assert ids.of(one) == ids.of(again) and re.fullmatch('[0-9a-f]{32}', ids.of(one))
+    others = [one.replace(seed=2), one.replace(prompt='red  apple'), one.replace(steps=24),
+              one.replace(guidance=7.5), one.replace(sampler_options={'order': 3})]
+    assert len({ids.of(r) for r in [one, *others]}) == 6
+    assert Identity(model, microbatch=4).of(one) != ids.of(one)
+    params = jax.tree.map(lambda a: a, model.params)
+    params['unet']['conv_in']['bias'] = params['unet']['conv_in']['bias'].at[0].add(1e-3)
+    assert Identity(model.replace(params=params), microbatch=8).of(one) != ids.of(one)
+
+
+def test_ids_are_of_what_files_hold_not_of_their_names(tiny_model, tmp_path):
+    from PIL import Image
+    model = tiny_model('sd1')
+    for name, value in (('a.png', 10), ('b.png', 10), ('c.png', 11)):
+        Image.new('RGB', (64, 64), (value, 0, 0)).save(tmp_path / name)
+    ids = Identity(model, microbatch=8)
+    a, b, c = (ids.of(r) for r in Engine(model).resolve([
+        Request('x', seed=1, image=str(tmp_path / name)) for name in ('a.png', 'b.png', 'c.png')]))
+    assert a == b != c
+
+
+def test_operations_are_counted():
+    def f(x, w):
+        def body(x, _):
+            return jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x), None
+        return jax.lax.scan(body, x, None, length=5)[0] @ w
+
+    x, w = np.zeros((3, 7), np.float32), np.zeros((7, 7), np.float32)
+    assert cost.count(f, x, w) == (6 * 2 * 3 * 7 * 7, 0)
+    conv = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding='SAME',
+                             dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    image, kernel = np.zeros((2, 8, 8, 5), np.float32), np.zeros((3, 3, 5, 11), np.float32)
+    assert cost.count(conv, image, kernel) == (2 * 2 * 8 * 8 * 11 * 3 * 3 * 5, 0)
+
+
+DEVICES = """
+import hashlib, sys
+import jax, numpy as np
+import jaxsd
+from jaxsd.batch.engine import Engine
+model = jaxsd.load(sys.argv[1])
+spread = sys.argv[2] == 'spread'
+engine = Engine(model, microbatch=2, spread=spread)
+requests = engine.resolve([jaxsd.Request(('red apple', 'cat')[i % 2], seed=i, steps=2 + i % 3,
+    sampler=('euler', 'dpmpp_2m', 'heun', 'euler_ancestral')[i % 4]) for i in range(8)])
+kind = engine.kind(requests[0])
+works = [engine.start(requests[i:i + engine.capacity], kind, i // 2 % len(engine.places))
+         for i in range(0, 8, engine.capacity)]
+for work in works:
+    for image in work.images():
+        print('picture', image.mean(), hashlib.sha256(image.tobytes()).hexdigest())
+params, config = engine.nets[0][0].params, None
+print('devices', len(engine.devices), len(engine.places))
+if spread:
+    print('share', sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(params))
+          / sum(a.nbytes for a in jax.tree.leaves(params)))
+"""
+
+
+def _pictures(checkpoint, devices, how='whole'):
+    out = run_code(DEVICES, checkpoint, how,
+                   XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}')
+    lines = [line.split() for line in out.splitlines()]
+    return [line[2] for line in lines if line[0] == 'picture'], lines
+
+
+@pytest.fixture(scope='module')
+def one_device(checkpoint):
+    return _pictures(checkpoint, 1)[0]
+
+
+def test_any_number_of_devices_makes_the_same_bits(checkpoint, one_device):
+    found, lines = _pictures(checkpoint, 8)
+    assert ['devices', '8', '8'] in lines
+    assert found == one_device and len(set(found)) == 8
+
+
+def test_spread_weights_make_the_same_pictures(checkpoint, one_device):
+    """A program over several devices, whose last bits may be others, on a quarter of the weights.
+    """
+    found, lines = _pictures(checkpoint, 4, 'spread')
+    assert ['devices', '4', '1'] in lines
+    assert sum(a == b for a, b in zip(found, one_device)) >= 6
+    assert float(lines[-1][1]) < 0.3
+
+
+def test_the_loop_has_no_collectives(engine):
+    """As compiled for one device, which each of several runs."""
+    requests = engine.resolve(_requests(3))
+    text = engine.compiled(requests[0]).as_text()
+    assert 'while(' in text
+    assert not re.search(r'all-(reduce|gather|to-all)|collective-|reduce-scatter', text)

@@ -1,0 +1,131 @@
+"""Files of requests, grids and seeds; and what is said of those that cannot be read."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxsd.batch import plan
+
+
+def _read(tmp_path, name, text, **defaults):
+    file = tmp_path / name
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return plan.read(file, defaults)
+
+
+def test_jsonl(tmp_path):
+    items, bad = _read(tmp_path, 'a.jsonl', '\ufeff' + '\n'.join([
+        '{"prompt": "ein Öl-Bild", "steps": 7, "guidance": [1, 2, 3, 4, 5, 6, 7]}', '',
+        '{"prompt": "b", "image": "x/y.png", "strength": 0.5, "outpaint": null}\r',
+        '{"seed": 18446744073709551615, "guidance_options": {"rescale": 0.7}}']), steps=9)
+    assert not bad
+    assert [item.source for item in items] == ['a.jsonl:1', 'a.jsonl:3', 'a.jsonl:4']
+    first, second, third = (item.fields for item in items)
+    assert first == {'prompt': 'ein Öl-Bild', 'steps': 7, 'guidance': (1, 2, 3, 4, 5, 6, 7)}
+    assert second['image'] == str(tmp_path / 'x/y.png') and second['steps'] == 9
+    assert plan.expand([items[2]], [1], {})[0].seed == 2**64 - 1
+
+
+def test_controls_are_objects(tmp_path):
+    items, bad = _read(tmp_path, 'a.jsonl', json.dumps(
+        {'controls': [{'net': 'nets/edges', 'image': 'edges.png', 'scale': 0.5}]}) + '\n'
+        + '{"controls": [{"net": "a", "image": "b", "sale": 1}]}')
+    control, = items[0].fields['controls']
+    assert (control.net, control.image, control.scale) == (
+        'nets/edges', str(tmp_path / 'edges.png'), 0.5)
+    assert bad[0].source == 'a.jsonl:2:2' and "did you mean 'scale'" in bad[0].error
+
+
+@pytest.mark.parametrize('line, column, words', [
+    ('{"prompt": "a",}', 16, 'property name'),
+    ('{"prompt": "a" "steps": 3}', 16, "','"),
+    ('[1, 2]', 1, 'expected an object'),
+    ('{"prompt": "a", "stesp": 3}', 17, "did you mean 'steps'"),
+    ('{"prompt": "a", "steps": 0}', 17, 'steps=0'),
+    ('{"prompt": 3}', 2, 'prompt=3'),
+    ('{"steps": 3, "steps": 4}', 2, 'twice'),
+    ('{"prompt": "a", "eta": NaN}', 24, 'NaN'),
+    ('{"prompt": "a", "sampler": "eular"}', 17, "did you mean 'euler'"),
+    ('[' * 100000, 1, 'recursion'),
+    ('{"seed": ' + '9' * 5000 + '}', 1, 'digit'),
+    (b'{"prompt": "\xff"}', 13, 'UTF-8'),
+])
+def test_broken_lines_name_line_and_column(tmp_path, line, column, words):
+    line = line if isinstance(line, bytes) else line.encode()
+    items, (bad,) = _read(tmp_path, 'a.jsonl', b'{"prompt": "good"}\n' + line + b'\n{}\n')
+    assert len(items) == 2
+    assert bad.source == f'a.jsonl:2:{column}' and words in bad.error
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.binary(max_size=60).map(lambda b: b.replace(b'\n', b'')), st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(
+        ['prompt', 'steps', 'controls', 'image', 'guidance', 'adapters', 'seed', 'x']), x),
+    max_leaves=6).map(lambda v: json.dumps(v).encode())), max_size=4))
+def test_whatever_stands_in_a_file_is_an_item_or_bad(lines):
+    found = list(plan._json(b'\n'.join(lines)))
+    for _, entry, column in found:
+        if isinstance(entry, dict):
+            entry = plan._checked(entry, {}, '.', column)
+        assert isinstance(entry, dict) or entry.error and entry.column >= 1
+
+
+def test_csv(tmp_path):
+    items, bad = _read(tmp_path, 'a.csv', (
+        'prompt,steps,sampler,guidance,adapters,outpaint\r\n'
+        '"a, ""quoted""\r\nprompt",7,heun,"(1, 2, 3, 4, 5, 6, 7)","{""x"": 0.5}",\r\n'
+        '12,,,4.5,,\r\n'
+        'c,many,euler,,,\r\n'
+        'd,1,2,3,4,5,6\r\n'))
+    assert items[0].fields == {'prompt': 'a, "quoted"\r\nprompt', 'steps': 7, 'sampler': 'heun',
+                               'guidance': (1, 2, 3, 4, 5, 6, 7), 'adapters': {'x': 0.5}}
+    assert items[1].fields == {'prompt': '12', 'guidance': 4.5}
+    assert [b.source for b in bad] == ['a.csv:5:2', 'a.csv:6:7']
+
+
+def test_text_is_prompts(tmp_path):
+    items, bad = _read(tmp_path, 'a.txt', ' red apple \n\n{not json}\n# no comment')
+    assert [item.fields['prompt'] for item in items] == ['red apple', '{not json}', '# no comment']
+    assert not bad
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r'a\.yaml: expected a file that ends in \.jsonl'):
+        _read(tmp_path, 'a.yaml', '')
+
+
+def test_grids_and_seeds_multiply():
+    axes = plan.grid(['sampler=euler, dpmpp_2m', 'guidance=4,7.5', 'schedule=karras,a/b.json'])
+    assert axes == {'sampler': ['euler', 'dpmpp_2m'], 'guidance': [4, 7.5],
+                    'schedule': ['karras', 'a/b.json']}
+    axes.pop('schedule')
+    items = [plan.Item({'prompt': 'a'}, 'x:1'), plan.Item({'prompt': 'b', 'seed': 5}, 'x:2')]
+    found = plan.expand(items, plan.seeds('0-1,7'), axes)
+    assert len(found) == 4 * 3 + 4
+    assert [(r.sampler, r.guidance, r.seed) for r in found[:4]] == [
+        ('euler', 4, 0), ('euler', 4, 1), ('euler', 4, 7), ('euler', 7.5, 0)]
+    assert {r.seed for r in found[12:]} == {5}
+
+
+@pytest.mark.parametrize('texts, words', [
+    (['steps'], 'expected a field and its values'), (['steps='], 'expected a field'),
+    (['stesp=3'], "did you mean 'steps'"), (['seed=1,2'], '--seeds=1,2'),
+    (['steps=1', 'steps=2'], 'already')])
+def test_bad_grids(texts, words):
+    with pytest.raises(ValueError, match=words):
+        plan.grid(texts)
+
+
+def test_a_bad_point_of_a_grid_is_named():
+    with pytest.raises(ValueError, match=r"x:1: at steps=0, sampler='euler': steps=0: expected"):
+        plan.expand([plan.Item({'prompt': 'a'}, 'x:1')], [0],
+                    plan.grid(['steps=0', 'sampler=euler']))
+
+
+@pytest.mark.parametrize('text', ['', 'a', '3-1', '-1', '1,,2', str(2**64)])
+def test_bad_seeds(text):
+    with pytest.raises(ValueError, match='expected whole numbers from 0'):
+        plan.seeds(text)

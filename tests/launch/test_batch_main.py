@@ -1,0 +1,239 @@
+"""launch.batch as people use it: killed, out of room, interrupted, over processes; and verified."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from mains import ROOT, environment, run_main
+from PIL import Image
+
+from jaxsd.batch import folder
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    """Compiled programs, so that a start takes seconds; from another process they are the same."""
+    return {'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
+            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
+
+
+def _batch(out, *flags, **more):
+    return run_main('-m', 'launch.batch', f'--out={out}', *flags, **more)
+
+
+def _start(*arguments, **more):
+    return subprocess.Popen([sys.executable, '-m', 'launch.batch', *map(str, arguments)], cwd=ROOT,
+                            env=environment(**more), stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+
+
+def _hashes(out):
+    """{id: hash} of a run, each file opened and its pixels compared with the manifest."""
+    found = {key: record for key, record in folder.read(out).items() if 'file' in record}
+    for record in found.values():
+        with Image.open(out / record['file']) as image:
+            image.load()
+            assert folder.pixels(np.asarray(image)) == record['pixels']
+    return {key: record['pixels'] for key, record in found.items()}
+
+
+def _lines(out):
+    file = out / 'manifest.jsonl'
+    return file.read_bytes().count(b'\n') if file.exists() else 0
+
+
+MANY = ('--prompt=red apple', '--prompt=rocket', '--prompt=alien', '--prompt=rooster',
+        '--prompt=red heart', '--seeds=0-24', '--grid=sampler=euler,euler_ancestral',
+        '--grid=steps=1,2')  # 500 pictures
+
+
+def test_killed_twenty_times(tmp_path, cache):
+    whole = tmp_path / 'whole'
+    status, _, error = _batch(whole, *MANY, **cache)
+    assert status == 0, error
+    expected = _hashes(whole)
+    assert len(expected) == 500
+    random_ = random.Random(0)
+    broken = tmp_path / 'broken'
+    for kill in range(20):
+        process = _start(f'--out={broken}', *MANY, **cache)
+        if kill < 15:  # amid pictures, else anywhere from the start on
+            until = _lines(broken) + random_.randrange(1, 30)
+            while _lines(broken) < until and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(random_.random() * 0.1)
+        else:
+            time.sleep(random_.random() * 4)
+        assert process.poll() is None, process.stdout.read()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert 15 <= _lines(broken) < 500
+    status, out, error = _batch(broken, *MANY, **cache)
+    assert status == 0, error
+    assert _hashes(broken) == expected
+    files = [path for path in broken.rglob('*') if path.suffix in ('.png', '.tmp')]
+    assert len(files) == 500
+    ids = [json.loads(line)['id'] for line in open(broken / 'manifest.jsonl')]
+    assert len(ids) == len(set(ids)) == 500
+    status, out, error = _batch(broken, *MANY, **cache)
+    assert status == 0 and '0 to make' in error
+
+
+FEW = ('--prompt=red apple', '--seeds=0-11', '--config.steps=2')
+
+
+@pytest.fixture(scope='module')
+def few(tmp_path_factory, cache):
+    """A run of twelve pictures, and what it should hold."""
+    out = tmp_path_factory.mktemp('few') / 'run'
+    status, _, error = _batch(out, *FEW, **cache)
+    assert status == 0, error
+    return out, _hashes(out)
+
+
+def test_a_full_disk_stops_cleanly_and_the_run_goes_on(tmp_path, few, cache):
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=80k', 'tmpfs', disk],
+                                      capture_output=True).returncode:
+        pytest.skip('needs the right to mount a small tmpfs')
+    try:
+        status, _, error = _batch(disk / 'run', *FEW, **cache)
+        last = error.strip().splitlines()[-1]
+        assert status == 1 and 'No space left on device' in last and 'the same command' in last
+        safe = _hashes(disk / 'run')
+        assert 0 < len(safe) < 12 and safe.items() <= few[1].items()
+        assert not list(disk.rglob('*.tmp'))
+        subprocess.run(['mount', '-o', 'remount,size=8m', disk], check=True)
+        status, _, error = _batch(disk / 'run', *FEW, **cache)
+        assert status == 0, error
+        assert _hashes(disk / 'run') == few[1]
+    finally:
+        subprocess.run(['umount', disk], check=True)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, few, cache):
+    """Of a file system that has become read-only."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', disk],
+                                      capture_output=True).returncode:
+        pytest.skip('needs the right to mount a tmpfs')
+    try:
+        remount = ['mount', '-o', 'remount,ro', disk]
+        subprocess.run(remount, check=True)
+        status, _, error = _batch(disk / 'run', *FEW, **cache)
+        assert status == 1 and 'Read-only file system' in error.strip().splitlines()[-1]
+        subprocess.run([*remount[:2], 'remount,rw', disk], check=True)
+        status, _, error = _batch(disk / 'run', *FEW, **cache)
+        assert status == 0 and _hashes(disk / 'run') == few[1]
+    finally:
+        subprocess.run(['umount', disk], check=True)
+
+
+def test_interrupted_it_finishes_what_it_began(tmp_path, few, cache):
+    out = tmp_path / 'run'
+    process = _start(f'--out={out}', *MANY, **cache)
+    while _lines(out) < 10 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, text
+    assert len(_hashes(out)) == _lines(out) < 500 and (out / 'index.html').exists()
+
+
+def test_two_processes_make_the_same_pictures(tmp_path, few, cache):
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    out = tmp_path / 'run'
+    both = [_start(f'--out={out}', *FEW, '--distributed', '--num_processes=2', f'--process_id={i}',
+                   f'--coordinator_address=localhost:{port}', '--microbatch=8', **cache)
+            for i in range(2)]
+    texts = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    assert _hashes(out) == few[1]
+    own = [(out / name).read_bytes().count(b'\n') for name in ('manifest.jsonl', 'manifest-1.jsonl')]
+    assert sorted(own) == [4, 8]
+
+
+def test_eight_devices_make_the_same_pictures(tmp_path, few):
+    status, _, error = _batch(tmp_path / 'run', *FEW,
+                              XLA_FLAGS='--xla_force_host_platform_device_count=8')
+    assert status == 0 and '8 device(s)' in error
+    assert _hashes(tmp_path / 'run') == few[1]
+
+
+def test_verify(tmp_path, few, cache):
+    status, out, error = run_main('-m', 'launch.verify', few[0], '--sample=5', **cache)
+    assert status == 0 and '5 of 5 pictures are equal to the bit' in out, error
+    broken = tmp_path / 'broken'
+    shutil.copytree(few[0], broken)
+    records = list(folder.read(broken).values())
+    first, second = (broken / record['file'] for record in records[:2])
+    shutil.copy(first, second)  # another picture than its record says
+    first.write_bytes(first.read_bytes()[:-40])
+    with open(broken / 'manifest.jsonl', 'a') as file:  # a record of another picture
+        file.write(json.dumps({**records[2], 'pixels': '0' * 64}) + '\n')
+    status, out, error = run_main('-m', 'launch.verify', broken, '--sample=all', **cache)
+    assert status == 1 and '9 of 12 pictures are equal to the bit' in out, (out, error)
+    status, _, error = run_main('-m', 'launch.verify', tmp_path)
+    assert status == 1 and 'expected the folder of a run' in error
+
+
+def test_a_picture_of_a_run_is_made_again_from_its_file(tmp_path, few, cache):
+    record = next(iter(folder.read(few[0]).values()))
+    status, out, error = run_main('-m', 'launch.generate', f'--from={few[0] / record["file"]}',
+                                  f'--out={tmp_path}', **cache)
+    assert status == 0, error
+    assert folder.pixels_of(next(tmp_path.glob('0*.png'))) == record['pixels']
+
+
+def test_failures_are_recorded_and_the_run_goes_on(tmp_path, few, cache):
+    plan = tmp_path / 'plan.jsonl'
+    plan.write_text('\n'.join([
+        '{"prompt": "red apple", "steps": 2, "seed": 0}', '{"prompt": "red apple", "steps": 2}',
+        '{"prompt": "a", "image": "gone.png"}', '{"prompt": "b", "width": 65}',
+        '{"prompt": "<lora:none:1>"}', '{"prompt": "c", "stepps": 3}', '{"prompt": "d",']))
+    status, _, error = _batch(tmp_path / 'run', f'--requests={plan}', **cache)
+    assert status == 1 and not (tmp_path / 'run').exists()
+    assert 'plan.jsonl:6:16: unknown field' in error and 'plan.jsonl:7:16' in error
+    assert '--skip_bad' in error
+    status, _, error = _batch(tmp_path / 'run', f'--requests={plan}', '--skip_bad', **cache)
+    assert status == 3, error
+    found = folder.read(tmp_path / 'run')
+    made = {key: record['pixels'] for key, record in found.items() if 'file' in record}
+    assert len(made) == 1 and made.items() <= few[1].items()  # the first two are one
+    errors = sorted(record['error'] for record in found.values() if 'error' in record)
+    assert len(errors) == 5
+    for words in ('gone.png', 'width=65', "adapter 'none'", "did you mean 'steps'", 'Expecting'):
+        assert any(words in error for error in errors), errors
+
+
+def test_dry_run(tmp_path):
+    status, out, error = _batch(tmp_path / 'run', *MANY, '--dry_run')
+    assert status == 0, error
+    assert '500 requests, 0 pictures are there, 500 to make' in out
+    assert '500 pictures in 63 microbatches of 8; 750 model calls' in out
+    assert 'TFLOP' in out and 'GiB on each device' in out
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('flags, words', [
+    ((), 'no requests: expected --requests=FILE'),
+    (('--prompt=a', '--seeds=x'), '--seeds=x: expected'),
+    (('--prompt=a', '--grid=stesp=3'), "did you mean 'steps'"),
+    (('--requests=nothing.jsonl',), 'nothing.jsonl')])
+def test_wrong_flags_are_told_in_one_line(tmp_path, flags, words):
+    status, _, error = _batch(tmp_path / 'run', *flags)
+    assert status == 1 and words in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / 'run').exists()
