@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 
 from absl import app, flags
 
@@ -18,6 +19,7 @@ from launch import engine, generate
 from launch.recipe import fields
 
 FLAGS = flags.FLAGS
+GALLERY_EVERY = 60  # seconds
 
 
 def define_flags():
@@ -67,7 +69,7 @@ def run():
     mine = runner.pack(jobs, maker.capacity)[process::processes]
     print(f'{len(requests)} requests: {len(done)} pictures are there, {len(jobs)} to make'
           + (f', {sum(map(len, mine))} of them here' if processes > 1 else ''), file=sys.stderr)
-    code = _make(maker, folder, how, mine)
+    code = _make(maker, folder, how, mine, process)
     _barrier('end')
     if process == 0:
         from jaxsd.batch import gallery
@@ -112,15 +114,20 @@ def keep_bad(folder, bad):
         folder.fail(f'{source}', error, {'request': {}})
 
 
-def _make(maker, folder, how, packed):
-    """Make the pictures, with a bar -> exit code."""
+def _make(maker, folder, how, packed, process):
+    """Make the pictures, with a bar, and a gallery now and then -> exit code."""
     from tqdm import tqdm
 
+    from jaxsd.batch import gallery
     from jaxsd.batch.runner import Runner
-    lock, caught = threading.Lock(), []
+    lock, caught, shown = threading.Lock(), [], time.monotonic()
 
     def on_done(job, error):
+        nonlocal shown
         with lock:
+            if process == 0 and time.monotonic() > shown + GALLERY_EVERY:
+                gallery.write(folder.path)
+                shown = time.monotonic()
             if error is not None:
                 bar.write(f'failed: {job.request.prompt!r}, seed {job.request.seed}: {error}',
                           file=sys.stderr)

@@ -82,7 +82,7 @@ def test_killed_twenty_times(tmp_path, cache):
     assert _hashes(broken) == expected
     files = [path for path in broken.rglob('*') if path.suffix in ('.png', '.tmp')]
     assert len(files) == 500
-    ids = [json.loads(line)['id'] for line in open(broken / 'manifest.jsonl')]
+    ids = [json.loads(line)['id'] for line in (broken / 'manifest.jsonl').read_text().splitlines()]
     assert len(ids) == len(set(ids)) == 500
     status, out, error = _batch(broken, *MANY, **cache)
     assert status == 0 and '0 to make' in error
@@ -162,7 +162,8 @@ def test_two_processes_make_the_same_pictures(tmp_path, few, cache):
     texts = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], texts
     assert _hashes(out) == few[1]
-    own = [(out / name).read_bytes().count(b'\n') for name in ('manifest.jsonl', 'manifest-1.jsonl')]
+    own = [(out / name).read_bytes().count(b'\n') for name in (
+        'manifest.jsonl', 'manifest-1.jsonl')]
     assert sorted(own) == [4, 8]
 
 
@@ -206,7 +207,7 @@ def test_failures_are_recorded_and_the_run_goes_on(tmp_path, few, cache):
         '{"prompt": "<lora:none:1>"}', '{"prompt": "c", "stepps": 3}', '{"prompt": "d",']))
     status, _, error = _batch(tmp_path / 'run', f'--requests={plan}', **cache)
     assert status == 1 and not (tmp_path / 'run').exists()
-    assert 'plan.jsonl:6:16: unknown field' in error and 'plan.jsonl:7:16' in error
+    assert 'plan.jsonl:6:17: unknown field' in error and 'plan.jsonl:7:16' in error
     assert '--skip_bad' in error
     status, _, error = _batch(tmp_path / 'run', f'--requests={plan}', '--skip_bad', **cache)
     assert status == 3, error
