@@ -35,6 +35,9 @@ def run(path):
         if not FLAGS.sample.isdigit():
             raise ValueError(f'--sample={FLAGS.sample}: expected a whole number, or all')
         records = random.Random(FLAGS.seed).sample(records, min(int(FLAGS.sample), len(records)))
+    if 'how' not in config:
+        raise ValueError(f'{path}: its config.json does not say how the model was loaded, as '
+                         'launch.batch writes it')
     if not records:
         raise ValueError(f'{path}: no picture is there yet')
     wrong, requests, kept = [], [], []

@@ -6,12 +6,15 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from mains import run_code
 
+import jaxsd
 from jaxsd import Request
-from jaxsd.batch import cost, runner
+from jaxsd.batch import cost, runner, sharded
 from jaxsd.batch.engine import Engine
 from jaxsd.batch.identity import Identity
+from jaxsd.models import spec, unet, vae
 
 SAMPLERS = ('euler', 'dpmpp_2m', 'heun', 'euler_ancestral')
 
@@ -145,6 +148,34 @@ def test_operations_are_counted():
                              dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     image, kernel = np.zeros((2, 8, 8, 5), np.float32), np.zeros((3, 3, 5, 11), np.float32)
     assert cost.count(conv, image, kernel) == (2 * 2 * 8 * 8 * 11 * 3 * 3 * 5, 0)
+
+
+def test_operations_of_released_models():
+    """SD 1.5's U-Net at 64 x 64 and its decoder, as counted elsewhere: 0.803 and 2.51 TFLOP."""
+    config = jaxsd.read_config('sd15')
+
+    def abstract(part):
+        def shape(name, found):
+            turned = spec.to_jax(name, np.broadcast_to(np.float32(0), found))
+            return jax.ShapeDtypeStruct(turned.shape, np.float32)
+        return traverse_util.unflatten_dict({name: shape(name, found) for name, found in spec.spec(
+            config)[part].items()}, sep='.')
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, np.float32)
+
+    found, _ = cost.count(lambda p, x, t, c: unet.apply(p, config.unet, x, t, c), abstract('unet'),
+                          array(1, 64, 64, 4), array(1), array(1, 77, 768))
+    assert found / 1e12 == pytest.approx(0.803, abs=5e-4)
+    found, _ = cost.count(lambda p, z: vae.decode(p, config.vae, z), abstract('vae'),
+                          array(1, 64, 64, 4))
+    assert found / 1e12 == pytest.approx(2.51, abs=5e-3)
+
+
+def test_where_weights_are_spread():
+    assert sharded.axis((3, 3, 64, 128), 4) == 3
+    assert sharded.axis((1024, 77), 8) == 0
+    assert sharded.axis((6, 10), 4) is None and sharded.axis((512,), 4) is None
 
 
 DEVICES = """
