@@ -10,7 +10,7 @@ from jax import lax
 from jaxsd import sampling
 from jaxsd.config import T2IAdapterConfig
 from jaxsd.models import controlnet, t2i_adapter, unet, vae
-from jaxsd.models.layers import attention, attention_received
+from jaxsd.models.layers import attention, attention_received, prepared
 from jaxsd.prompt import conditioning
 from jaxsd.sampling.guidance import Guidance
 from jaxsd.weights import adapters
@@ -143,6 +143,8 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
     """
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
+    params = params | {part: prepared(params[part]) for part in ('unet', 'controlnet')
+                       if part in params}
     parts = guidance.parts - (guidance.pag is not None)
     kind = config.schedule.prediction_type
 
