@@ -14,6 +14,7 @@ from jaxsd.models.layers import (
     attention,
     children,
     conv,
+    gelu,
     group_norm,
     layer_norm,
     linear,
@@ -179,7 +180,7 @@ def _transformer(p, cfg, level, x, context, hook, place):
         h = h + _attend(block['attn2'], cfg.heads[level], n, *keys)
         n = linear(block['ff']['net']['0']['proj'], layer_norm(block['norm3'], h))
         value, gate = jnp.split(n, 2, -1)  # GEGLU (Shazeer 2020), exact gelu
-        h = h + linear(block['ff']['net']['2'], value * jax.nn.gelu(gate, approximate=False))
+        h = h + linear(block['ff']['net']['2'], value * gelu(gate))
     return x + pointwise(p['proj_out'], h.reshape(B, H, W, C))
 
 
