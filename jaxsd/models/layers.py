@@ -172,31 +172,35 @@ def attention(q, k, v, heads, causal=False):
     B, T, C = q.shape
     S, D = k.shape[1], C // heads
     q, k, v = (a.reshape(B, -1, heads, D) for a in (q, k, v))  # [B,T,N,D]
-    platform = jax.default_backend()
-    fused = (platform == 'gpu' and q.dtype in (jnp.float16, jnp.bfloat16)
+    cpu = jax.default_backend() == 'cpu'
+    fused = (jax.default_backend() == 'gpu' and q.dtype in (jnp.float16, jnp.bfloat16)
              and D % 8 == 0 and D <= 256)
-    few = T * S <= 128 * 128 if platform == 'cpu' else B * heads * T * S <= 2**28
-    if fused or few:
+    few = T * S <= 128 * 128 if cpu else B * heads * T * S <= 2**28
+    if fused or few and (causal or not cpu):
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=causal, implementation='cudnn' if fused else 'xla').reshape(B, T, C)
     if causal:
         raise ValueError(f'causal attention over {T} tokens: expected at most 128 x 128 scores')
-    block = next(b for b in range(min(T, 1024), 0, -1) if T % b == 0)
-    q, k, v = (a.swapaxes(1, 2).reshape(B * heads, -1, D) for a in (q / math.sqrt(D), k, v))
+    q, k, v = (a.swapaxes(1, 2) for a in (q / math.sqrt(D), k, v))  # [B,N,T,D]
 
-    def head(qkv):
-        q, k, v = qkv  # [T,D], [S,D], [S,D]
+    def head(q, k, v):  # [...,T,D]; scores stand upright, so that sums over S are contiguous
+        scores = (k @ q.mT).astype(jnp.float32)  # [...,S,T]
+        weights = jnp.exp(scores - lax.stop_gradient(scores.max(-2, keepdims=True)))
+        out = (v.mT @ weights.astype(v.dtype)) / weights.sum(-2, keepdims=True)
+        return out.mT.astype(v.dtype)
 
-        def queries(q):  # [block,D]; scores stand upright, so that sums over S are contiguous
-            scores = (k @ q.T).astype(jnp.float32)  # [S,block]
-            weights = jnp.exp(scores - lax.stop_gradient(scores.max(0)))
-            out = (v.T @ weights.astype(v.dtype)) / weights.sum(0)
-            return out.T.astype(v.dtype)
+    if few:
+        out = head(q, k, v)
+    else:
+        block = next(b for b in range(min(T, 1024), 0, -1) if T % b == 0)
 
-        return lax.map(queries, q.reshape(-1, block, D)).reshape(T, D)
+        def blocks(qkv):
+            q, k, v = qkv  # [T,D], [S,D], [S,D]
+            return lax.map(lambda q: head(q, k, v), q.reshape(-1, block, D)).reshape(T, D)
 
-    out = lax.map(head, (q, k, v))
-    return out.reshape(B, heads, T, D).swapaxes(1, 2).reshape(B, T, C)
+        q, k, v = (a.reshape(B * heads, -1, D) for a in (q, k, v))
+        out = lax.map(blocks, (q, k, v)).reshape(B, heads, T, D)
+    return out.swapaxes(1, 2).reshape(B, T, C)
 
 
 def attention_received(q, k, heads):
