@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -18,12 +19,17 @@ def conv(p, x, stride=1, padding=1):
 
     padding: pixels on each side, or a pair (before, after) for both axes. On CPU, wide 3x3
     convolutions of few pixels are one matmul over the nine shifted pictures: 1.5 times (16x16) to
-    3 times (8x8) as fast there as XLA's convolution.
+    3 times (8x8) as fast there as XLA's convolution; `prepared` ones are faster still.
     """
     def convolve(x, w):
         return _convolve(x, w, stride, padding)
 
-    return adapted(p, x, convolve(x, p['weight']), convolve) + p.get('bias', 0)
+    even = x.shape[1] % 2 == x.shape[2] % 2 == 0
+    if 'tiles' in p and stride == padding == 1 and even and _few(x):
+        y = _winograd(x, p['tiles'])
+    else:
+        y = convolve(x, p['weight'])
+    return adapted(p, x, y, convolve) + p.get('bias', 0)
 
 
 def _convolve(x, w, stride, padding):
@@ -37,6 +43,60 @@ def _convolve(x, w, stride, padding):
     pad = (padding, padding) if isinstance(padding, int) else padding
     return lax.conv_general_dilated(x, w, (stride, stride), [pad, pad],
                                     dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+# Winograd's convolution F(2x2, 3x3) (Lavin and Gray 2015, https://arxiv.org/abs/1509.09308) along
+# one axis: what four pixels and three weights become, and the two pixels that their products make.
+# In a doubled picture the pixels in the middle of four are one, and the last product is 0.
+TILE = np.float32([[1, 0, -1, 0], [0, 1, 1, 0], [0, 1, 0, -1], [0, -1, 1, 0]])
+DOUBLED = np.float32([[1, -1, 0], [0, 2, 0], [0, 1, -1]])
+KERNEL = np.float32([[1, 0, 0], [0.5, 0.5, 0.5], [0, 0, 1], [0.5, -0.5, 0.5]])
+PIXELS = np.float32([[1, 1, 0, 1], [0, 1, -1, -1]])
+
+
+def prepared(p, doubled=False):
+    """A network's parameters, to be used many times: on CPU with `tiles` for `_winograd` beside the
+    weights of 3x3 convolutions. Few channels gain nothing, the most would take too much memory."""
+    if jax.default_backend() != 'cpu' or not isinstance(p, dict):
+        return p
+    p = {name: prepared(part, doubled or name == 'upsamplers') for name, part in p.items()}
+    w = p.get('weight')
+    if (getattr(w, 'shape', ())[:2] == (3, 3) and w.dtype == jnp.float32
+            and w.shape[2] >= (32 if doubled else 64) and w.shape[2] * w.shape[3] <= 2**20):
+        rows = KERNEL[:3] if doubled else KERNEL
+        tiles = (np.kron(rows, rows) @ w.reshape(9, -1)).reshape(-1, *w.shape[2:])
+        p['tiles'] = jnp.split(tiles, len(rows))  # 4 of [4,I,O]
+    return p
+
+
+def _few(x):
+    """Whether x [B,H,W,C] has so few pixels that four times as many arrays do no harm."""
+    return x.shape[1] * x.shape[2] <= 64 * 64
+
+
+def _winograd(x, tiles):
+    """A padded 3x3 convolution of x [B,H,W,I] by 16 products for 2x2 pixels instead of 36; where
+    there are tiles [3,3,I,O] alone, of x doubled in height and width, by 9."""
+    K = len(tiles)
+
+    def mixed(x, axis, table=DOUBLED if K == 3 else TILE):  # -> K arrays like x, half as long
+        n = x.shape[axis] - 2
+        parts = [lax.slice_in_dim(x, k, k + n, axis=axis) if K == 3 else
+                 lax.slice_in_dim(x, k, k + n - 1, 2, axis) for k in range(K)]
+        return [sum(c * part for c, part in zip(row, parts) if c) for row in table]
+
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    products = []
+    for row, weights in zip(mixed(x, 1), tiles):
+        row = jnp.stack(mixed(row, 2))
+        _, B, H, W, _ = row.shape
+        y = row.reshape(K, B * H * W, -1) @ weights
+        products.append(y.reshape(K, B, H, W, 1, -1))
+    # Stacking, unlike sums, is nothing that XLA would do again for each use of what it gives.
+    rows = [sum(PIXELS[row, j] * PIXELS[:, i, None] * products[j][i]
+                for j in range(K) for i in range(K) if PIXELS[row, j])
+            for row in range(2)]  # each [B,H/2,W/2,2,O]
+    return jnp.stack(rows, 2).reshape(B, 2 * H, 2 * W, -1)
 
 
 def pointwise(p, x):
@@ -112,31 +172,35 @@ def attention(q, k, v, heads, causal=False):
     B, T, C = q.shape
     S, D = k.shape[1], C // heads
     q, k, v = (a.reshape(B, -1, heads, D) for a in (q, k, v))  # [B,T,N,D]
-    platform = jax.default_backend()
-    fused = (platform == 'gpu' and q.dtype in (jnp.float16, jnp.bfloat16)
+    cpu = jax.default_backend() == 'cpu'
+    fused = (jax.default_backend() == 'gpu' and q.dtype in (jnp.float16, jnp.bfloat16)
              and D % 8 == 0 and D <= 256)
-    few = T * S <= 128 * 128 if platform == 'cpu' else B * heads * T * S <= 2**28
-    if fused or few:
+    few = T * S <= 128 * 128 if cpu else B * heads * T * S <= 2**28
+    if fused or few and (causal or not cpu):
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=causal, implementation='cudnn' if fused else 'xla').reshape(B, T, C)
     if causal:
         raise ValueError(f'causal attention over {T} tokens: expected at most 128 x 128 scores')
-    block = next(b for b in range(min(T, 1024), 0, -1) if T % b == 0)
-    q, k, v = (a.swapaxes(1, 2).reshape(B * heads, -1, D) for a in (q / math.sqrt(D), k, v))
+    q, k, v = (a.swapaxes(1, 2) for a in (q / math.sqrt(D), k, v))  # [B,N,T,D]
 
-    def head(qkv):
-        q, k, v = qkv  # [T,D], [S,D], [S,D]
+    def head(q, k, v):  # [...,T,D]; scores stand upright, so that sums over S are contiguous
+        scores = (k @ q.mT).astype(jnp.float32)  # [...,S,T]
+        weights = jnp.exp(scores - lax.stop_gradient(scores.max(-2, keepdims=True)))
+        out = (v.mT @ weights.astype(v.dtype)) / weights.sum(-2, keepdims=True)
+        return out.mT.astype(v.dtype)
 
-        def queries(q):  # [block,D]; scores stand upright, so that sums over S are contiguous
-            scores = (k @ q.T).astype(jnp.float32)  # [S,block]
-            weights = jnp.exp(scores - lax.stop_gradient(scores.max(0)))
-            out = (v.T @ weights.astype(v.dtype)) / weights.sum(0)
-            return out.T.astype(v.dtype)
+    if few:
+        out = head(q, k, v)
+    else:
+        block = next(b for b in range(min(T, 1024), 0, -1) if T % b == 0)
 
-        return lax.map(queries, q.reshape(-1, block, D)).reshape(T, D)
+        def blocks(qkv):
+            q, k, v = qkv  # [T,D], [S,D], [S,D]
+            return lax.map(lambda q: head(q, k, v), q.reshape(-1, block, D)).reshape(T, D)
 
-    out = lax.map(head, (q, k, v))
-    return out.reshape(B, heads, T, D).swapaxes(1, 2).reshape(B, T, C)
+        q, k, v = (a.reshape(B * heads, -1, D) for a in (q, k, v))
+        out = lax.map(blocks, (q, k, v)).reshape(B, heads, T, D)
+    return out.swapaxes(1, 2).reshape(B, T, C)
 
 
 def attention_received(q, k, heads):
@@ -144,6 +208,13 @@ def attention_received(q, k, heads):
     q, k = (a.reshape(*a.shape[:2], heads, -1).astype(jnp.float32) for a in (q, k))
     scores = jnp.einsum('btnd,bsnd->bnts', q, k) / math.sqrt(q.shape[-1])
     return jax.nn.softmax(scores).sum(2).mean(1)
+
+
+def gelu(x):
+    """x times the normal distribution function of x, in float32. By erf: jax.nn's exact gelu takes
+    erfc, for relative accuracy where the result is almost 0, at many times the cost on CPU."""
+    half = 0.5 * x.astype(jnp.float32)
+    return (half + half * lax.erf(math.sqrt(2) * half)).astype(x.dtype)
 
 
 def timestep_embedding(t, dim, period=10000.0):
@@ -165,10 +236,18 @@ def resnet(p, x, groups, eps, time=None):
 
 def upsample(p, x, shape=None):
     """Nearest neighbour x2, cropped to shape (H, W) if given, then a 3x3 convolution."""
-    x = x.repeat(2, 1).repeat(2, 2)
-    if shape is not None:
-        x = x[:, :shape[0], :shape[1]]
-    return conv(p['conv'], x)
+    p, small, whole = p['conv'], x, (2 * x.shape[1], 2 * x.shape[2])
+    H, W = shape or whole
+    x = x.repeat(2, 1).repeat(2, 2)[:, :H, :W]
+
+    def convolve(x, w):
+        return _convolve(x, w, 1, 1)
+
+    if 'tiles' in p and (H, W) == whole and _few(small):
+        y = _winograd(small, p['tiles'])
+    else:
+        y = convolve(x, p['weight'])
+    return adapted(p, x, y, convolve) + p['bias']
 
 
 def children(p):

@@ -14,6 +14,7 @@ from jaxsd.models.layers import (
     attention,
     children,
     conv,
+    gelu,
     group_norm,
     layer_norm,
     linear,
@@ -28,6 +29,7 @@ def apply(params, cfg, x, t, context, added=None, class_labels=None, hook=None, 
           residuals=None, features=()):
     """x [B,H,W,C], t [B], context [B,T,D] -> the network's output [B,H,W,cfg.out_channels].
 
+    context: features of the text, or `hear` of them where they serve many times.
     t: training timesteps, 0 to 999, whole or not. added [B,A]: SDXL's pooled text ++ sinusoids of
     the time ids. class_labels int [B]: rows of the class embedding, for models that have one.
     hook(place, heads, q, k, v): called at every self-attention, place its name in the checkpoint
@@ -37,12 +39,29 @@ def apply(params, cfg, x, t, context, added=None, class_labels=None, hook=None, 
     T2I-Adapter's, one per level, see `encode`. Both scaled, and summed over several networks.
     Computes in the parameters' dtype and returns x's.
     """
-    context = context.astype(params['conv_in']['weight'].dtype)
     time = embed_time(params, t, added, class_labels)
     states = encode(params, cfg, x, time, context, hook=hook, features=features)
     if residuals is not None:
         states = [s + r.astype(s.dtype) for s, r in zip(states, residuals, strict=True)]
     return _decode(params, cfg, states, time, context, hook, freeu).astype(x.dtype)
+
+
+def hear(params, context):
+    """What cross-attention makes of a context [B,T,D], the same at all noise levels: {place: (keys,
+    values)}, each [B,T,C], and the context itself at ''."""
+    context = context.astype(params['conv_in']['weight'].dtype)
+    heard = {'': context}
+
+    def visit(p, place):
+        if place.endswith('.attn2'):
+            heard[place] = linear(p['to_k'], context), linear(p['to_v'], context)
+        else:
+            for name, part in p.items():
+                if isinstance(part, dict):
+                    visit(part, f'{place}.{name}'.lstrip('.'))
+
+    visit(params, '')
+    return heard
 
 
 def embed_time(p, t, added=None, class_labels=None):
@@ -64,7 +83,8 @@ def embed_time(p, t, added=None, class_labels=None):
 def encode(p, cfg, x, time, context, hint=None, hook=None, features=()):
     """The half that a ControlNet copies -> [skip connection, ..., the middle block's output].
 
-    x [B,H,W,C]; time: from `embed_time`. hint [B,H,W,C']: added to what the first layer gives.
+    x [B,H,W,C]; time: from `embed_time`; context: as of `apply`. hint [B,H,W,C']: added to what
+    the first layer gives.
     features: added after the last attention of each level, or at its end where it has none; one
     too many is added at the very end (diffusers' down_intrablock_additional_residuals).
     """
@@ -151,20 +171,32 @@ def _transformer(p, cfg, level, x, context, hook, place):
     h = pointwise(p['proj_in'], h).reshape(B, H * W, C)
     for i, block in enumerate(children(p['transformer_blocks'])):
         n = layer_norm(block['norm1'], h)
+        here = f'{place}.transformer_blocks.{i}'
         crossed = cfg.only_cross_attention[level]
-        here = None if crossed or hook is None else functools.partial(
-            hook, f'{place}.transformer_blocks.{i}.attn1')
-        h = h + _attend(block['attn1'], cfg.heads[level], n, context if crossed else n, here)
-        h = h + _attend(block['attn2'], cfg.heads[level], layer_norm(block['norm2'], h), context)
+        watch = None if crossed or hook is None else functools.partial(hook, f'{here}.attn1')
+        keys = _keys(block['attn1'], context if crossed else n)
+        h = h + _attend(block['attn1'], cfg.heads[level], n, *keys, watch)
+        n, keys = layer_norm(block['norm2'], h), _keys(block['attn2'], context, f'{here}.attn2')
+        h = h + _attend(block['attn2'], cfg.heads[level], n, *keys)
         n = linear(block['ff']['net']['0']['proj'], layer_norm(block['norm3'], h))
         value, gate = jnp.split(n, 2, -1)  # GEGLU (Shazeer 2020), exact gelu
-        h = h + linear(block['ff']['net']['2'], value * jax.nn.gelu(gate, approximate=False))
+        h = h + linear(block['ff']['net']['2'], value * gelu(gate))
     return x + pointwise(p['proj_out'], h.reshape(B, H, W, C))
 
 
-def _attend(p, heads, x, context, hook=None):
-    """Queries from x [B,T,C], keys and values from context [B,S,D] -> [B,T,C]."""
-    q, k, v = linear(p['to_q'], x), linear(p['to_k'], context), linear(p['to_v'], context)
+def _keys(p, context, place=None):
+    """Keys and values [B,S,C] from a context [B,S,D], or those that were heard in this place."""
+    if isinstance(context, dict):
+        if place is not None:
+            return context[place]
+        context = context['']
+    context = context.astype(p['to_k']['weight'].dtype)
+    return linear(p['to_k'], context), linear(p['to_v'], context)
+
+
+def _attend(p, heads, x, k, v, hook=None):
+    """Queries from x [B,T,C], keys and values [B,S,C] -> [B,T,C]."""
+    q = linear(p['to_q'], x)
     out = None if hook is None else hook(heads, q, k, v)
     out = attention(q, k, v, heads) if out is None else out
     return linear(p['to_out']['0'], out)

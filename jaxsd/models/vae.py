@@ -18,6 +18,7 @@ from jaxsd.models.layers import (
     group_norm,
     linear,
     pointwise,
+    prepared,
     resnet,
     upsample,
 )
@@ -46,7 +47,7 @@ def decode(params, cfg, latent):
     """latent [B,H,W,L], unscaled -> image [B,fH,fW,3] float32, about [-1,1]."""
     if 'layers' in params['decoder']:
         return taesd.decode(params, cfg, latent)
-    p = params['decoder']
+    p = prepared(params['decoder'])
     x = pointwise(params['post_quant_conv'], latent.astype(p['conv_in']['weight'].dtype))
     x = _mid(p['mid_block'], cfg, conv(p['conv_in'], x))
     for block in children(p['up_blocks']):

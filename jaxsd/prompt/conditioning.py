@@ -14,9 +14,10 @@ from jaxsd.models.layers import timestep_embedding
 class Conditioning(NamedTuple):
     """What N texts of B images come to.
 
-    context [B,N,T,D]: features; added [B,N,A]: SDXL's vector, or None. heard, int [calls,B,P]: the
-    text that each of P parts of the guidance hears in each row; None: its own, N = P. The texts
-    have an axis of its own, so that a batch sharded over devices stays where it is.
+    context [B,N,T,D]: features, or several arrays, see unet.hear; added [B,N,A]: SDXL's vector, or
+    None. heard, int [calls,B,P]: the text that each of P parts of the guidance hears in each row;
+    None: its own, N = P. The texts have an axis of their own, so that a batch sharded over devices
+    stays where it is.
     """
 
     context: jax.Array
@@ -24,8 +25,8 @@ class Conditioning(NamedTuple):
     heard: jax.Array | None = None
 
     def of(self, parts, i):
-        """What some parts hear in row i -> context [B*P',T,D], added [B*P',A] or None, image after
-        image; parts: numpy int [P']."""
+        """What some parts hear in row i -> context [B*P',T,D], or several, added [B*P',A] or None,
+        image after image; parts: numpy int [P']."""
         def choose(a):
             if self.heard is None:
                 found = a[:, parts]
@@ -34,7 +35,7 @@ class Conditioning(NamedTuple):
                 found = jax.vmap(lambda a, which: a[which])(a, texts)
             return found.reshape(-1, *a.shape[2:])
 
-        return choose(self.context), None if self.added is None else choose(self.added)
+        return jax.tree.map(choose, self.context), jax.tree.map(choose, self.added)
 
 
 def time_ids(original, crop, target):

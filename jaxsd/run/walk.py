@@ -10,7 +10,7 @@ from jax import lax
 from jaxsd import sampling
 from jaxsd.config import T2IAdapterConfig
 from jaxsd.models import controlnet, t2i_adapter, unet, vae
-from jaxsd.models.layers import attention, attention_received
+from jaxsd.models.layers import attention, attention_received, prepared
 from jaxsd.prompt import conditioning
 from jaxsd.sampling.guidance import Guidance
 from jaxsd.weights import adapters
@@ -143,6 +143,7 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
     """
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
+    params, conditioned = _ready(params, conditioned)
     parts = guidance.parts - (guidance.pag is not None)
     kind = config.schedule.prediction_type
 
@@ -159,6 +160,7 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
         def net(x, t, i):
             received = []
             context, added = conditioned.of(which, i)
+            plain = context[''] if isinstance(context, dict) else context
 
             def hook(place, heads, q, k, v):
                 if sag is not None and place == SAG_PLACE:
@@ -171,7 +173,7 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
             if freeu is not None:
                 freeu = [beside(jnp.broadcast_to(a, len(x) // parts)) for a in freeu]
             residuals, features = _controls(
-                params.get('controlnet'), config.controlnets, weights, i, (x, t, context),
+                params.get('controlnet'), config.controlnets, weights, i, (x, t, plain),
                 jax.tree.map(beside, conditions.hints), added, labels)
             if conditions.extra is not None:
                 x = jnp.concatenate([x, beside(conditions.extra)], -1)
@@ -191,6 +193,18 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
         denoise = _watched(denoise, watch)
     return sampling.sample(denoise, x, rows, noise, info=info,
                            memory=jnp.zeros_like(x) if guidance.momentum else None)
+
+
+def _ready(params, conditioned):
+    """What is the same in every call, done once, as XLA moves nothing out of the walk's branches: on
+    CPU weights are `prepared` and texts heard. Accelerators would rather have the memory."""
+    if jax.default_backend() != 'cpu':
+        return params, conditioned
+    texts = conditioned.context  # [B,N,T,D]
+    heard = unet.hear(params['unet'], texts.reshape(-1, *texts.shape[2:]))
+    heard = jax.tree.map(lambda a: a.reshape(*texts.shape[:2], *a.shape[1:]), heard)
+    nets = {part: prepared(params[part]) for part in ('unet', 'controlnet') if part in params}
+    return params | nets, conditioned._replace(context=heard)
 
 
 def _watched(denoise, watch):
