@@ -247,7 +247,7 @@ def upsample(p, x, shape=None):
         y = _winograd(small, p['tiles'])
     else:
         y = convolve(x, p['weight'])
-    return adapted(p, x, y, convolve) + p['bias']
+    return adapted(p, x, y, convolve) + p.get('bias', 0)
 
 
 def children(p):

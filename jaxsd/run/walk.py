@@ -196,8 +196,8 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
 
 
 def _ready(params, conditioned):
-    """What is the same in every call, done once, as XLA moves nothing out of the walk's branches: on
-    CPU weights are `prepared` and texts heard. Accelerators would rather have the memory."""
+    """What is the same in every call, done once, as XLA moves nothing out of the walk's branches:
+    on CPU, weights `prepared` and texts heard. Accelerators would rather have the memory."""
     if jax.default_backend() != 'cpu':
         return params, conditioned
     texts = conditioned.context  # [B,N,T,D]
