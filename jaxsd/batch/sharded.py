@@ -73,6 +73,9 @@ class _Whole(dict):
     def get(self, key, default=None):
         return self[key] if key in self else default  # noqa: SIM401, dict's would not gather
 
+    def items(self):
+        return [(key, self[key]) for key in self]
+
     def __or__(self, more):
         return _Whole(dict(self) | more, self.axes)
 

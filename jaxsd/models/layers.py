@@ -33,13 +33,19 @@ def conv(p, x, stride=1, padding=1):
 
 
 def _convolve(x, w, stride, padding):
-    if (jax.default_backend() == 'cpu' and stride == 1 and w.shape[:2] == (3, 3) and padding == 1
-            and w.shape[2] >= 512 and x.shape[1] * x.shape[2] <= 256):
+    if jax.default_backend() == 'cpu' and stride == padding == 1 and w.shape[:2] == (3, 3):
         B, H, W, C = x.shape
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifted = [x[:, i:i + H, j:j + W] for i in range(3) for j in range(3)]
-        y = jnp.concatenate(shifted, -1).reshape(-1, 9 * C) @ w.reshape(9 * C, -1)
-        return y.reshape(B, H, W, -1)
+        if C >= 512 and H * W <= 256:
+            x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            shifted = [x[:, i:i + H, j:j + W] for i in range(3) for j in range(3)]
+            y = jnp.concatenate(shifted, -1).reshape(-1, 9 * C) @ w.reshape(9 * C, -1)
+            return y.reshape(B, H, W, -1)
+        if C < 128 and w.shape[3] <= 4:
+            # Products first, then shifts: XLA's convolution of 16 channels to 3 rounds otherwise on
+            # other numbers of threads, and takes twice as long.
+            y = (x.reshape(-1, C) @ w.transpose(2, 0, 1, 3).reshape(C, -1)).reshape(B, H, W, 9, -1)
+            y = jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
+            return sum(y[:, k // 3:k // 3 + H, k % 3:k % 3 + W, k] for k in range(9))
     pad = (padding, padding) if isinstance(padding, int) else padding
     return lax.conv_general_dilated(x, w, (stride, stride), [pad, pad],
                                     dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
@@ -57,7 +63,7 @@ PIXELS = np.float32([[1, 1, 0, 1], [0, 1, -1, -1]])
 def prepared(p, doubled=False):
     """A network's parameters, to be used many times: on CPU with `tiles` for `_winograd` beside the
     weights of 3x3 convolutions. Few channels gain nothing, the most would take too much memory."""
-    if jax.default_backend() != 'cpu' or not isinstance(p, dict):
+    if jax.default_backend() != 'cpu' or type(p) is not dict:  # another is batch.sharded's
         return p
     p = {name: prepared(part, doubled or name == 'upsamplers') for name, part in p.items()}
     w = p.get('weight')

@@ -111,9 +111,9 @@ def test_parts_have_weights_of_their_own(model):
 
 def test_layers_without_adapters_are_what_they_say():
     """The side paths must cost nothing where there are none."""
-    p = {'weight': jnp.ones((3, 3, 4, 4)), 'bias': jnp.ones(4)}
-    linear, norm = {'weight': jnp.ones((4, 5)), 'bias': jnp.ones(5)}, {'weight': p['bias'],
-                                                                       'bias': p['bias']}
+    p = {'weight': jnp.ones((3, 3, 4, 8)), 'bias': jnp.ones(8)}
+    linear, norm = {'weight': jnp.ones((4, 5)), 'bias': jnp.ones(5)}, dict.fromkeys(
+        ('weight', 'bias'), jnp.ones(4))
     x, image = jnp.ones((2, 6, 4)), jnp.ones((2, 6, 6, 4))
 
     def count(f, *args):
