@@ -44,7 +44,7 @@ def _texts(path):
         with Image.open(path) as file:
             file.load()  # PNG: text may stand behind the pixels
             texts = {key: value for key, value in file.info.items() if isinstance(value, str)}
-            comment = file.getexif().get_ifd(0x8769).get(0x9286)
+            exif = file.getexif().get_ifd(0x8769).get(0x9286)
     except FileNotFoundError:
         raise FileNotFoundError(f'no such file: {path}') from None
     except UnidentifiedImageError:
@@ -53,10 +53,10 @@ def _texts(path):
         if getattr(error, 'errno', None):
             raise
         raise ValueError(f'{path} is damaged or cut off: {error}') from None
-    return ({'parameters': _comment(comment)} if comment else {}) | texts
+    return ({'parameters': comment(exif)} if exif else {}) | texts
 
 
-def _comment(value):
+def comment(value):
     """EXIF's user comment: 8 bytes that name the code, then text; UTF-16 in either order."""
     if isinstance(value, str):
         return value

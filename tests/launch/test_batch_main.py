@@ -100,44 +100,42 @@ def few(tmp_path_factory, cache):
     return out, _hashes(out)
 
 
-def test_a_full_disk_stops_cleanly_and_the_run_goes_on(tmp_path, few, cache):
-    disk = tmp_path / 'disk'
-    disk.mkdir()
-    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=80k', 'tmpfs', disk],
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 80 kB."""
+    path = tmp_path / 'disk'
+    path.mkdir()
+    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=80k', 'tmpfs', path],
                                       capture_output=True).returncode:
         pytest.skip('needs the right to mount a small tmpfs')
-    try:
-        status, _, error = _batch(disk / 'run', *FEW, **cache)
-        last = error.strip().splitlines()[-1]
-        assert status == 1 and 'No space left on device' in last and 'the same command' in last
-        safe = _hashes(disk / 'run')
-        assert 0 < len(safe) < 12 and safe.items() <= few[1].items()
-        assert not list(disk.rglob('*.tmp'))
-        subprocess.run(['mount', '-o', 'remount,size=8m', disk], check=True)
-        status, _, error = _batch(disk / 'run', *FEW, **cache)
-        assert status == 0, error
-        assert _hashes(disk / 'run') == few[1]
-    finally:
-        subprocess.run(['umount', disk], check=True)
+    yield path
+    subprocess.run(['umount', path], check=True)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, few, cache):
-    """Of a file system that has become read-only."""
-    disk = tmp_path / 'disk'
-    disk.mkdir()
-    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', disk],
-                                      capture_output=True).returncode:
-        pytest.skip('needs the right to mount a tmpfs')
-    try:
-        remount = ['mount', '-o', 'remount,ro', disk]
-        subprocess.run(remount, check=True)
-        status, _, error = _batch(disk / 'run', *FEW, **cache)
-        assert status == 1 and 'Read-only file system' in error.strip().splitlines()[-1]
-        subprocess.run([*remount[:2], 'remount,rw', disk], check=True)
-        status, _, error = _batch(disk / 'run', *FEW, **cache)
-        assert status == 0 and _hashes(disk / 'run') == few[1]
-    finally:
-        subprocess.run(['umount', disk], check=True)
+def _remount(path, options):
+    subprocess.run(['mount', '-o', f'remount,{options}', path], check=True)
+
+
+def test_a_full_disk_stops_cleanly_and_the_run_goes_on(disk, few, cache):
+    status, _, error = _batch(disk / 'run', *FEW, **cache)
+    last = error.strip().splitlines()[-1]
+    assert status == 1 and 'No space left on device' in last and 'the same command' in last
+    safe = _hashes(disk / 'run')
+    assert 0 < len(safe) < 12 and safe.items() <= few[1].items()
+    assert not list(disk.rglob('*.tmp'))
+    _remount(disk, 'size=8m')
+    status, _, error = _batch(disk / 'run', *FEW, **cache)
+    assert status == 0, error
+    assert _hashes(disk / 'run') == few[1]
+
+
+def test_a_folder_that_cannot_be_written(disk, few, cache):
+    _remount(disk, 'ro')
+    status, _, error = _batch(disk / 'run', *FEW, **cache)
+    assert status == 1 and 'Read-only file system' in error.strip().splitlines()[-1]
+    _remount(disk, 'rw,size=8m')
+    status, _, error = _batch(disk / 'run', *FEW, **cache)
+    assert status == 0 and _hashes(disk / 'run') == few[1]
 
 
 def test_interrupted_it_finishes_what_it_began(tmp_path, few, cache):

@@ -1,0 +1,264 @@
+"""A1111's JSON (AUTOMATIC1111/stable-diffusion-webui, modules/api) to Requests and back.
+
+Pure functions: nothing here opens a file, and no text of a request is ever taken for a path.
+"""
+
+import base64
+import binascii
+import difflib
+import io
+import json
+import re
+import struct
+import warnings
+import zlib
+from inspect import signature
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import ValidationError
+
+from jaxsd import images
+from jaxsd.run import infotext, picture
+from jaxsd.run.request import MAX_SEED, Request, random_seed
+from jaxsd.sampling import SAMPLERS, SCHEDULES
+from jaxsd.sampling.choice import choose, one_of, unknown
+from jaxsd.serve.schemas import Img2Img, Neutral
+
+FORMATS = ('PNG', 'JPEG', 'WEBP')  # of Pillow's readers: some others start programs
+AUTOMATIC = infotext.AUTOMATIC | dict.fromkeys(infotext.BY_TIMESTEPS, 'ddim_uniform')
+RESIZE = ('stretch', 'crop', 'pad')  # by resize_mode
+FILLS = ('edge', 'original', 'latent', 'latent')  # by inpainting_fill: there noise and nothing
+CHURN = {'s_churn': 0, 's_tmin': 0, 's_tmax': 0, 's_noise': 1}  # A1111's defaults, left to samplers
+
+class Limits(NamedTuple):
+    """What one request may ask for. pixels: width times height; of a picture sent, 4 times that."""
+
+    pixels: int = 2**20
+    steps: int = 100
+    batch: int = 16
+
+
+def parse(model, data):
+    """JSON as bytes -> an instance of the model. Raises ValueError, in one line."""
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    name = '.'.join(map(str, first['loc'])) or 'the body'
+    if first['type'] == 'extra_forbidden':
+        raise unknown('field', name[:80], model.model_fields)
+    told = first['type'] not in ('json_invalid', 'missing')
+    found = f', found {brief(first["input"])}' if told else ''
+    if first['loc'] and first['loc'][0] in Neutral.model_fields:
+        found += ': this is not supported here'
+    raise ValueError(f'{name}: {first["msg"]}{found}')
+
+
+def brief(value):
+    """A value as an error tells it: one short line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f'{text[:77]}...'
+
+
+def requests(body, defaults, limits, model='', vae='', refiner=''):
+    """A Body -> its Requests, with seeds that count up.
+
+    defaults: arguments of Request, for what the body leaves open. model, vae, refiner: the names
+    of what is loaded. Raises ValueError for what is wrong or too much.
+    """
+    given = {**defaults, 'prompt': body.prompt or '', 'negative_prompt': body.negative_prompt or ''}
+    given |= {ours: getattr(body, theirs) for ours, theirs in (
+        ('steps', 'steps'), ('guidance', 'cfg_scale'), ('width', 'width'), ('height', 'height')
+        ) if getattr(body, theirs) is not None}
+    if body.width or body.height:
+        given['aspect'] = None
+    given |= _walk(body, defaults)
+    if body.eta is not None and 'eta' in signature(SAMPLERS[given['sampler']]).parameters:
+        given['eta'] = body.eta  # clients send it always: A1111 passes over it as well
+    given |= _settings(body.override_settings or {}, model, vae)
+    given |= _refiner(body, refiner)
+    count = (body.batch_size or 1) * (body.n_iter or 1)
+    for name, value, most in (('steps', given.get('steps', 0), limits.steps),
+                              ('batch_size * n_iter', count, limits.batch)):
+        if value > most:
+            raise ValueError(f'{name}={value}: expected at most {most}')
+    if isinstance(body, Img2Img):
+        given |= _pictures(body, limits)
+    seed = -1 if body.seed is None else body.seed
+    seed = random_seed() if seed == -1 else seed
+    first = Request(**given)
+    return [first.replace(seed=(seed + i) % (MAX_SEED + 1)) for i in range(count)]
+
+
+def _walk(body, defaults):
+    """Sampler and schedule, by A1111's names, its old ones ('DPM++ 2M Karras'), or ours."""
+    found, schedule = {}, None
+    name = body.sampler_name or body.sampler_index
+    if name and name.lower() != 'automatic':
+        sampler, schedule = _sampler(name)
+        found = {'sampler': sampler, 'schedule': schedule or AUTOMATIC.get(sampler, 'normal'),
+                 'schedule_options': {}, 'sampler_options': {}}
+        if sampler == defaults.get('sampler'):
+            found['sampler_options'] = defaults.get('sampler_options') or {}
+        if 'sde heun' in name.lower():
+            found['sampler_options'] = {'solver_type': 'heun'}
+    if body.scheduler and body.scheduler.lower() == 'automatic':
+        sampler = found.get('sampler', defaults.get('sampler'))
+        found |= {'schedule': schedule or AUTOMATIC.get(sampler, 'normal'), 'schedule_options': {}}
+    elif body.scheduler:
+        found |= {'schedule': choose('scheduler', body.scheduler.lower(), infotext.SCHEDULE_NAMES),
+                  'schedule_options': {}}
+    churn = {option: getattr(body, option) for option, usual in CHURN.items()
+             if getattr(body, option) not in (None, usual)}
+    if churn:
+        found['sampler_options'] = {**found.get('sampler_options', {}), **churn}
+    return found
+
+
+def _sampler(name):
+    """A sampler's name -> ours, and that of the schedule that an old name holds, or None."""
+    low = name.lower()
+    if low in infotext.SAMPLER_NAMES:
+        return infotext.SAMPLER_NAMES[low], None
+    for end, schedule in infotext.SCHEDULE_NAMES.items():
+        sampler = infotext.SAMPLER_NAMES.get(low.removesuffix(f' {end}'))
+        if sampler and low.endswith(f' {end}'):
+            return sampler, schedule
+    known = list(dict.fromkeys([*picture.SAMPLERS.values(), *SAMPLERS]))
+    near = difflib.get_close_matches(low, map(str.lower, known), n=1, cutoff=0)
+    raise ValueError(f'unknown sampler {brief(name)}: did you mean '
+                     f'{next(k for k in known if k.lower() == near[0])!r}? '
+                     f'Known: {", ".join(known)}')
+
+
+def _settings(settings, model, vae):
+    """override_settings -> arguments of Request. Raises ValueError for what it cannot honour."""
+    only = {'sd_model_checkpoint': (model,), 'sd_vae': (vae or 'Automatic', 'Automatic', 'None'),
+            'eta_noise_seed_delta': (0,), 'samples_format': ('png',)}
+    honoured = {'CLIP_stop_at_last_layers': lambda v: {'clip_skip': v},
+                'randn_source': lambda v: {'noise': choose('randn_source', v, infotext.NOISES)},
+                'emphasis': lambda v: {'weighting': choose('emphasis', v, infotext.EMPHASIS)}}
+    found = {}
+    for name, value in settings.items():
+        one_of('override setting', name, [*honoured, *only])
+        if value is None:
+            continue
+        if name in honoured:
+            found |= honoured[name](value)
+        elif value not in only[name]:
+            raise ValueError(f'override_settings.{name}={brief(value)}: expected '
+                             f'{" or ".join(map(repr, dict.fromkeys(only[name])))}')
+    return found
+
+
+def _refiner(body, refiner):
+    """When the refiner takes over; 1, never, for requests that do not name it."""
+    if not body.refiner_checkpoint or body.refiner_checkpoint == 'None':
+        return {'switch': 1.0} if refiner else {}
+    one_of('refiner_checkpoint', body.refiner_checkpoint, [refiner] if refiner else [])
+    return {} if body.refiner_switch_at is None else {'switch': body.refiner_switch_at}
+
+
+def _pictures(body, limits):
+    """init_images, mask and what is done with them -> arguments of Request."""
+    found = {'image': images.read(decode(body.init_images[0], 'init_images.0', limits)),
+             'strength': 0.75 if body.denoising_strength is None else body.denoising_strength,
+             'resize': RESIZE[body.resize_mode or 0]}
+    if body.mask is None:
+        return found
+    mask = images.read_gray(decode(body.mask, 'mask', limits))
+    blurs = {blur for blur in (body.mask_blur_x, body.mask_blur_y) if blur is not None}
+    if len(blurs) > 1 and body.mask_blur is None:
+        raise ValueError(f'mask_blur_x={body.mask_blur_x}, mask_blur_y={body.mask_blur_y}: '
+                         'expected the same of both')
+    blur = body.mask_blur if body.mask_blur is not None else next(iter(blurs), 4)
+    return found | {
+        'mask': np.float32(1) - mask if body.inpainting_mask_invert else mask, 'mask_blur': blur,
+        'only_masked': None if body.inpaint_full_res is False else
+        body.inpaint_full_res_padding or 0, 'fill': FILLS[body.inpainting_fill or 0]}
+
+
+def decode(text, name, limits):
+    """base64 or a data: URL -> a PIL.Image, opened but not decoded, of not too many pixels.
+
+    Raises ValueError.
+    """
+    from PIL import Image
+    head = re.match(r'\s*data:[\w/+.-]{0,64}(;[\w=.-]{0,64}){0,4},', text[:512])
+    try:
+        data = base64.b64decode(re.sub(r'\s', '', text[head.end() if head else 0:]), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError(f'{name}: expected a picture as base64 or a data: URL (no file and no '
+                         f'address is read), found {brief(text)}') from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # Pillow's own limit is far above ours
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception:  # whatever its readers raise for bytes that somebody made up
+        raise ValueError(f'{name}: expected a picture, {", ".join(FORMATS)}, of base64; found '
+                         f'{len(data)} bytes that are none') from None
+    if (pixels := image.width * image.height) > 4 * limits.pixels:
+        raise ValueError(f'{name} has {pixels} pixels: expected at most {4 * limits.pixels}')
+    return image
+
+
+def answer(body, found, texts, model=''):
+    """What txt2img and img2img answer -> a dict for JSON.
+
+    found: per picture its Request and PNG file; texts: their `parameters`.
+    """
+    made, files = zip(*found)
+    first = made[0]
+    seeds, prompts, negatives = ([getattr(r, name) for r in made]
+                                 for name in ('seed', 'prompt', 'negative_prompt'))
+    info = {
+        'prompt': first.prompt, 'all_prompts': prompts, 'negative_prompt': first.negative_prompt,
+        'all_negative_prompts': negatives, 'seed': first.seed, 'all_seeds': seeds, 'subseed': -1,
+        'all_subseeds': [-1] * len(made), 'subseed_strength': 0, 'width': first.width,
+        'height': first.height,
+        'sampler_name': picture.SAMPLERS.get(first.sampler, first.sampler),
+        'cfg_scale': float(np.ravel(first.guidance)[0]), 'steps': first.steps,
+        'batch_size': body.batch_size or 1, 'restore_faces': False, 'face_restoration_model': None,
+        'sd_model_name': model, 'sd_model_hash': None, 'sd_vae_name': None, 'sd_vae_hash': None,
+        'seed_resize_from_w': -1, 'seed_resize_from_h': -1,
+        'denoising_strength': None if first.image is None else first.strength,
+        'extra_generation_params': {}, 'index_of_first_image': 0, 'infotexts': texts, 'styles': [],
+        'job_timestamp': '0', 'clip_skip': first.clip_skip,
+        'is_using_inpainting_conditioning': False, 'version': texts[0].rpartition('Version: ')[2]}
+    hidden = {} if getattr(body, 'include_init_images', True) else {'init_images': None,
+                                                                    'mask': None}
+    return {'images': [] if body.send_images is False else
+            [base64.b64encode(file).decode() for file in files],
+            'parameters': body.model_dump() | hidden, 'info': json.dumps(info, ensure_ascii=False)}
+
+
+def png_info(text, limits):
+    """A picture as base64 -> the text that it carries: (info, items, parameters)."""
+    image = decode(text, 'image', limits)
+    try:
+        image.load()  # PNG: text may stand behind the pixels
+        items = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+        comment = image.getexif().get_ifd(0x8769).get(0x9286)
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        raise ValueError(f'image is damaged or cut off: {error}') from None
+    if comment and 'parameters' not in items:
+        items['parameters'] = infotext.comment(comment)
+    info = items.pop('parameters', '')
+    prompt, negative, pairs = infotext.parse(info) if info else ('', '', {})
+    return info, items, {'Prompt': prompt, 'Negative prompt': negative, **pairs} if info else {}
+
+
+def samplers():
+    """GET /sdapi/v1/samplers: A1111's names, ours where it has none."""
+    return [{'name': picture.SAMPLERS.get(name, name), 'aliases': [name], 'options': {}}
+            for name in SAMPLERS]
+
+
+def schedulers():
+    """GET /sdapi/v1/schedulers."""
+    names = {'automatic': 'Automatic', **{name: picture.SCHEDULES.get(name, name)
+                                          for name in SCHEDULES}}
+    return [{'name': name, 'label': label, 'aliases': None, 'default_rho':
+             7.0 if name == 'karras' else None, 'need_inner_model': False}
+            for name, label in names.items()]

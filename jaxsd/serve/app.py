@@ -1,0 +1,276 @@
+"""The server's HTTP: routes, limits, keys, time-outs. One process, one model."""
+
+import asyncio
+import concurrent.futures
+import json
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import fastapi
+import numpy as np
+import prometheus_client
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from jaxsd.run import canvas, picture, texts
+from jaxsd.run.request import Request
+from jaxsd.serve import a1111, schemas
+from jaxsd.serve.batcher import Batcher, Busy, Stopped
+from jaxsd.serve.door import Door, Gone, Refused, read_body, refusal
+
+PARTS = 8  # prompts joined by AND, the negative one too: each is one more picture for the U-Net
+TEXTS = 128  # blocks of 75 tokens that a picture's text encoders read, of all texts of all steps
+
+
+class Settings(NamedTuple):
+    """What a server is told.
+
+    defaults: arguments of Request. key: None lets everybody in. body: bytes. timeout: seconds for
+    a request, queueing included. read: seconds for its head, for its body, and to take the answer.
+    connections: at once; more are turned away with 503.
+    loopback: answer to names of this machine only, which keeps out web pages that a browser here
+    shows (DNS rebinding).
+    """
+
+    defaults: Mapping[str, Any]
+    limits: a1111.Limits = a1111.Limits()
+    key: str | None = None
+    body: int = 2**24
+    timeout: float = 300
+    read: float = 30
+    loopback: bool = True
+    connections: int = 128
+
+
+class Loaded(NamedTuple):
+    """model, vae, refiner: names. run: what `picture.record` tells beside the request."""
+
+    batcher: Batcher
+    model: str
+    vae: str
+    refiner: str
+    run: Mapping[str, Any]
+
+
+class Service:
+    """What the routes share.
+
+    load() -> Loaded, called in a thread of its own. failed: what it, or the first picture, raised.
+    """
+
+    def __init__(self, settings, metrics, load):
+        self.settings, self.metrics = settings, metrics
+        self.loaded = self.failed = None
+        self.tasks = {}  # {force_task_id: Job}
+        self.pool = concurrent.futures.ThreadPoolExecutor(4, 'prepare')
+        threading.Thread(target=self._load, args=[load], daemon=True).start()
+
+    def _load(self, load):
+        try:
+            loaded = load()
+            engine = loaded.batcher.engine
+            needs = canvas.kind(engine.config) in ('depth', 'upscaler')
+            image = np.full((64, 64, 3), 127, np.uint8) if needs else None
+            [first] = engine.resolve([Request(**self.settings.defaults, image=image)])
+            loaded.batcher.warm(first)
+            self.loaded = loaded
+        except Exception as error:
+            self.failed = error
+
+    def ready(self):
+        """-> Loaded. Raises Stopped before there is a first picture, and when there come no more.
+        """
+        if self.loaded is None:
+            raise Stopped('the model is being loaded')
+        self.loaded.batcher.check(0)
+        return self.loaded
+
+    def stop(self):
+        """Begin no more; returns when what runs is done."""
+        if self.loaded is not None:
+            self.loaded.batcher.stop()
+
+    def prepare(self, loaded, model, data):
+        """A body's bytes -> it, its Requests, and their Job. Milliseconds: off the event loop."""
+        settings, batcher = self.settings, loaded.batcher
+        body = a1111.parse(model, data)
+        requests = batcher.engine.resolve(a1111.requests(
+            body, settings.defaults, settings.limits, loaded.model, loaded.vae, loaded.refiner))
+        requests = [r.replace(wildcards=None) for r in requests]  # they have had their say
+        for request in requests:
+            _check(request, settings.limits, batcher.engine.nets[0][0])
+        job = batcher.submit(requests)
+        name = body.force_task_id
+        if name is not None and self.tasks.setdefault(name, job) is not job:
+            batcher.cancel(job)
+            raise ValueError(f'force_task_id={a1111.brief(name)}: expected one that is not in use')
+        return body, requests, job
+
+    def drop(self, prepared):
+        """A request is over, however: what it still wanted is not made. prepared: a future."""
+        if not prepared.cancelled() and not prepared.exception():
+            body, _, job = prepared.result()
+            self.loaded.batcher.cancel(job)
+            if self.tasks.get(body.force_task_id) is job:
+                del self.tasks[body.force_task_id]
+
+    def answer(self, loaded, body, requests, found):
+        """-> the answer's JSON as bytes. PNG files take their time: off the event loop."""
+        _raise_failed(found)
+        names = {'vae': loaded.vae, 'refiner': loaded.refiner}
+        lines = [picture.parameters(r, loaded.model, **names if r.switch < 1 else
+                                    names | {'refiner': ''}) for r in requests]
+        files = [picture.png(made.image, {
+            'parameters': line, 'jaxsd': picture.record(
+                request, id=made.id, microbatch=loaded.batcher.engine.microbatch, **loaded.run)})
+            for made, line, request in zip(found, lines, requests)]
+        return json.dumps(a1111.answer(body, list(zip(requests, files)), lines, loaded.model),
+                          allow_nan=False).encode()
+
+
+def _check(request, limits, model):
+    """ValueError for a resolved request that is too much."""
+    if request.width * request.height > limits.pixels:
+        raise ValueError(f'{request.width}x{request.height}: expected at most {limits.pixels} '
+                         'pixels')
+    reading = texts.read(request)
+    if (parts := sum(map(len, reading.sides.values()))) > PARTS:
+        raise ValueError(f'prompt: {parts} parts: expected at most {PARTS}, the negative prompt '
+                         'and those between AND')
+    count = len(texts.arrange([reading]).texts[0]) * texts.count(model, request)
+    if count > TEXTS:
+        raise ValueError(f'prompt: {count} blocks of 75 tokens in all of its steps: expected at '
+                         f'most {TEXTS}')
+
+
+def _raise_failed(found):
+    """Raise what a job came to, where that is no pictures."""
+    for error in found:
+        if isinstance(error, (ValueError, Stopped)):  # ValueError: not finite
+            raise error
+        if isinstance(error, Exception):
+            line = str(error).strip().partition('\n')[0] or type(error).__name__
+            raise Refused(500, 'failed', f'the picture could not be made: {line}')
+
+
+def build(service):
+    """A Service -> its ASGI application."""
+    app = fastapi.FastAPI(title='jaxsd', docs_url=None, redoc_url=None)
+    for kind in (Refused, Gone, Stopped, Busy, ValueError, RecursionError, RequestValidationError,
+                 HTTPException, Exception):
+        app.add_exception_handler(kind, refusal)
+    settings = service.settings
+
+    def errors(*codes):
+        return {code: {'model': schemas.Error} for code in (
+            401, 403, *codes, *([408, 413, 415, 422] if 413 in codes else []))}
+
+    def reads(model):
+        return {'requestBody': {'required': True, 'content': {
+            'application/json': {'schema': model.model_json_schema()}}}}
+
+    async def pictures(request, model):
+        loop, loaded = asyncio.get_running_loop(), service.ready()
+        loaded.batcher.check(1)
+        data = await read_body(request, settings)
+        until = loop.time() + settings.timeout
+        gone = asyncio.ensure_future(_hung_up(request))
+        prepared = loop.run_in_executor(service.pool, service.prepare, loaded, model, data)
+        try:
+            body, requests, job = await _first(prepared, gone, until)
+            found = await _first(asyncio.wrap_future(job.future), gone, until)
+            content = await loop.run_in_executor(
+                service.pool, service.answer, loaded, body, requests, found)
+        finally:
+            gone.cancel()
+            prepared.add_done_callback(service.drop)
+        return fastapi.Response(content, media_type='application/json')
+
+    busy = errors(409, 413, 429, 500, 503, 504)
+
+    @app.post('/sdapi/v1/txt2img', response_model=schemas.Images, responses=busy,
+              openapi_extra=reads(schemas.Txt2Img))
+    async def txt2img(request: fastapi.Request):
+        return await pictures(request, schemas.Txt2Img)
+
+    @app.post('/sdapi/v1/img2img', response_model=schemas.Images, responses=busy,
+              openapi_extra=reads(schemas.Img2Img))
+    async def img2img(request: fastapi.Request):
+        return await pictures(request, schemas.Img2Img)
+
+    @app.post('/sdapi/v1/png-info', response_model=schemas.PngInfo, responses=errors(413),
+              openapi_extra=reads(schemas.PngInfoBody))
+    async def png_info(request: fastapi.Request):
+        def read(data):
+            return a1111.png_info(a1111.parse(schemas.PngInfoBody, data).image, settings.limits)
+        data = await read_body(request, settings)
+        found = await asyncio.get_running_loop().run_in_executor(service.pool, read, data)
+        return dict(zip(schemas.PngInfo.model_fields, found))
+
+    @app.post('/sdapi/v1/interrupt', responses=errors(404, 413),
+              openapi_extra=reads(schemas.InterruptBody))
+    async def interrupt(request: fastapi.Request) -> dict[str, str]:
+        name = a1111.parse(schemas.InterruptBody, await read_body(request, settings)).force_task_id
+        job = service.tasks.get(name)
+        if job is None or not service.loaded.batcher.cancel(job):
+            raise Refused(404, 'not_found', f'force_task_id={a1111.brief(name)}: no such task')
+        return {}
+
+    @app.get('/sdapi/v1/progress', responses=errors(422, 503))
+    async def progress(skip_current_image: bool = False) -> schemas.Progress:
+        waiting, running, done, seconds = service.ready().batcher.counts()
+        count = waiting + running and waiting + running + done
+        return schemas.Progress(
+            progress=done / count if count else 0, eta_relative=seconds, textinfo='',
+            state=schemas.State(job=f'{running} running, {waiting} waiting' if count else '',
+                        job_count=count, job_no=done if count else 0))
+
+    @app.get('/sdapi/v1/samplers', responses=errors())
+    async def samplers() -> list[schemas.Sampler]:
+        return a1111.samplers()
+
+    @app.get('/sdapi/v1/schedulers', responses=errors())
+    async def schedulers() -> list[schemas.Scheduler]:
+        return a1111.schedulers()
+
+    @app.get('/sdapi/v1/sd-models', responses=errors(503))
+    async def sd_models() -> list[schemas.SDModel]:
+        name = service.ready().model
+        return [schemas.SDModel(title=name, model_name=name, filename=name)]
+
+    @app.get('/sdapi/v1/options', responses=errors(503))
+    async def options() -> schemas.Options:
+        loaded = service.ready()
+        return schemas.Options(sd_model_checkpoint=loaded.model, sd_vae=loaded.vae or 'Automatic',
+                       CLIP_stop_at_last_layers=settings.defaults.get('clip_skip', 1))
+
+    @app.get('/healthz', responses={403: {'model': schemas.Error}, 503: {'model': schemas.Error}})
+    async def healthz() -> schemas.Health:
+        service.ready()
+        return schemas.Health(status='ok')
+
+    @app.get('/metrics', responses=errors(), response_class=fastapi.responses.PlainTextResponse)
+    async def metrics():
+        return fastapi.Response(prometheus_client.generate_latest(service.metrics.registry),
+                                media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    return Door(app, service)
+
+
+async def _hung_up(request):
+    while (await request.receive())['type'] != 'http.disconnect':
+        pass
+
+
+async def _first(future, gone, until):
+    """The future's result, unless the client goes or the time is up before."""
+    left = until - asyncio.get_running_loop().time()
+    await asyncio.wait({future, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+    if future.cancelled():
+        raise Refused(409, 'interrupted', 'the task was interrupted')
+    if future.done():
+        return future.result()
+    if gone.done():
+        raise Gone
+    raise Refused(504, 'timeout', 'the pictures were not there in time')

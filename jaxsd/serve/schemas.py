@@ -1,0 +1,214 @@
+"""What the API takes and gives, as pydantic models: the OpenAPI document is made of them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from jaxsd.run.request import MAX_SEED
+
+STRICT = ConfigDict(strict=True, extra='forbid', allow_inf_nan=False)
+
+Prompt = Annotated[str, Field(max_length=4000)]
+Name = Annotated[str, Field(max_length=128)]
+Side = Annotated[int, Field(ge=8, le=16384, multiple_of=8)]
+Base64 = Annotated[str, Field(
+    description='PNG, JPEG or WebP as base64, or a data: URL; addresses and paths are not read.')]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+NoScripts = Annotated[dict[str, Any], Field(max_length=0)]
+No = Literal[False]
+Zero = Annotated[float, Field(ge=0, le=0)]
+Unset = Annotated[int, Field(ge=-1, le=0)]
+
+
+class Neutral(BaseModel):
+    """What A1111 has and this server has not: the types allow what is as good as nothing."""
+
+    model_config = STRICT
+
+    styles: Nothing | None = None
+    script_name: Literal[''] | None = None
+    script_args: Nothing | None = None
+    alwayson_scripts: NoScripts | None = None
+    comments: NoScripts | None = None
+    infotext: Literal[''] | None = None
+    save_images: No | None = False  # nothing is ever written on the server
+    restore_faces: No | None = None
+    tiling: No | None = None
+    disable_extra_networks: No | None = None
+    subseed_strength: Zero | None = None
+    s_min_uncond: Zero | None = None
+    token_merging_ratio: Zero | None = None
+    token_merging_ratio_hr: Zero | None = None
+    seed_resize_from_h: Unset | None = None
+    seed_resize_from_w: Unset | None = None
+    enable_hr: No | None = None
+
+
+class Body(Neutral):
+    """What txt2img and img2img take; null is as good as absent."""
+
+    prompt: Prompt | None = ''
+    negative_prompt: Prompt | None = ''
+    seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] | None = -1
+    steps: Annotated[int, Field(ge=1)] | None = None
+    cfg_scale: float | None = None
+    width: Side | None = None
+    height: Side | None = None
+    sampler_name: Name | None = None
+    sampler_index: Name | None = None
+    scheduler: Name | None = None
+    eta: Annotated[float, Field(ge=0)] | None = None
+    s_churn: Annotated[float, Field(ge=0)] | None = None
+    s_tmin: Annotated[float, Field(ge=0)] | None = None
+    s_tmax: Annotated[float, Field(ge=0)] | None = None
+    s_noise: Annotated[float, Field(ge=0)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] | None = 1
+    n_iter: Annotated[int, Field(ge=1)] | None = 1
+    override_settings: dict[Name, bool | int | float | Name | None] | None = None
+    refiner_checkpoint: Name | None = None
+    refiner_switch_at: Annotated[float, Field(ge=0, le=1)] | None = None
+    send_images: bool | None = True
+    force_task_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+
+    # Without a meaning here:
+    subseed: int | None = None
+    do_not_save_samples: bool | None = None
+    do_not_save_grid: bool | None = None
+    override_settings_restore_afterwards: bool | None = None
+
+
+class Txt2Img(Body):
+    """POST /sdapi/v1/txt2img."""
+
+    denoising_strength: float | None = None  # these belong to enable_hr
+    hr_scale: float | None = None
+    hr_upscaler: str | None = None
+    hr_second_pass_steps: int | None = None
+    hr_resize_x: int | None = None
+    hr_resize_y: int | None = None
+    hr_checkpoint_name: str | None = None
+    hr_sampler_name: str | None = None
+    hr_scheduler: str | None = None
+    hr_prompt: str | None = None
+    hr_negative_prompt: str | None = None
+    firstphase_width: int | None = None
+    firstphase_height: int | None = None
+    firstpass_image: None = None
+
+
+class Img2Img(Body):
+    """POST /sdapi/v1/img2img."""
+
+    init_images: Annotated[list[Base64], Field(min_length=1, max_length=1)]
+    mask: Base64 | None = None
+    mask_blur: Annotated[float, Field(ge=0, le=256)] | None = None
+    mask_blur_x: Annotated[float, Field(ge=0, le=256)] | None = None
+    mask_blur_y: Annotated[float, Field(ge=0, le=256)] | None = None
+    inpainting_fill: Annotated[int, Field(ge=0, le=3)] | None = 0
+    inpaint_full_res: bool | None = True
+    inpaint_full_res_padding: Annotated[int, Field(ge=0, le=16384)] | None = 0
+    inpainting_mask_invert: Annotated[int, Field(ge=0, le=1)] | None = 0
+    resize_mode: Annotated[int, Field(ge=0, le=2)] | None = 0
+    denoising_strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    include_init_images: bool | None = False
+    image_cfg_scale: float | None = None  # of instruct-pix2pix
+    initial_noise_multiplier: Annotated[float, Field(ge=1, le=1)] | None = None
+    latent_mask: None = None
+    mask_round: bool | None = None
+
+
+# What is answered.
+
+
+class Error(BaseModel):
+    """error: one word; detail: one line."""
+
+    detail: str
+    error: str
+
+
+class Images(BaseModel):
+    """images: PNG files as base64; info: JSON text."""
+
+    images: list[str]
+    parameters: dict[str, Any]
+    info: str
+
+
+class PngInfo(BaseModel):
+    info: str
+    items: dict[str, str]
+    parameters: dict[str, str]
+
+
+class PngInfoBody(BaseModel):
+    """POST /sdapi/v1/png-info."""
+
+    model_config = STRICT
+    image: Base64
+
+
+class InterruptBody(BaseModel):
+    """POST /sdapi/v1/interrupt."""
+
+    model_config = STRICT
+    force_task_id: str = Field(min_length=1, max_length=128)
+
+
+class State(BaseModel):
+    skipped: bool = False
+    interrupted: bool = False
+    stopping_generation: bool = False
+    job: str
+    job_count: int
+    job_timestamp: str = '0'
+    job_no: int
+    sampling_step: int = 0
+    sampling_steps: int = 0
+
+
+class Progress(BaseModel):
+    progress: float
+    eta_relative: float
+    state: State
+    current_image: None = None
+    textinfo: str
+
+
+class Sampler(BaseModel):
+    name: str
+    aliases: list[str]
+    options: dict[str, str]
+
+
+class Scheduler(BaseModel):
+    name: str
+    label: str
+    aliases: list[str] | None
+    default_rho: float | None
+    need_inner_model: bool
+
+
+class SDModel(BaseModel):
+    model_config = {'protected_namespaces': ()}
+
+    title: str
+    model_name: str
+    hash: str | None = None
+    sha256: str | None = None
+    filename: str
+    config: str | None = None
+
+
+class Options(BaseModel):
+    sd_model_checkpoint: str
+    sd_vae: str
+    CLIP_stop_at_last_layers: int
+    eta_noise_seed_delta: int = 0
+    samples_format: str = 'png'
+
+
+class Health(BaseModel):
+    status: str
+
+

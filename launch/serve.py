@@ -1,0 +1,101 @@
+"""A server with A1111's API, for teams.
+
+python -m launch.serve --config=configs/emoji.py --port=7860
+
+Pictures of requests that come at once are made together, and come out as they do alone. On
+SIGTERM what runs is finished.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+
+from absl import app, flags
+
+from launch import engine, generate
+from launch.recipe import fields
+
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+    """Not at import: other mains have flags of these names."""
+    engine.define_flags()
+    flags.DEFINE_string('wildcards', None, 'A folder of NAME.txt, for __NAME__ in prompts.')
+    flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at; another than this machine\'s '
+                        'own needs --api_key or --insecure.')
+    flags.DEFINE_integer('port', 7860, 'Port.', 1, 65535)
+    flags.DEFINE_string('api_key', None, 'What clients must send, as a Bearer token or as the '
+                        'password of Basic; better given as JAXSD_API_KEY, which ps does not show.')
+    flags.DEFINE_boolean('insecure', False, 'Let everybody in who reaches --host, without a key.')
+    flags.DEFINE_float('linger_ms', 10, 'Milliseconds that a free device waits for more pictures '
+                       'where some are to be expected.', 0, 1000)
+    flags.DEFINE_integer('queue', 64, 'Pictures that may wait; beyond, 429.', 1)
+    flags.DEFINE_float('timeout', 300, 'Seconds for a request, waiting included; then 504.', 0.1)
+    flags.DEFINE_float('read_timeout', 30, 'Seconds to send a request, and to take its answer.',
+                       0.1)
+    flags.DEFINE_integer('max_pixels', 2**20, 'Width times height; of a picture that is sent, four '
+                         'times that.', 64)
+    flags.DEFINE_integer('max_steps', 100, 'Steps of a picture.', 1)
+    flags.DEFINE_integer('max_batch', 16, 'Pictures of a request.', 1)
+    flags.DEFINE_integer('max_body', 2**24, 'Bytes of a request\'s body.', 1)
+
+
+def run():
+    """Listen, load, serve until SIGTERM or SIGINT."""
+    recipe = FLAGS.config
+    key = FLAGS.api_key or os.environ.get('JAXSD_API_KEY')
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's chatter
+    try:
+        from jaxsd.serve.door import LOOPBACK
+        from jaxsd.serve.server import Server
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error.name} is missing: pip install "jaxsd[serve]"') from None
+    from jaxsd.serve.a1111 import Limits
+    from jaxsd.serve.app import Service, Settings
+    from jaxsd.serve.metrics import Metrics
+    if FLAGS.host not in LOOPBACK and not (key or FLAGS.insecure):
+        raise ValueError(f'--host={FLAGS.host}: expected --api_key, or JAXSD_API_KEY, for a server '
+                         'that others can reach; --insecure does without')
+    if FLAGS.max_batch > FLAGS.queue:
+        raise ValueError(f'--max_batch={FLAGS.max_batch}: expected at most --queue={FLAGS.queue}')
+    settings = Settings(
+        defaults={**fields(recipe), 'wildcards': FLAGS.wildcards},
+        limits=Limits(FLAGS.max_pixels, FLAGS.max_steps, FLAGS.max_batch), key=key or None,
+        body=FLAGS.max_body, timeout=FLAGS.timeout, read=FLAGS.read_timeout,
+        loopback=FLAGS.host in LOOPBACK, connections=FLAGS.queue + 64)
+    metrics = Metrics(FLAGS.microbatch)
+    service = Service(settings, metrics, lambda: _load(metrics))
+    server = Server(service, FLAGS.host, FLAGS.port)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it is done
+    code = 0
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        pass
+    except SystemExit as end:  # uvicorn's, which has said why: a port that is taken
+        code = end.code
+    if service.failed is not None:
+        print('error:', ' '.join(str(service.failed).split()), file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread may still load or compile: nobody waits for it
+
+
+def _load(metrics):
+    """The model and all that requests may name, on all devices -> Loaded."""
+    from jaxsd.serve.app import Loaded
+    from jaxsd.serve.batcher import Batcher
+    maker, identity, how = engine.build(engine.describe())
+    print(f'{how["model"]} at http://{FLAGS.host}:{FLAGS.port}', flush=True)
+    names = {flag: pathlib.Path(FLAGS[flag].value or '').stem for flag in ('vae', 'refiner')}
+    kept = {name: how[name] for name in ('model', 'dtype', 'tile')}  # none of the server's paths
+    return Loaded(Batcher(maker, identity, metrics, FLAGS.queue, FLAGS.linger_ms / 1000),
+                  how['model'], **names, run=kept)
+
+
+if __name__ == '__main__':
+    define_flags()
+    app.run(generate.guarded(run), flags_parser=generate.parse)

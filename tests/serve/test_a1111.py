@@ -1,0 +1,211 @@
+"""A1111's JSON to Requests and back: pure functions."""
+
+import base64
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from servers import DEFAULTS
+
+from jaxsd.serve import a1111, schemas
+
+LIMITS = a1111.Limits(pixels=2**14, steps=50, batch=8)
+
+
+def read(model=schemas.Txt2Img, limits=LIMITS, **fields):
+    body = a1111.parse(model, json.dumps(fields).encode())
+    return a1111.requests(body, DEFAULTS, limits, 'emoji', '', 'refiner')
+
+
+def png(array=None, mode='RGB', texts=None, kind='PNG'):
+    if array is None:
+        array = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    file, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    for key, text in (texts or {}).items():
+        info.add_text(key, text)
+    Image.fromarray(array).convert(mode).save(file, kind, pnginfo=info)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_what_is_left_open_is_the_recipes():
+    [r] = read(prompt='cat', seed=None, steps=None, batch_size=None)
+    assert (r.sampler, r.schedule, r.steps, r.guidance, r.width) == ('dpmpp_2m', 'karras', 4, 4, 64)
+    assert r.switch == 1  # a refiner is loaded and not asked for
+
+
+def test_seeds_count_up_and_round():
+    made = read(seed=2**64 - 2, batch_size=2, n_iter=2)
+    assert [r.seed for r in made] == [2**64 - 2, 2**64 - 1, 0, 1]
+    first, second = read(seed=-1, batch_size=2)
+    assert second.seed == first.seed + 1
+
+
+@pytest.mark.parametrize('fields, sampler, schedule', [
+    ({'sampler_name': 'Euler a'}, 'euler_ancestral', 'normal'),
+    ({'sampler_index': 'Euler'}, 'euler', 'normal'),
+    ({'sampler_name': 'Heun', 'sampler_index': 'Euler'}, 'heun', 'normal'),
+    ({'sampler_name': 'DPM++ 2M'}, 'dpmpp_2m', 'karras'),  # what 'Automatic' means for it
+    ({'sampler_name': 'DPM++ 2M', 'scheduler': 'Automatic'}, 'dpmpp_2m', 'karras'),
+    ({'sampler_name': 'DPM++ 2M', 'scheduler': 'SGM Uniform'}, 'dpmpp_2m', 'sgm_uniform'),
+    ({'sampler_name': 'DPM++ 2M Karras'}, 'dpmpp_2m', 'karras'),
+    ({'sampler_name': 'DPM++ 2M SDE Exponential'}, 'dpmpp_2m_sde', 'exponential'),
+    ({'sampler_name': 'DPM++ SDE Karras', 'scheduler': 'automatic'}, 'dpmpp_sde', 'karras'),
+    ({'sampler_name': 'DDIM'}, 'ddim', 'ddim_uniform'),
+    ({'sampler_name': 'er_sde', 'scheduler': 'kl_optimal'}, 'er_sde', 'kl_optimal'),
+    ({'scheduler': 'Align Your Steps'}, 'dpmpp_2m', 'ays'),
+    ({'sampler_name': ''}, 'dpmpp_2m', 'karras')])
+def test_names_of_samplers_and_schedules(fields, sampler, schedule):
+    [r] = read(**fields)
+    assert (r.sampler, r.schedule) == (sampler, schedule)
+
+
+def test_what_clients_send_unasked():
+    usual = {
+        'enable_hr': False, 'hr_scale': 2, 'hr_upscaler': 'Latent', 'hr_second_pass_steps': 0,
+        'hr_resize_x': 0, 'hr_resize_y': 0, 'firstphase_width': 0, 'firstphase_height': 0,
+        'denoising_strength': 0.7, 'styles': [], 'seed': -1, 'subseed': -1, 'subseed_strength': 0,
+        'seed_resize_from_h': 0, 'seed_resize_from_w': -1, 'restore_faces': False, 'tiling': False,
+        'do_not_save_samples': False, 'do_not_save_grid': False, 'eta': 1.0, 's_churn': 0,
+        's_tmax': 0, 's_tmin': 0, 's_noise': 1, 'override_settings': {}, 'script_name': None,
+        'override_settings_restore_afterwards': True, 'sampler_index': 'Euler', 'script_args': [],
+        'send_images': True, 'save_images': False, 'alwayson_scripts': {}, 'comments': None}
+    [r] = read(**usual)
+    assert (r.sampler, r.eta, r.sampler_options, r.strength) == ('euler', None, {}, None)
+    [r] = read(**{**usual, 'sampler_index': 'Euler a', 'eta': 0.5})
+    assert r.eta == 0.5
+
+
+def test_options():
+    [r] = read(sampler_name='DPM++ 2M SDE Heun', s_noise=0.9, s_tmax=0, eta=0.5)
+    assert r.sampler_options == {'solver_type': 'heun', 's_noise': 0.9} and r.eta == 0.5
+    [r] = read(override_settings={'CLIP_stop_at_last_layers': 2, 'eta_noise_seed_delta': 0,
+                                  'randn_source': 'CPU', 'sd_model_checkpoint': 'emoji',
+                                  'sd_vae': 'Automatic', 'emphasis': None})
+    assert (r.clip_skip, r.noise) == (2, 'torch')
+    [r] = read(refiner_checkpoint='refiner', refiner_switch_at=0.6)
+    assert r.switch == 0.6
+
+
+def test_pictures_and_masks():
+    mask = np.zeros((64, 48, 3), np.uint8)
+    mask[:, 24:] = 255
+    given = {'init_images': [png()], 'mask': f'data:image/png;base64,{png(mask)}'}
+    [r] = read(schemas.Img2Img, init_images=[png()], denoising_strength=0.4, resize_mode=2)
+    assert (r.image.shape, r.strength, r.resize, r.mask) == ((64, 48, 3), 0.4, 'pad', None)
+    [r] = read(schemas.Img2Img, **given)
+    assert (r.strength, r.resize, r.mask_blur, r.only_masked, r.fill) == (
+        0.75, 'stretch', 4, 0, 'edge')
+    assert r.mask.min() == 0 and (r.mask[:, 24:] == 1).all()
+    [r] = read(schemas.Img2Img, **given, inpainting_mask_invert=1, inpaint_full_res=False,
+               mask_blur_x=2, mask_blur_y=2, inpainting_fill=2)
+    assert (r.mask[:, :24] == 1).all() and (r.mask_blur, r.only_masked, r.fill) == (
+        2, None, 'latent')
+
+
+def wide(width, height):
+    """A PNG that says it is so large, and holds nothing of it."""
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack(
+            '>I', zlib.crc32(kind + data))
+    head = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    return base64.b64encode(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(
+        b'IDAT', zlib.compress(bytes(10**6))) + chunk(b'IEND', b'')).decode()
+
+
+CUT = base64.b64encode(base64.b64decode(png())[:3000]).decode()
+EPS = base64.b64encode(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n').decode()
+
+
+@pytest.mark.parametrize('fields, message', [
+    ({'step': 4}, "unknown field 'step': did you mean 'steps'"),
+    ({'x' * 10**6: 4}, 'unknown field .x{80}.: did'),
+    ({'sampler_name': 'Eular a'}, "unknown sampler 'Eular a': did you mean 'Euler a'"),
+    ({'sampler_name': 'a' * 10**6}, 'sampler_name: .*at most 128'),
+    ({'scheduler': 'Karas'}, "unknown scheduler 'karas': did you mean 'karras'"),
+    ({'scheduler': '/etc/x.json'}, "unknown scheduler '/etc/x.json'"),
+    ({'scheduler': '14.6,7,1,0'}, 'unknown scheduler'),
+    ({'scheduler': ['karras']}, 'scheduler: .*valid string'),
+    ({'seed': 2**64}, 'seed'), ({'seed': -2}, 'seed'), ({'seed': 1.5}, 'seed'),
+    ({'seed': True}, 'seed'), ({'steps': '4'}, "steps: .*valid integer, found '4'"),
+    ({'steps': 51}, 'steps=51: expected at most 50'), ({'steps': 0}, 'steps'),
+    ({'cfg_scale': float('nan')}, 'cfg_scale: .*finite'),
+    ({'cfg_scale': float('inf')}, 'cfg_scale: .*finite'),
+    ({'width': 65}, 'width: .*multiple of 8'), ({'width': 10**9}, 'width'),
+    ({'batch_size': 3, 'n_iter': 3}, r'batch_size \* n_iter=9: expected at most 8'),
+    ({'prompt': 'a' * 4001}, 'prompt: .*at most 4000'), ({'prompt': 3}, 'prompt'),
+    ({'subseed_strength': 0.1}, 'subseed_strength: .*0.1: this is not supported here'),
+    ({'styles': ['a']}, 'styles: .*not supported'),
+    ({'enable_hr': True}, 'enable_hr: .*not supported'), ({'save_images': True}, 'save_images'),
+    ({'alwayson_scripts': {'controlnet': {}}}, 'alwayson_scripts'),
+    ({'tiling': True}, 'tiling'), ({'script_name': 'x'}, 'script_name'),
+    ({'refiner_checkpoint': '../../x'}, "unknown refiner_checkpoint '../../x'"),
+    ({'override_settings': {'sd_model_checkpoint': '/etc/passwd'}}, "expected 'emoji'"),
+    ({'override_settings': {'sd_model_checkpont': 'x'}}, "mean 'sd_model_checkpoint'"),
+    ({'override_settings': {'eta_noise_seed_delta': 31337}}, 'expected 0'),
+    ({'override_settings': {'CLIP_stop_at_last_layers': 0}}, 'clip_skip=0'),
+    ({'override_settings': {'randn_source': 3}}, 'randn_source'),
+    ({'image': '/etc/passwd'}, "unknown field 'image'"),
+    ({'wildcards': '/etc'}, "unknown field 'wildcards'"),
+    ({'schedule': '/etc/x.json'}, "unknown field 'schedule'")])
+def test_wrong_fields_are_one_clear_line(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read(**fields)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 2500
+
+
+@pytest.mark.parametrize('name', ['init_images', 'mask'])
+@pytest.mark.parametrize('text, message', [
+    ('/etc/passwd', 'no file and no address is read'), ('/etc/passwdd', 'bytes that are none'),
+    ('file:///etc/passwd', 'no file'), ('http://127.0.0.1/x.png', 'no file'),
+    ('data:image/png;base64,/etc/hosts', 'no file'), ('', 'bytes that are none'),
+    ('data:text/html;base64,AAAA', 'bytes that are none'), ('\xff\u2603', 'no file'),
+    ('A' * 999, 'no file'), (EPS, 'bytes that are none'), (wide(60000, 60000), 'that are none'),
+    (wide(300, 300), '90000 pixels: expected at most 65536'), (CUT, 'damaged or cut off')])
+def test_wrong_pictures(name, text, message):
+    fields = {'init_images': [png()], name: [text] if name == 'init_images' else text}
+    with pytest.raises(ValueError, match=message) as error:
+        read(schemas.Img2Img, **fields)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize('fields, message', [
+    ({}, 'init_images'), ({'init_images': []}, 'init_images'),
+    ({'init_images': [png()] * 2}, 'init_images'), ({'init_images': png()}, 'init_images'),
+    ({'resize_mode': 3}, 'resize_mode'), ({'inpainting_fill': 4}, 'inpainting_fill'),
+    ({'denoising_strength': 1.1}, 'denoising_strength'), ({'mask_blur': -1}, 'mask_blur'),
+    ({'mask': png(), 'mask_blur_x': 1, 'mask_blur_y': 2}, 'expected the same of both'),
+    ({'latent_mask': png()}, 'latent_mask')])
+def test_wrong_img2img(fields, message):
+    given = {'init_images': [png()], **fields} if fields else {}
+    with pytest.raises(ValueError, match=message):
+        read(schemas.Img2Img, **given)
+
+
+@pytest.mark.parametrize('data', [b'', b'[', b'{"a":', b'null', b'3', b'"x"', b'\xff\xfe{}',
+                                  b'{"prompt": "\\ud800"}', b'[' * 10**5, b'{"a":' * 10**5])
+def test_what_is_no_json(data):
+    with pytest.raises(ValueError, match='the body: ') as error:
+        a1111.parse(schemas.Txt2Img, data)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_png_info():
+    text = 'cat\nNegative prompt: dog\nSteps: 4, Sampler: Euler, Seed: 3, Size: 64x64'
+    info, items, parameters = a1111.png_info(png(texts={'parameters': text, 'Author': 'me'}),
+                                             LIMITS)
+    assert info == text and items == {'Author': 'me'}
+    assert parameters['Prompt'] == 'cat' and parameters['Negative prompt'] == 'dog'
+    assert (parameters['Seed'], parameters['Sampler']) == ('3', 'Euler')
+    assert a1111.png_info(png(kind='JPEG'), LIMITS)[0::2] == ('', {})
+    with pytest.raises(ValueError, match='cut off'):
+        a1111.png_info(CUT, LIMITS)
+    packed = png(texts={})  # a text that unpacks to more than Pillow allows
+    data, text = base64.b64decode(packed), b'a\0\0' + zlib.compress(bytes(10**8))
+    chunk = struct.pack('>I', len(text)) + b'zTXt' + text + struct.pack(
+        '>I', zlib.crc32(b'zTXt' + text))
+    with pytest.raises(ValueError, match='image'):
+        a1111.png_info(base64.b64encode(data[:33] + chunk + data[33:]).decode(), LIMITS)

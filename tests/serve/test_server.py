@@ -1,0 +1,104 @@
+"""The main with the shipped model: every picture is what it is alone, and it ends as it should."""
+
+import concurrent.futures
+import json
+import random
+import signal
+
+import httpx
+import numpy as np
+import pytest
+from mains import run_main
+from servers import DEFAULTS, MICROBATCH, ROOT, counted, opened, pixels, process, wait_for
+from test_a1111 import png
+
+import jaxsd
+from jaxsd.batch.engine import Engine
+from jaxsd.batch.identity import Identity
+from jaxsd.serve import a1111, schemas
+
+SAMPLERS = ('Euler', 'Euler a', 'DPM++ 2M Karras', 'Heun')
+PROMPTS = ('red apple', 'rocket', 'green apple', 'a (red:1.2) heart', 'rooster')
+
+
+@pytest.fixture(scope='module')
+def server():
+    with process('--max_batch=8', '--timeout=120') as (url, run):
+        yield url, run
+
+
+@pytest.fixture(scope='module')
+def solo():
+    """A body -> the requests that it stands for, their ids, and the pictures as they are alone."""
+    model = jaxsd.load(ROOT / 'checkpoints' / 'emoji', 'float32')
+    engine = Engine(model, microbatch=MICROBATCH)
+    identity = Identity(model, microbatch=MICROBATCH)
+
+    def make(body, kind=schemas.Txt2Img):
+        body = a1111.parse(kind, json.dumps(body).encode())
+        requests = engine.resolve(a1111.requests(
+            body, {**DEFAULTS, 'steps': 20}, a1111.Limits(), 'emoji'))
+        return [(identity.of(r), pixels(engine.start([r], engine.kind(r)).images()[0]))
+                for r in requests]
+    return make
+
+
+def ask(url, body, route='txt2img'):
+    answer = httpx.post(f'{url}/sdapi/v1/{route}', json=body, timeout=180)
+    assert answer.status_code == 200, answer.text
+    images = [opened(text) for text in answer.json()['images']]
+    return [(json.loads(image.text['jaxsd'])['id'], pixels(image)) for image in images]
+
+
+def test_pictures_from_many_clients_are_what_they_are_alone(server, solo):
+    url, _ = server
+    draw = random.Random(0)
+    bodies = [{'prompt': draw.choice(PROMPTS), 'seed': draw.randrange(2**64), 'cfg_scale': 3.5,
+               'steps': draw.randrange(2, 9), 'sampler_name': draw.choice(SAMPLERS),
+               'batch_size': 1 + n % 2} for n in range(20)]
+    bodies.append(bodies[0])
+    made = counted(url, 'jaxsd_pictures_total', outcome='made')
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda body: ask(url, body), bodies))
+    for body, answer in zip(bodies, answers):
+        assert answer == solo(body), body
+    assert len({found for answer in answers[:-1] for found in answer}) == 30  # none doubled
+    made = counted(url, 'jaxsd_pictures_total', outcome='made') - made
+    shared = counted(url, 'jaxsd_pictures_total', outcome='shared')
+    assert made + shared == 31
+    fill = [counted(url, f'jaxsd_microbatch_pictures_{name}') for name in ('sum', 'count')]
+    assert fill[0] / fill[1] > 2
+
+
+def test_painting_over(server, solo):
+    mask = np.zeros((64, 48, 3), np.uint8)
+    mask[20:50, 10:40] = 255
+    body = {'init_images': [png()], 'mask': png(mask), 'prompt': 'rocket', 'seed': 3, 'steps': 4,
+            'denoising_strength': 0.8, 'mask_blur': 2, 'inpaint_full_res_padding': 8,
+            'inpainting_fill': 1, 'sampler_name': 'Euler'}
+    assert ask(server[0], body, 'img2img') == solo(body, schemas.Img2Img)
+
+
+def test_sigterm_finishes_what_runs(server):
+    """Last, because it ends the server of the others."""
+    url, run = server
+    began = counted(url, 'jaxsd_microbatch_pictures_count')
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(httpx.post, f'{url}/sdapi/v1/txt2img', timeout=60, json={
+            'prompt': 'rocket', 'steps': 40, 'seed': n, 'batch_size': 4}) for n in range(0, 40, 4)]
+        wait_for(lambda: counted(url, 'jaxsd_microbatch_pictures_count') > began)
+        run.send_signal(signal.SIGTERM)
+        codes = [answer.result().status_code for answer in answers if not answer.exception()]
+    assert run.wait(60) == 0
+    assert 200 in codes and set(codes) <= {200, 503}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f'{url}/healthz')
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--host=0.0.0.0'], '--host=0.0.0.0: expected --api_key'),
+    (['--max_batch=9', '--queue=8'], '--max_batch=9: expected at most --queue=8'),
+    (['--checkpoint=/nowhere'], '/nowhere'), (['--port=0'], 'port')])
+def test_flags_that_cannot_be(flags, message):
+    code, _, stderr = run_main('-m', 'launch.serve', *flags)
+    assert code in (1, 2) and message in stderr and stderr.count('\n') == 1, stderr
