@@ -230,15 +230,18 @@ def measure_requests(count=256, few=(10, 12, 15, 18, 20, 22, 25, 30)):
                     for r, image in zip(part, images):
                         image.save(f'{path}/{r.seed}.png')
 
+    def seconds(make, some):
+        start = time.perf_counter()
+        make(some)
+        return time.perf_counter() - start
+
     rows = {}
     for name, values in (('few', few), ('any', range(10, 31))):
         some = requests(values)
-        start = time.perf_counter()
-        ours(some)
-        first = time.perf_counter() - start
-        row, _ = alternate({'jaxsd': lambda some=some: ours(some),
-                            'torch': lambda some=some: theirs(some)})
-        rows[name] = {'first': first, **row, 'ratio': row['torch'] / row['jaxsd']}
+        first = seconds(ours, some)
+        times = [(seconds(theirs, some), seconds(ours, some)) for _ in range(FLAGS.rounds)]
+        torch_, jaxsd_ = map(statistics.median, zip(*times))
+        rows[name] = {'first': first, 'jaxsd': jaxsd_, 'torch': torch_, 'ratio': torch_ / jaxsd_}
     return rows
 
 
