@@ -35,8 +35,8 @@ def describe():
 
 
 def build(how, requests=None, devices=None):
-    """-> Engine, Identity, and `how` with what it came to: dtype, the model's name, and of LoRAs
-    and embeddings those that the requests name (None: all)."""
+    """-> Engine, Identity, and `how` with what it came to: dtype, the model's name, the settings
+    that ids are made of, and of LoRAs and embeddings those that the requests name (None: all)."""
     import jaxsd
     from jaxsd.batch.engine import Engine
     from jaxsd.batch.identity import Identity
@@ -54,7 +54,8 @@ def build(how, requests=None, devices=None):
     identity = Identity(model, refiner, spread=len(engine.devices) if spread else None, **shape)
     print(f'{name}: {model.config.version}, {dtype}, on {len(engine.devices)} device(s), loaded in '
           f'{time.perf_counter() - start:.1f} s', file=sys.stderr)
-    return engine, identity, how | named | {'dtype': dtype, 'model': name}
+    return engine, identity, how | named | {'dtype': dtype, 'model': name,
+                                            'settings': identity.settings}
 
 
 def _fits(*models):

@@ -91,7 +91,7 @@ def _load(metrics):
     maker, identity, how = engine.build(engine.describe())
     print(f'{how["model"]} at http://{FLAGS.host}:{FLAGS.port}', flush=True)
     names = {flag: pathlib.Path(FLAGS[flag].value or '').stem for flag in ('vae', 'refiner')}
-    kept = {name: how[name] for name in ('model', 'dtype', 'tile')}  # none of the server's paths
+    kept = {name: how[name] for name in ('model', 'dtype', 'tile', 'settings')}  # no path of here
     return Loaded(Batcher(maker, identity, metrics, FLAGS.queue, FLAGS.linger_ms / 1000),
                   how['model'], **names, run=kept)
 

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import pathlib
+import platform
+import re
 import tempfile
 from collections.abc import Mapping
 
@@ -106,9 +108,20 @@ def versions():
 
 
 def device():
-    """The kind of device that pictures are made on, 'cpu' or 'NVIDIA H100 80GB HBM3'."""
+    """The kind of device that pictures are made on, 'NVIDIA H100 80GB HBM3' or 'cpu (...)'."""
     import jax
-    return jax.devices()[0].device_kind
+    kind = jax.devices()[0].device_kind
+    return f'cpu ({_processor()})' if kind == 'cpu' else kind
+
+
+def _processor():
+    """What this machine's processor is called, as exactly as it says."""
+    try:
+        text = pathlib.Path('/proc/cpuinfo').read_text()
+        names = re.findall(r'^model name\s*: (.*)$', text, re.MULTILINE)
+    except OSError:
+        names = []
+    return (names or [platform.processor() or platform.machine()])[0]
 
 
 def digest(path):
