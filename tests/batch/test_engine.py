@@ -150,8 +150,9 @@ def test_operations_are_counted():
     assert cost.count(conv, image, kernel) == (2 * 2 * 8 * 8 * 11 * 3 * 3 * 5, 0)
 
 
-def test_operations_of_released_models():
+def test_operations_of_released_models(monkeypatch):
     """SD 1.5's U-Net at 64 x 64 and its decoder, as counted elsewhere: 0.803 and 2.51 TFLOP."""
+    monkeypatch.setattr(vae, 'prepared', lambda p: p)  # on CPU that saves operations
     config = jaxsd.read_config('sd15')
 
     def abstract(part):
@@ -179,8 +180,8 @@ def test_where_weights_are_spread():
 
 
 DEVICES = """
-import hashlib, sys
-import jax, numpy as np
+import sys
+import jax
 import jaxsd
 from jaxsd.batch.engine import Engine
 model = jaxsd.load(sys.argv[1])
@@ -193,8 +194,8 @@ works = [engine.start(requests[i:i + engine.capacity], kind, i // 2 % len(engine
          for i in range(0, 8, engine.capacity)]
 for work in works:
     for image in work.images():
-        print('picture', image.mean(), hashlib.sha256(image.tobytes()).hexdigest())
-params, config = engine.nets[0][0].params, None
+        print('picture', image.tobytes().hex())
+params = engine.nets[0][0].params
 print('devices', len(engine.devices), len(engine.places))
 if spread:
     print('share', sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(params))
@@ -206,7 +207,9 @@ def _pictures(checkpoint, devices, how='whole'):
     out = run_code(DEVICES, checkpoint, how,
                    XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}')
     lines = [line.split() for line in out.splitlines()]
-    return [line[2] for line in lines if line[0] == 'picture'], lines
+    found = [np.frombuffer(bytes.fromhex(line[1]), np.uint8) for line in lines
+             if line[0] == 'picture']
+    return np.array(found), lines
 
 
 @pytest.fixture(scope='module')
@@ -217,15 +220,15 @@ def one_device(checkpoint):
 def test_any_number_of_devices_makes_the_same_bits(checkpoint, one_device):
     found, lines = _pictures(checkpoint, 8)
     assert ['devices', '8', '8'] in lines
-    assert found == one_device and len(set(found)) == 8
+    np.testing.assert_array_equal(found, one_device)
+    assert len(np.unique(found, axis=0)) == 8
 
 
 def test_spread_weights_make_the_same_pictures(checkpoint, one_device):
-    """A program over several devices, whose last bits may be others, on a quarter of the weights.
-    """
+    """By a program over several devices, whose last bits may be others; each holds a quarter."""
     found, lines = _pictures(checkpoint, 4, 'spread')
     assert ['devices', '4', '1'] in lines
-    assert sum(a == b for a, b in zip(found, one_device)) >= 6
+    assert np.abs(found.astype(int) - one_device).max() <= 1
     assert float(lines[-1][1]) < 0.3
 
 
