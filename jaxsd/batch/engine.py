@@ -24,6 +24,7 @@ from jaxsd.run.inputs import padded, program
 from jaxsd.run.walk import stage
 
 MICROBATCH = 8
+AT_ONCE = {'cpu': 2}  # one microbatch leaves cores idle between its operations
 
 
 class Kind(NamedTuple):
@@ -62,10 +63,11 @@ class Engine:
     model, refiner: on any device; they are copied to all of `devices` (None: the local ones), or
     where `spread`, sharded over them, which then work on one microbatch of `capacity` pictures.
     microbatch: pictures that a device makes at once. tile: pixels per side, for `decode_tiled`.
+    at_once: microbatches that a device works on at a time (None: 2 on CPU, elsewhere 1).
     """
 
     def __init__(self, model, refiner=None, microbatch=MICROBATCH, tile=None, devices=None,
-                 spread=False):
+                 spread=False, at_once=None):
         if microbatch < 1:
             raise ValueError(f'microbatch={microbatch}: expected at least one picture')
         if refiner is not None:
@@ -74,10 +76,13 @@ class Engine:
         self.config, self.spread = model.config, spread
         self.devices = list(devices or jax.local_devices())
         self.places = self.devices  # of which each has its own microbatches
+        at_once = at_once or AT_ONCE.get(self.devices[0].platform, 1)
         if spread:
+            at_once = 1  # two programs would wait for each other's collectives
             self.places = [jax.make_mesh((len(self.devices),), (AXIS,), devices=self.devices,
                                          axis_types=(AxisType.Auto,))]
         self.capacity = microbatch * len(self.devices) // len(self.places)
+        self.lanes = len(self.places) * at_once
         self.nets = [[net and _on(net, place) for net in (model, refiner)]
                      for place in self.places]
 
@@ -104,14 +109,17 @@ class Engine:
                     tuple(shared))
         return kind, sum(_calls(data.rows) for _, data in walks)
 
-    def start(self, requests, kind, place=0):
+    def start(self, requests, kind, lane=0):
         """Begin a microbatch of at most `capacity` resolved requests of one kind -> Work.
 
-        place: its number among `places`. Returns before the pictures are there.
+        lane: 0 to `lanes` - 1; those of a place stand `len(places)` apart. What one thread starts
+        at a place runs one after the other: each lane needs a thread of its own. Returns before
+        the pictures are there.
         """
         if not 0 < len(requests) <= self.capacity:
             raise ValueError(f'{len(requests)} requests: expected 1 to {self.capacity}')
         canvases = [canvas.canvas(r, self.config) for r in requests]
+        place = lane % len(self.places)
         walks = self._walks(place, requests, canvases)
         if (found := tuple(program(data) for _, data in walks)) != kind.programs:
             raise RuntimeError(f'a microbatch of programs {found}, expected {kind.programs}: '
@@ -149,7 +157,7 @@ class Engine:
             before, called = before + outside, called + call * _calls(data.rows)
             calls, held = calls + _calls(data.rows), held + needs.argument_size_in_bytes
             working = max(working, needs.temp_size_in_bytes + needs.output_size_in_bytes)
-        return before, called // max(calls, 1), held + working
+        return before, called // max(calls, 1), held + self.lanes // len(self.places) * working
 
     def compiled(self, request):
         """The compiled program of a resolved request's (first) walk, to look at."""

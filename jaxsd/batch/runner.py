@@ -69,17 +69,17 @@ def described(request):
             and (name != 'strength' or request.image is not None)}
 
 
-def begin(engine, batch, place=0):
+def begin(engine, batch, lane=0):
     """Start a microbatch of jobs -> [(its Work, its jobs)]; where jobs fail together they are tried
     one by one, and the one at fault has its error for a Work."""
     if batch[0].error is not None:
         return [(batch[0].error, batch)]
     try:
-        return [(engine.start([job.request for job in batch], batch[0].kind, place), batch)]
+        return [(engine.start([job.request for job in batch], batch[0].kind, lane), batch)]
     except (ValueError, OSError) as error:
         if len(batch) == 1:
             return [(error, batch)]
-        return [pair for job in batch for pair in begin(engine, [job], place)]
+        return [pair for job in batch for pair in begin(engine, [job], lane)]
 
 
 def encode(job, image, how):
@@ -116,27 +116,26 @@ class Runner:
         """Make microbatches of jobs -> (pictures made, jobs failed). Raises what stopped it: the
         OSError of a full disk, the RuntimeError of a device out of memory."""
         waiting = collections.deque(packed)
-        devices = len(self.engine.places)
         with (concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as writers,
-              concurrent.futures.ThreadPoolExecutor(devices) as pool):
-            running = [pool.submit(self._device, number, waiting, writers)
-                       for number in range(devices)]
+              concurrent.futures.ThreadPoolExecutor(self.engine.lanes) as pool):
+            running = [pool.submit(self._work, lane, waiting, writers)
+                       for lane in range(self.engine.lanes)]
             while concurrent.futures.wait(running, 0.2).not_done:
                 pass  # in short waits, so that signals are heard
-        for device in running:
-            device.result()
+        for worker in running:
+            worker.result()
         return self.made, self.failed
 
-    def _device(self, number, waiting, writers):
-        """Keep one device at work: the next microbatch begins before the last one is fetched."""
+    def _work(self, lane, waiting, writers):
+        """Keep a lane at work: the next microbatch begins before the last one is fetched."""
         begun, writing = collections.deque(), []
         try:
             while waiting and not self._stopped.is_set():
                 try:
                     batch = waiting.popleft()
-                except IndexError:  # another device was faster
+                except IndexError:  # another lane was faster
                     break
-                begun.extend(begin(self.engine, batch, number))
+                begun.extend(begin(self.engine, batch, lane))
                 while len(begun) > 1:
                     writing = self._keep(*begun.popleft(), writing, writers)
             while begun:

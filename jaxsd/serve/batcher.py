@@ -1,7 +1,8 @@
 """Pictures that many people ask for at once, put together into microbatches.
 
-Of each device one thread starts microbatches and another waits for them, so that the next one is on
-its way before the last is done. The oldest picture always goes first, with others of its kind.
+In each lane of the engine one thread starts microbatches and another waits for them, so that the
+next one is on its way before the last is done. The oldest picture always goes first, with others of
+its kind.
 """
 
 import concurrent.futures
@@ -19,7 +20,7 @@ from jaxsd import sampling
 from jaxsd.run.request import PROMPTS
 
 WINDOW = 4  # microbatches' worth of the oldest pictures from which one is put together
-AHEAD = 2  # microbatches that a device has at a time: one runs, one is ready to
+AHEAD = 2  # microbatches in a lane: one runs, one is ready to
 
 
 class Busy(Exception):
@@ -59,7 +60,7 @@ class Job:
 class Batcher:
     """A queue in front of an Engine.
 
-    queue: most pictures that wait. linger: seconds for which a device that is free waits for more
+    queue: most pictures that wait. linger: seconds for which a place that is free waits for more
     pictures, where there is reason to think that they come.
     """
 
@@ -68,35 +69,35 @@ class Batcher:
             raise ValueError(f'queue={queue}, linger={linger}: expected 1 or more, and 0 or more')
         self.engine, self.identity, self.metrics = engine, identity, metrics
         self.queue, self.linger = queue, linger
-        devices = range(len(engine.places))
+        places, lanes = range(len(engine.places)), range(engine.lanes)
         self._changed = threading.Condition()  # guards everything below
         self._waiting, self._running = {}, {}  # {id: Picture} in the order of arrival
         self._done = 0  # pictures since there were none
         self._coming = 0  # jobs that are being looked at
         self._crowd = False  # the last microbatch was for several jobs, who may come again
-        self._known, self._compiling = set(), set()  # (device, kind)
-        self._flying, self._freed = [0 for _ in devices], [0.0 for _ in devices]
-        self._each = 1.0  # s that a device takes for a picture, a running mean
+        self._known, self._compiling = set(), set()  # (place, kind)
+        self._flying, self._freed = [0 for _ in lanes], [0.0 for _ in places]
+        self._each = 1.0  # s that a place takes for a picture, a running mean
         self._stopping = self._dead = False
-        self._finishers = [concurrent.futures.ThreadPoolExecutor(1) for _ in devices]
-        self._workers = [threading.Thread(target=self._work, args=[device], daemon=True)
-                         for device in devices]
+        self._finishers = [concurrent.futures.ThreadPoolExecutor(1) for _ in lanes]
+        self._workers = [threading.Thread(target=self._work, args=[lane], daemon=True)
+                         for lane in lanes]
         for worker in self._workers:
             worker.start()
 
     def warm(self, request):
-        """Make a resolved request's picture on every device, so that its kind is compiled there."""
+        """Make a resolved request's picture at every place, so that its kind is compiled there."""
         kind = self.engine.kind(request)
 
-        def make(device):
-            [image] = self.engine.start([request], kind, device).images()
+        def make(place):
+            [image] = self.engine.start([request], kind, place).images()
             if isinstance(image, Exception):
                 raise image
             with self._changed:
-                self._known.add((device, kind))
+                self._known.add((place, kind))
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            list(pool.map(make, range(len(self._workers))))
+            list(pool.map(make, range(len(self._freed))))
 
     @property
     def alive(self):
@@ -111,7 +112,7 @@ class Batcher:
             return waiting, running, self._done, self._seconds(waiting + running)
 
     def _seconds(self, pictures):
-        return pictures * self._each / len(self._workers)
+        return pictures * self._each / len(self._freed)
 
     def check(self, count):
         """Raise Busy or Stopped where a job of so many new pictures has no chance now."""
@@ -191,41 +192,48 @@ class Batcher:
         return request.steps * (request.strength or 1) * _calls(request.sampler,
                                                                 self.engine.config.schedule)
 
-    def _work(self, device):
+    def _work(self, lane):
         try:
-            while batch := self._take(device):
-                if (device, batch[0].kind) in self._known:
-                    self._start(batch, device)
+            while batch := self._take(lane):
+                if self._key(lane, batch) in self._known:
+                    self._start(batch, lane)
                 else:  # compiles for seconds or minutes: others go on meanwhile
-                    threading.Thread(target=self._start, args=[batch, device], daemon=True).start()
+                    threading.Thread(target=self._start, args=[batch, lane], daemon=True).start()
         except BaseException:
             traceback.print_exc()
             self._give_up('the server cannot make pictures any more', dead=True)
 
-    def _take(self, device):
+    def _place(self, lane):
+        return lane % len(self._freed)
+
+    def _key(self, lane, batch):
+        return self._place(lane), batch[0].kind
+
+    def _take(self, lane):
         """Wait until a microbatch is worth starting -> its pictures; None at the end."""
+        place = self._place(lane)
         with self._changed:
             while True:
                 if self._stopping:
                     return None
-                batch, patience = self._next(device), None
-                flying = self._flying[device]
+                batch, patience = self._next(place), None
+                idle = not any(self._flying[place::len(self._freed)])
                 full = len(batch) == self.engine.capacity
-                new = batch and (device, batch[0].kind) not in self._known  # to compile, beside
-                if batch and (new or not flying or full and flying < AHEAD):
+                new = batch and (place, batch[0].kind) not in self._known  # to compile, beside
+                if batch and (new or idle or full and self._flying[lane] < AHEAD):
                     hope = not full and (self._coming or self._crowd)
-                    since = max(batch[0].arrived, self._freed[device])
+                    since = max(batch[0].arrived, self._freed[place])
                     patience = since + self.linger - time.monotonic() if hope else 0
                     if patience <= 0:
-                        return self._begin(batch, device)
+                        return self._begin(batch, lane)
                 self._changed.wait(patience)
 
-    def _next(self, device):
+    def _next(self, place):
         """The oldest picture and, of those of its kind that came soon after, the ones whose walks
         are most like its own in length."""
-        busy = {kind for at, kind in self._compiling if at == device}
+        busy = {kind for at, kind in self._compiling if at == place}
         ready = [p for p in self._waiting.values() if p.kind not in busy
-                 and (not busy or (device, p.kind) in self._known)]
+                 and (not busy or (place, p.kind) in self._known)]
         if not ready:
             return []
         first = ready[0]
@@ -234,48 +242,48 @@ class Batcher:
         others.sort(key=lambda p: abs(math.log(p.cost / first.cost)))
         return [first, *others[:size - 1]]
 
-    def _begin(self, batch, device):
+    def _begin(self, batch, lane):
         now = time.monotonic()
         for picture in batch:
             self._running[picture.id] = self._waiting.pop(picture.id)
             self.metrics.queueing.observe(now - picture.arrived)
-        if (device, batch[0].kind) in self._known:
-            self._flying[device] += 1
+        if self._key(lane, batch) in self._known:
+            self._flying[lane] += 1
         else:
-            self._compiling.add((device, batch[0].kind))
+            self._compiling.add(self._key(lane, batch))
         self.metrics.fill.observe(len(batch))
         self._notify()
         return batch
 
-    def _start(self, batch, device):
-        kind, called = batch[0].kind, time.monotonic()
+    def _start(self, batch, lane):
+        key, called = self._key(lane, batch), time.monotonic()
         try:
-            work, error = self.engine.start([p.request for p in batch], kind, device), None
+            work, error = self.engine.start([p.request for p in batch], batch[0].kind, lane), None
         except Exception as problem:
             traceback.print_exc()
             work, error = None, problem
         begun = time.monotonic()
         with self._changed:
-            if (device, kind) in self._compiling:
-                self._compiling.remove((device, kind))
+            if key in self._compiling:
+                self._compiling.remove(key)
                 self.metrics.compiling.observe(begun - called)
-                self._flying[device] += 1
+                self._flying[lane] += 1
                 if work:
-                    self._known.add((device, kind))
+                    self._known.add(key)
                 self._notify()
-        self._finishers[device].submit(self._finish, batch, work, error, device, begun)
+        self._finishers[lane].submit(self._finish, batch, work, error, lane, begun)
 
-    def _finish(self, batch, work, error, device, begun):
+    def _finish(self, batch, work, error, lane, begun):
         try:
             found = work.images() if work else [error] * len(batch)
         except Exception as problem:  # the device's
             traceback.print_exc()
             found = [problem] * len(batch)
         with self._changed:
-            now = time.monotonic()
-            took = now - max(begun, self._freed[device])
-            self._freed[device] = now
-            self._flying[device] -= 1
+            now, place = time.monotonic(), self._place(lane)
+            took = now - max(begun, self._freed[place])
+            self._freed[place] = now
+            self._flying[lane] -= 1
             self._each += 0.2 * (took / len(batch) - self._each)
             self._crowd = len({job for p in batch for job in p.jobs}) > 1
             self.metrics.making.observe(took)

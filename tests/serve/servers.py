@@ -37,7 +37,7 @@ class Gated(Engine):
         self.gate, self.started, self.broken = threading.Event(), [], None
         self.gate.set()
 
-    def start(self, requests, kind, device=0):
+    def start(self, requests, kind, lane=0):
         """As Engine's, without the model."""
         self.started.append([r.seed for r in requests])
         if self.broken:
@@ -57,7 +57,7 @@ def colour(seed, width=64, height=64):
 def gated(**options):
     """-> a Gated engine with the shipped model, and its Identity."""
     model = jaxsd.load(ROOT / 'checkpoints' / 'emoji', 'float32')
-    return (Gated(model, microbatch=MICROBATCH, **options),
+    return (Gated(model, microbatch=MICROBATCH, **{'at_once': 1, **options}),
             Identity(model, microbatch=MICROBATCH))
 
 

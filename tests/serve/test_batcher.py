@@ -133,6 +133,25 @@ def test_every_device_works(engine, parts):
     batcher.stop()
 
 
+def test_a_second_lane_takes_full_microbatches_only(parts):
+    """Beside another a part of one would take time from it, and might have grown full."""
+    both = gated(at_once=2)[0]
+    batcher = room.Batcher(both, parts[1], Metrics(MICROBATCH), queue=64, linger=0)
+    [first] = both.resolve([jaxsd.Request('cat', seed=0, steps=4, width=64, height=64)])
+    batcher.warm(first)
+    both.gate.clear()
+    ask(both, batcher, 1)
+    wait_for(lambda: both.started == [[0], [1]])
+    last = ask(both, batcher, 2)
+    for seed in range(3, 6):
+        assert len(both.started) == 2
+        last = ask(both, batcher, seed)
+    wait_for(lambda: [sorted(s) for s in both.started[2:]] == [[2, 3, 4, 5]])
+    both.gate.set()
+    np.testing.assert_array_equal(last.future.result(10)[0].image, colour(5))
+    batcher.stop()
+
+
 def test_the_same_picture_is_made_once(engine, make):
     batcher = make(linger=0)
     ask(engine, batcher, 50)
