@@ -1,6 +1,7 @@
 """Microbatches: what a picture's bits do not depend on, and what programs are made of."""
 
 import functools
+import pathlib
 import re
 
 import jax
@@ -238,3 +239,32 @@ def test_the_loop_has_no_collectives(engine):
     text = engine.compiled(requests[0]).as_text()
     assert 'while(' in text
     assert not re.search(r'all-(reduce|gather|to-all)|collective-|reduce-scatter', text)
+
+
+MEMORY = """
+import os
+import sys
+import jaxsd
+from jaxsd.batch import folder, runner
+from jaxsd.batch.engine import Engine
+from jaxsd.batch.identity import Identity
+model, count = jaxsd.load(sys.argv[1]), int(sys.argv[3])
+engine, run, held = Engine(model), folder.Folder(sys.argv[2]), []
+requests = [jaxsd.Request('red apple', seed=i, steps=1, sampler='euler', width=192, height=192)
+            for i in range(count)]
+packed = runner.pack(runner.jobs(engine, Identity(model, microbatch=engine.microbatch), requests), engine.capacity)
+
+def on_done(job, error):
+    with open('/proc/self/statm') as file:
+        held.append(int(file.read().split()[1]) * os.sysconf('SC_PAGESIZE'))
+
+assert runner.Runner(engine, run, {}, on_done).run(packed) == (count, 0)
+print(max(held[:count // 4]), max(held))
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path('/proc/self/statm').exists(), reason='reads /proc')
+def test_memory_does_not_grow_with_the_run(checkpoint, tmp_path):
+    """Three quarters of its pictures would be 66 MB."""
+    early, late = map(int, run_code(MEMORY, checkpoint, tmp_path / 'run', 800).split())
+    assert late - early < 30e6
