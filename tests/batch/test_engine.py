@@ -249,10 +249,11 @@ from jaxsd.batch import folder, runner
 from jaxsd.batch.engine import Engine
 from jaxsd.batch.identity import Identity
 model, count = jaxsd.load(sys.argv[1]), int(sys.argv[3])
-engine, run, held = Engine(model), folder.Folder(sys.argv[2]), []
+engine, identity = Engine(model, microbatch=8), Identity(model, microbatch=8)
+run, held = folder.Folder(sys.argv[2]), []
 requests = [jaxsd.Request('red apple', seed=i, steps=1, sampler='euler', width=192, height=192)
             for i in range(count)]
-packed = runner.pack(runner.jobs(engine, Identity(model, microbatch=engine.microbatch), requests), engine.capacity)
+packed = runner.pack(runner.jobs(engine, identity, requests), engine.capacity)
 
 def on_done(job, error):
     with open('/proc/self/statm') as file:
