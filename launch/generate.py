@@ -85,6 +85,7 @@ def guarded(run):
     wrong; else what it returns is the exit code."""
     def main(argv):
         warnings.showwarning = warn
+        sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no text
         try:
             if len(argv) > 1:
                 fail(f'unexpected argument {argv[1]!r}: give prompts as --prompt="{argv[1]}"', 2)

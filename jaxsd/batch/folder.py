@@ -126,7 +126,8 @@ class Folder:
         self._append({'id': key, **record, 'error': str(error)})
 
     def _append(self, record):
-        line = json.dumps(record, default=picture.describe, ensure_ascii=False).encode() + b'\n'
+        line = picture.unicode(
+            json.dumps(record, default=picture.describe, ensure_ascii=False) + '\n')
         with self._lock:
             try:
                 done = 0
@@ -164,7 +165,8 @@ class Folder:
             if wrong:
                 raise ValueError(f'{self.path} holds pictures of a run with other settings: '
                                  f'{"; ".join(wrong)}. Give another folder, or the same settings')
-        picture.write_whole(file, json.dumps(config, indent=1, ensure_ascii=False).encode(), True)
+        picture.write_whole(
+            file, picture.unicode(json.dumps(config, indent=1, ensure_ascii=False)), True)
         _sync(self.path)
 
 

@@ -20,7 +20,8 @@ from jaxsd.run import picture, texts
 from jaxsd.run.request import PROMPTS
 
 # The rooms whose code pictures depend on; a comment or docstring changes nothing.
-ROOMS = ('config.py', 'batch/engine.py', 'images', 'models', 'prompt', 'run', 'sampling', 'weights')
+ROOMS = ('config.py', 'batch/engine.py', 'batch/sharded.py', 'images', 'models', 'prompt', 'run',
+         'sampling', 'weights')
 
 
 @functools.cache

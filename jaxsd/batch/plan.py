@@ -15,6 +15,7 @@ from jaxsd.run.infotext import tuples
 from jaxsd.run.request import MAX_SEED, PROMPTS, Control, Request
 from jaxsd.sampling.choice import one_of
 
+BOM = b'\xef\xbb\xbf'
 PATHS = ('image', 'mask', 'depth')  # relative to the file that names them
 TEXTS = (*PROMPTS, *PATHS, 'sampler', 'schedule', 'aspect')  # of a CSV, taken as they stand
 
@@ -162,7 +163,7 @@ def _control(given, folder):
 
 def _lines(data):
     """The lines that are not empty; _Wrong for those that are no text."""
-    for number, line in enumerate(data.removeprefix(b'\xef\xbb\xbf').split(b'\n'), 1):
+    for number, line in enumerate(data.removeprefix(BOM).split(b'\n'), 1):
         try:
             text = line.decode().strip('\r')
         except UnicodeDecodeError as error:
@@ -213,7 +214,8 @@ def _object(line):
 
 
 def _csv(data):
-    rows, names = csv.reader(io.StringIO(data.decode('utf-8-sig', 'replace'), newline='')), None
+    text = data.removeprefix(BOM).decode(errors='surrogateescape')
+    rows, names = csv.reader(io.StringIO(text, newline='')), None
     while True:
         try:
             row = next(rows, None)
@@ -224,12 +226,20 @@ def _csv(data):
             return
         if not any(cell.strip() for cell in row):
             continue
-        if names is None:
+        wrong, head = None, names is None
+        if broken := [i for i, cell in enumerate(row) if re.search('[\udc80-\udcff]', cell)]:
+            wrong = _Wrong(broken[0] + 1, f'{row[broken[0]]!a} is no UTF-8')
+        elif head:
             names = [name.strip() for name in row]
+            if twice := [i for i, name in enumerate(names) if name and name in names[:i]]:
+                wrong = _Wrong(twice[0] + 1, f'{names[twice[0]]!r} stands there twice')
         elif len(row) > len(names):
-            yield rows.line_num, _Wrong(len(names) + 1, f'{len(row)} cells, expected at most '
-                                        f'{len(names)}'), None
-        else:
+            wrong = _Wrong(len(names) + 1, f'{len(row)} cells, expected at most {len(names)}')
+        if wrong:
+            yield rows.line_num, wrong, None
+            if head:
+                return  # nobody knows what stands below
+        elif not head:
             cells = {name: cell for name, cell in zip(names, row) if cell.strip()}
             yield rows.line_num, {name: cell if name in TEXTS else _values(cell)[0]
                                   for name, cell in cells.items()}, names.index

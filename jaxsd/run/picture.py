@@ -159,11 +159,17 @@ def describe(value):
     return {'shape': list(pixels.shape), 'sha256': hashlib.sha256(pixels).hexdigest()}
 
 
+def unicode(text):
+    """Text as UTF-8, in which names of files that are none become escapes of JSON."""
+    return text.encode(errors='backslashreplace')
+
+
 def png(image, texts=None):
     """An image, uint8 [H,W,3], and text chunks -> the bytes of a PNG file."""
     from PIL import Image, PngImagePlugin
     info = PngImagePlugin.PngInfo()
     for key, text in (texts or {}).items():
+        text = unicode(text).decode()
         info.add_itxt(key, text) if not text.isascii() else info.add_text(key, text)
     file = io.BytesIO()
     Image.fromarray(np.asarray(image)).save(file, 'PNG', pnginfo=info)

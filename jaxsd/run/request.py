@@ -119,6 +119,11 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, str) and not (name.endswith('_2') and value is None):
                 raise ValueError(f'{name}={value!r}: expected a string')
+            try:
+                (value or '').encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f'{name}: expected text, found {value[error.start]!a} at '
+                                 f'{error.start}, which is no character') from None
         choose('sampler', self.sampler, SAMPLERS)
         known_schedule(self.schedule)
         if not isinstance(self.schedule, str):

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxsd.batch import folder
 
@@ -35,6 +36,21 @@ def test_a_picture_and_its_record(tmp_path):
     assert folder.finished(tmp_path / 'run') == {'ab12', 'cd34'}
     (tmp_path / 'run' / found['ab12']['file']).unlink()
     assert folder.finished(tmp_path / 'run') == {'cd34'}
+
+
+def test_names_of_files_that_are_no_text(tmp_path):
+    name = os.fsdecode(b'sk\xe9.png')
+    run = folder.Folder(tmp_path, {**CONFIG, 'command': name})
+    texts = {'jaxsd': json.dumps({'image': f'é {name}'}, ensure_ascii=False)}
+    run.add('ab12', folder.encode(_image(), texts), {'request': {'image': f'é {name}'}})
+    run.fail('cd34', f'{name}: no such file', {'request': {}})
+    run.close()
+    found = folder.read(tmp_path)
+    assert found['ab12']['request']['image'] == f'é {name}'
+    assert found['cd34']['error'] == f'{name}: no such file'
+    assert folder.read_config(tmp_path)['command'] == name
+    with Image.open(tmp_path / found['ab12']['file']) as file:
+        assert json.loads(file.text['jaxsd']) == {'image': f'é {name}'}
 
 
 def test_hashes_are_of_shape_and_pixels():

@@ -86,6 +86,19 @@ def test_csv(tmp_path):
     assert [b.source for b in bad] == ['a.csv:5:2', 'a.csv:6:7']
 
 
+def test_csv_of_another_encoding_or_with_a_field_twice(tmp_path):
+    text = 'prompt,steps\ncaf\u00e9,7\ntea,8\n'
+    (item, _), bad = _read(tmp_path, 'a.csv', '\ufeff' + text)
+    assert item.fields == {'prompt': 'caf\u00e9', 'steps': 7} and not bad
+    (item,), (bad,) = _read(tmp_path, 'b.csv', text.encode('latin-1'))
+    assert item.fields['prompt'] == 'tea' and bad.source == 'b.csv:2:1'
+    assert 'is no UTF-8' in bad.error
+    items, (bad,) = _read(tmp_path, 'a.csv', text.replace('steps', '\u00e9').encode('latin-1'))
+    assert not items and bad.source == 'a.csv:1:2'
+    items, (bad,) = _read(tmp_path, 'a.csv', 'prompt,steps,prompt\na,7,b\n')
+    assert not items and bad == ('a.csv:1:3', "'prompt' stands there twice")
+
+
 def test_text_is_prompts(tmp_path):
     items, bad = _read(tmp_path, 'a.txt', ' red apple \n\n{not json}\n# no comment')
     assert [item.fields['prompt'] for item in items] == ['red apple', '{not json}', '# no comment']

@@ -15,6 +15,7 @@ from jaxsd.run.request import MAX_SEED, Request, resolve
     (dict(guidance='7'), "guidance='7': expected a finite number"),
     (dict(width=0), 'width=0'),
     (dict(prompt=None), 'prompt=None: expected a string'),
+    (dict(negative_prompt='a \ud800'), r"negative_prompt: expected text, found '\\ud800' at 2"),
     (dict(crop=(1, 2, 3)), 'crop=.*: expected two numbers'),
     (dict(sampler='dpmpp2m'), "unknown sampler 'dpmpp2m': did you mean 'dpmpp_2m'.*euler"),
     (dict(sampler_options='order=3'), "sampler_options='order=3': expected a mapping"),
