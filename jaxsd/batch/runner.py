@@ -33,13 +33,16 @@ def jobs(engine, identity, requests, done=frozenset()):
 
     done: ids. Requests that the model cannot make become jobs with an error.
     """
-    found = {}
+    found, surveys = {}, {}  # of pictures that differ in their seeds alone, one survey
     for number, asked in enumerate(requests):
         try:
             request, = engine.resolve([asked])
             key = identity.of(request)
             if key not in done and key not in found:
-                found[key] = Job(number, key, request, *engine.survey(request))
+                like = identity.of(request.replace(seed=0))
+                if like not in surveys:
+                    surveys[like] = engine.survey(request)
+                found[key] = Job(number, key, request, *surveys[like])
         except (ValueError, OSError) as error:
             key = identity.unmade(asked)
             found.setdefault(key, Job(number, key, asked, error=error))

@@ -110,6 +110,16 @@ def test_packing(engine):
         assert [job.calls for job in batch] == sorted((job.calls for job in batch), reverse=True)
 
 
+def test_one_survey_for_all_seeds(engine, monkeypatch):
+    seen = []
+    monkeypatch.setattr(engine, 'survey', lambda r: seen.append(r) or Engine.survey(engine, r))
+    requests = [Request(prompt, seed=i, steps=2) for prompt in ('a', 'b [c:d:1]') for i in range(5)]
+    some = runner.jobs(engine, Identity(engine.nets[0][0], microbatch=3), requests)
+    assert [r.prompt for r in seen] == ['a', 'b [c:d:1]']
+    assert [(job.request.seed, job.kind, job.calls) for job in some] == [
+        (r.seed, *Engine.survey(engine, r)) for r in engine.resolve(requests)]
+
+
 def test_ids(tiny_model, tmp_path):
     model = tiny_model('sd1')
     ids = Identity(model, microbatch=8)
