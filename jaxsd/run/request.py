@@ -16,6 +16,7 @@ from jaxsd.sampling.choice import choose, one_of
 from jaxsd.sampling.guidance_options import check, per_step
 
 MAX_SEED = 2**64 - 1
+MAX_STEPS, MAX_SIDE, MAX_BLUR = 10_000, 2**16, 2**10  # beyond is a slip, and fills memory
 
 
 RESIZE = ('crop', 'pad', 'stretch')
@@ -134,10 +135,10 @@ class Request:
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f'{name}={getattr(self, name)!r}: expected a mapping')
         _integer('seed', self.seed, -1, MAX_SEED)
-        _integer('steps', self.steps, 1)
+        _integer('steps', self.steps, 1, MAX_STEPS)
         for name in ('width', 'height'):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1)
+                _integer(name, getattr(self, name), 1, MAX_SIDE)
         for name, value in (('guidance', per_step('guidance', self.guidance, self.steps)),
                             ('guidance_options', check(self.guidance_options, self.steps))):
             object.__setattr__(self, name, value)
@@ -148,7 +149,7 @@ class Request:
         one_of('weighting', self.weighting, WEIGHTINGS)
         one_of('cut', self.cut, CUTS)
         one_of('noise', self.noise, NOISES)
-        _integer('clip_skip', self.clip_skip, 1)
+        _integer('clip_skip', self.clip_skip, 1, 100)
         self._check_noise_batch()
         object.__setattr__(self, 'adapters', _weights(self.adapters))
         for name in ('original_size', 'crop', 'target_size'):
@@ -164,20 +165,20 @@ class Request:
                 raise ValueError(f'strength={self.strength}: expected image= as well, the picture '
                                  'to start from')
         _number('switch', self.switch, 0, 1)
-        _number('mask_blur', self.mask_blur, 0)
+        _number('mask_blur', self.mask_blur, 0, MAX_BLUR)
         one_of('resize', self.resize, RESIZE)
         one_of('mask_mode', self.mask_mode, MASK_MODES)
         if self.fill is not None:
             one_of('fill', self.fill, FILLS)
         for name in ('only_masked', 'class_label', 'negative_class_label'):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0)
+                _integer(name, getattr(self, name), 0, MAX_SIDE)
         if self.outpaint is not None:
             if not isinstance(self.outpaint, (tuple, list)) or len(self.outpaint) != 4:
                 raise ValueError(f'outpaint={self.outpaint!r}: expected four whole numbers, the '
                                  'pixels to add at the left, top, right and bottom')
             for amount in self.outpaint:
-                _integer('outpaint', amount, 0)
+                _integer('outpaint', amount, 0, MAX_SIDE)
             object.__setattr__(self, 'outpaint', tuple(map(int, self.outpaint)))
             if not any(self.outpaint):
                 raise ValueError('outpaint=(0, 0, 0, 0): expected pixels to add on some side')

@@ -7,7 +7,7 @@ from jaxsd.run.request import MAX_SEED, Request, resolve
 
 
 @pytest.mark.parametrize('fields, message', [
-    (dict(steps=0), 'steps=0: expected a whole number at least 1'),
+    (dict(steps=0), 'steps=0: expected a whole number between 1 and 10000'),
     (dict(steps=2.5), 'steps=2.5: expected a whole number'),
     (dict(seed=2**64), 'seed=18446744073709551616: .* between -1 and 18446744073709551615'),
     (dict(seed=-2), 'seed=-2'),
@@ -15,6 +15,12 @@ from jaxsd.run.request import MAX_SEED, Request, resolve
     (dict(guidance='7'), "guidance='7': expected a finite number"),
     (dict(width=0), 'width=0'),
     (dict(prompt=None), 'prompt=None: expected a string'),
+    (dict(steps=10**9), 'steps=1000000000: expected a whole number between 1 and 10000'),
+    (dict(width=2**70), 'width=.* between 1 and 65536'),
+    (dict(clip_skip=2**70), 'clip_skip=.* between 1 and 100'),
+    (dict(mask_blur=1e30), 'mask_blur=1e.30: expected a number from 0 to 1024'),
+    (dict(only_masked=2**70), 'only_masked=.* between 0 and 65536'),
+    (dict(outpaint=(0, 0, 2**70, 0)), 'outpaint=.* between 0 and 65536'),
     (dict(negative_prompt='a \ud800'), r"negative_prompt: expected text, found '\\ud800' at 2"),
     (dict(crop=(1, 2, 3)), 'crop=.*: expected two numbers'),
     (dict(sampler='dpmpp2m'), "unknown sampler 'dpmpp2m': did you mean 'dpmpp_2m'.*euler"),

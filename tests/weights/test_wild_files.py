@@ -293,7 +293,7 @@ def test_fuzzed_headers(tmp_path):
     """1,000 mutations of a header: no crash, no hang, no more memory than twice the file."""
     rng = np.random.default_rng(0)
     kinds = itertools.cycle((np.float32, np.float16, ml_dtypes.bfloat16, *FLOAT8, np.int64))
-    tensors = {f'layer.{i}.weight': rng.normal(size=(40 + i, 300)).astype(next(kinds))
+    tensors = {f'layer.{i}.weight': rng.normal(size=(40 + i, 1200)).astype(next(kinds))
                for i in range(40)}
     save_file(tensors, tmp_path / 'whole.safetensors', {'format': 'pt', 'ss_note': 'x' * 50})
     done = subprocess.run(
