@@ -255,7 +255,7 @@ def test_aspects(tiny_model):
     (dict(image=PICTURE, only_masked=4), 'only_masked=4: expected mask='),
     (dict(image=PICTURE, outpaint=(1, 2, 3)), 'outpaint.*expected four whole numbers'),
     (dict(image=PICTURE, outpaint=(0, 0, 0, 0)), 'expected pixels to add'),
-    (dict(image=PICTURE, outpaint=(0, 0, 0, -8)), 'outpaint=-8: expected a whole number at least'),
+    (dict(image=PICTURE, outpaint=(0, 0, 0, -8)), 'outpaint=-8: expected a whole number between 0'),
     (dict(image=PICTURE, mask=HALF, outpaint=(8, 0, 0, 0)), 'mask and outpaint: expected one'),
     (dict(image=PICTURE, resize='squeeze'), "unknown resize 'squeeze'"),
     (dict(image=PICTURE, mask=HALF, mask_mode='soft'), "unknown mask_mode 'soft'"),

@@ -208,7 +208,7 @@ def test_dynamic_prompts_are_resolved_by_the_seed(sd1):
     (dict(weighting='a111'), "unknown weighting 'a111': did you mean 'a1111'"),
     (dict(cut='sharp'), "unknown cut 'sharp'"),
     (dict(noise='cuda'), "unknown noise 'cuda'"),
-    (dict(clip_skip=0), 'clip_skip=0: expected a whole number at least 1'),
+    (dict(clip_skip=0), 'clip_skip=0: expected a whole number between 1 and 100'),
     (dict(noise_batch=(2, 2)), "noise_batch's place=2: expected a whole number between 0 and 1"),
     (dict(adapters=['x']), 'adapters=.*: expected a mapping from names to weights'),
     (dict(adapters={'x': (1, 2, 3)}), 'adapters: x=.*: expected a weight or two'),
