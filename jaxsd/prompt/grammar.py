@@ -73,7 +73,7 @@ class Alternate(NamedTuple):
     options: tuple
 
 
-@functools.lru_cache(4096)  # batches have the same texts again and again
+@functools.lru_cache(256)  # batches have the same texts again and again
 def plan(text, steps, weighting='a1111', negative=False):
     """What a prompt asks for, at each of so many steps -> Plan.
 

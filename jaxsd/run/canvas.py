@@ -216,8 +216,9 @@ def _labels(config, requests, prompts, what):
     """Class labels int32 [B,P]: the class of prompts, the negative one of the other texts."""
     count = config.unet.num_class_embeds
     if not count:
-        if any(r.class_label is not None for r in requests):
-            raise ValueError('class_label: this model has no classes; expected None')
+        for name in ('class_label', 'negative_class_label'):
+            if any(getattr(r, name) is not None for r in requests):
+                raise ValueError(f'{name}: this model has no classes; expected None')
         return None
     null = NOISE_LEVEL if what == 'upscaler' else count - 1
     limit = min(count - 1, config.max_noise_level) if what == 'upscaler' else count - 1

@@ -170,9 +170,10 @@ class Request:
         one_of('mask_mode', self.mask_mode, MASK_MODES)
         if self.fill is not None:
             one_of('fill', self.fill, FILLS)
-        for name in ('only_masked', 'class_label', 'negative_class_label'):
+        for name, most in (('only_masked', MAX_SIDE), ('class_label', None),
+                           ('negative_class_label', None)):  # how many classes: the model knows
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_SIDE)
+                _integer(name, getattr(self, name), 0, most)
         if self.outpaint is not None:
             if not isinstance(self.outpaint, (tuple, list)) or len(self.outpaint) != 4:
                 raise ValueError(f'outpaint={self.outpaint!r}: expected four whole numbers, the '

@@ -219,7 +219,7 @@ class Batcher:
                 batch, patience = self._next(place), None
                 idle = not any(self._flying[place::len(self._freed)])
                 full = len(batch) == self.engine.capacity
-                new = batch and (place, batch[0].kind) not in self._known  # to compile, beside
+                new = batch and self._key(lane, batch) not in self._known  # to compile, beside
                 if batch and (new or idle or full and self._flying[lane] < AHEAD):
                     hope = not full and (self._coming or self._crowd)
                     since = max(batch[0].arrived, self._freed[place])

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import tempfile
+import time
 
 import pytest
 
@@ -61,3 +62,41 @@ def requests(driver, part):
     messages = [json.loads(entry['message'])['message'] for entry in driver.get_log('performance')]
     return sum(part in message['params']['request']['url'] for message in messages
                if message['method'] == 'Network.requestWillBeSent')
+
+
+def wait(test, seconds=5):
+    """What a function says, as soon as it says anything."""
+    end = time.monotonic() + seconds
+    while not (found := test()) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert found
+    return found
+
+
+def find(driver, selector):
+    return driver.find_element('css selector', selector)
+
+
+def find_all(driver, selector):
+    return driver.find_elements('css selector', selector)
+
+
+def texts(driver, selector):
+    """Text as it stands in the document, also where it is out of sight."""
+    return driver.execute_script('return [...document.querySelectorAll(arguments[0])]'
+                                 '.map(node => node.textContent)', selector)
+
+
+def unfold(driver):
+    driver.execute_script('document.querySelectorAll("details").forEach(n => { n.open = true; })')
+
+
+def press(driver, *keys):
+    from selenium.webdriver.common.keys import Keys
+    for key in keys:
+        driver.switch_to.active_element.send_keys(getattr(Keys, key, key))
+
+
+def focused(driver):
+    """The record whose picture has the keyboard."""
+    return driver.execute_script('return Number(document.activeElement.dataset.record ?? -1)')

@@ -1,6 +1,7 @@
 """Microbatches: what a picture's bits do not depend on, and what programs are made of."""
 
 import functools
+import json
 import pathlib
 import re
 
@@ -8,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
-from mains import run_code
+from mains import ROOT, run_code
 
 import jaxsd
 from jaxsd import Request
-from jaxsd.batch import cost, runner, sharded
+from jaxsd.batch import cost, plan, runner, sharded
 from jaxsd.batch.engine import Engine
 from jaxsd.batch.identity import Identity
 from jaxsd.models import spec, unet, vae
@@ -118,6 +119,34 @@ def test_one_survey_for_all_seeds(engine, monkeypatch):
     assert [r.prompt for r in seen] == ['a', 'b [c:d:1]']
     assert [(job.request.seed, job.kind, job.calls) for job in some] == [
         (r.seed, *Engine.survey(engine, r)) for r in engine.resolve(requests)]
+
+
+def test_wrong_values_stop_nothing(engine, tmp_path):
+    """Each field with values that it cannot have: an entry or a job with one line that says why."""
+    values = (5, 'x', '', [1], {'a': 1}, None, True, -1, 0.5, [[1]], [], {}, 2**70, [1, 2, 3, 4],
+              [None], {'a': [1]}, '\0', '\ud800', 1e30, [[1, 2]], [[['a', 1.0]]], [['a', 1]])
+    picture = str(ROOT / 'docs/examples/apple.png')
+    bases = ({'prompt': 'cat'}, {'prompt': 'cat', 'image': picture,
+                                 'mask': str(ROOT / 'docs/examples/mask.png')})
+    nested = [{'controls': [{'net': 'x', 'image': 'y', name: value}]} for value in values
+              for name in ('net', 'image', 'scale', 'start', 'end', 'guess')]
+    nested += [{'guidance_options': {name: value}} for value in values
+               for name in ('rescale', 'perp_neg', 'freeu', 'apg', 'interval', 'pag', 'sag')]
+    nested += [{'sampler': sampler, 'sampler_options': {name: value}} for value in values
+               for sampler in ('dpmpp_2m', 'restart', 'unipc', 'dpm_adaptive')
+               for name in ('order', 'eta', 's_noise', 'variant', 'segments', 'rtol')]
+    nested += [{'schedule_options': {name: value}} for value in values
+               for name in ('rho', 'denoise', 'convention', 'discard_penultimate')]
+    lines = [{**base, **more} for base in bases for more in (*nested, *(
+        {name: value} for name in Request.__dataclass_fields__ for value in values))]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    items, bad = plan.read(tmp_path / 'a.jsonl', {'steps': 4, 'width': 64, 'height': 64})
+    jobs = runner.jobs(engine, Identity(engine.nets[0][0], microbatch=3),
+                       plan.expand(items, [0], {}))
+    failed = [str(job.error) for job in jobs if job.error is not None]
+    assert len(items) + len(bad) == len(lines) > 3000
+    assert len(bad) > 1000 and 10 < len(failed) < len(jobs)
+    assert not [text for text in (*failed, *(each.error for each in bad)) if '\n' in text]
 
 
 def test_ids(tiny_model, tmp_path):

@@ -270,6 +270,7 @@ def test_aspects(tiny_model):
     (dict(image=__file__), 'not an image'),
     (dict(depth=SLOPE), 'depth: this model does not follow depth maps'),
     (dict(class_label=1), 'class_label: this model has no classes'),
+    (dict(negative_class_label=1), 'negative_class_label: this model has no classes'),
     (dict(controls=[Control('edge', OTHER)]), "unknown ControlNet 'edge': did you mean 'edges'"),
     (dict(image=PICTURE, outpaint=(8, 0, 0, 0), width=64, height=64), 'expected neither beside'),
     (dict(image=PICTURE, mask=SLOPE, mask_mode='strength', sampler='dpm_adaptive'),
