@@ -1,4 +1,4 @@
-"""Settings for CPU, and tiny random models shared by the tests."""
+"""Settings for CPU; tiny random models, and a browser with a gallery, shared by the tests."""
 
 import importlib.util
 import json
@@ -129,3 +129,43 @@ def checkpoint(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp('checkpoints') / 'tiny'
     jaxsd.save(tiny_model('sd1'), folder)
     return folder
+
+
+@pytest.fixture(scope='module')
+def window():
+    """A browser, for tests of the gallery."""
+    import browser
+    with browser.chromium() as driver:
+        driver.set_script_timeout(20)
+        driver.execute_cdp_cmd('Browser.grantPermissions', {
+            'permissions': ['clipboardReadWrite', 'clipboardSanitizedWrite']})
+        yield driver
+
+
+@pytest.fixture(scope='module')
+def big_gallery(tmp_path_factory):
+    """2,000 records in a folder that a shell must have quoted."""
+    from galleries import GUIDANCE, SAMPLERS, make_run, planned
+
+    from jaxsd.batch import gallery
+    axes = {'sampler': list(SAMPLERS), 'guidance': list(GUIDANCE)}
+    where = make_run(tmp_path_factory.mktemp('gallery') / "it's a run", planned(2000), axes)
+    return gallery.write(where)
+
+
+@pytest.fixture
+def visit(window, big_gallery):
+    """visit(hash, page): open the page -> the driver. The console must stay without errors."""
+    import browser
+    browser.resize(window, 1280, 900)
+    browser.scheme(window, 'light')
+
+    def visit(state='', page=big_gallery):
+        window.get('about:blank')
+        window.get(page.as_uri() + state)
+        return window
+
+    window.get_log('browser')
+    yield visit
+    errors = [entry for entry in window.get_log('browser') if entry['level'] == 'SEVERE']
+    assert not errors

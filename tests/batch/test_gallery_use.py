@@ -185,13 +185,13 @@ def test_state_is_in_the_address(visit):
     wait(lambda: texts(driver, '#count') == ['2,000 pictures'])
 
 
-def test_copies(visit, run):
+def test_copies(visit, big_gallery):
     driver = visit(f'#shown={identity(0)}')
     read = 'navigator.clipboard.readText().then(arguments[0])'
     find(driver, '#copy-command').click()
     wait(lambda: texts(driver, '#said') == ['Copied the command'])
     assert shlex.split(driver.execute_async_script(read)) == [
-        'python', '-m', 'launch.generate', f'--from={run.parent / make_record(0)["file"]}']
+        'python', '-m', 'launch.generate', f'--from={big_gallery.parent / make_record(0)["file"]}']
     find(driver, '#copy-seed').click()
     wait(lambda: texts(driver, '#said') == ['Copied the seed'])
     assert driver.execute_async_script(read) == str(2**64 - 1)
