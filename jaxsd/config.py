@@ -2,70 +2,164 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 VERSIONS = pathlib.Path(__file__).parent / 'versions'
 TEXT_ENCODERS = ('text_encoder', 'text_encoder_2')
 
 
+def _ranged(default, low=None, high=None, above=None):
+    """A field of numbers, each from low (or above `above`) to high."""
+    return dataclasses.field(default=default,
+                             metadata={'low': low, 'high': high, 'above': above})
+
+
+def _choice(default, *others):
+    """A field of text."""
+    return dataclasses.field(default=default, metadata={'choices': (default, *others)})
+
+
+WIDTH, DEPTH = 65_536, 64  # far beyond any network there is; a slip shall not fill the memory
+
+
+class Checked:
+    """A config class that checks the types and ranges of its fields when it is built.
+
+    The type is that of the default, `X | None` in the annotation allows None; a tuple's entries
+    are of the type of the default's. Subclasses add what concerns several fields in `check`.
+    Raises ValueError that names the field, what was expected and what was found.
+    """
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # as JSON has it
+                object.__setattr__(self, field.name, value := tuple(value))
+            if not (value is None and 'None' in str(field.type)):
+                _check_field(field, value)
+        self.check()
+
+    def check(self):
+        """ValueError for fields that do not fit each other."""
+
+    def same_length(self, *names):
+        """ValueError unless these tuples have one entry per level."""
+        lengths = {name: len(getattr(self, name)) for name in names}
+        if len(set(lengths.values())) > 1 or not 0 < min(lengths.values()) <= 8:
+            raise ValueError('expected one entry per level, 1 to 8 levels, in each of '
+                             + ', '.join(f'{k} (found {n})' for k, n in lengths.items()))
+
+    def divisible(self, what, widths, by, parts):
+        """ValueError unless every width is a multiple of the number beside it."""
+        for width, part in zip(widths, parts):
+            if width % part:
+                raise ValueError(f'{what}: expected multiples of {by}={part}, found {width}')
+
+
+def _check_field(field, value):
+    rules, several = field.metadata, 'tuple' in str(field.type)
+    one = rules.get('of') or type(field.default[0] if several else field.default)
+    if several != isinstance(value, tuple):
+        raise ValueError(f'{field.name}: expected {"a list" if several else "one value"}, found '
+                         f'{value!r:.100}')
+    for entry in value if several else (value,):
+        plain = isinstance(entry, (int, float)) if one is float else isinstance(entry, one)
+        if not plain or (one in (int, float) and isinstance(entry, bool)):
+            name = {int: 'a whole number', float: 'a number', bool: 'true or false',
+                    str: 'text'}.get(one, one.__name__)
+            raise ValueError(f'{field.name}: expected {name}, found {entry!r:.100}')
+        choices, low, high, above = (rules.get(k) for k in ('choices', 'low', 'high', 'above'))
+        if choices and entry not in choices:
+            raise ValueError(f'{field.name}={entry!r:.100} is not implemented; expected one of '
+                             f'{choices}')
+        if one is float and not math.isfinite(entry):
+            raise ValueError(f'{field.name}: expected a finite number, found {entry}')
+        if (low is not None and entry < low or high is not None and entry > high
+                or above is not None and entry <= above):
+            limits = [f'at least {low}'] * (low is not None) + [f'above {above}'] * (
+                above is not None) + [f'at most {high}'] * (high is not None)
+            raise ValueError(f'{field.name}: expected a number {" and ".join(limits)}, '
+                             f'found {entry}')
+
+
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Checked):
     """A CLIP text transformer. `skip` and `final_norm` say which hidden state the version uses."""
 
-    vocab_size: int = 49408
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    max_position_embeddings: int = 77
-    hidden_act: str = 'quick_gelu'  # or 'gelu', the exact one
-    layer_norm_eps: float = 1e-5
+    vocab_size: int = _ranged(49408, 1, 10**7)
+    hidden_size: int = _ranged(768, 1, WIDTH)
+    intermediate_size: int = _ranged(3072, 1, WIDTH)
+    num_hidden_layers: int = _ranged(12, 1, 256)
+    num_attention_heads: int = _ranged(12, 1, WIDTH)
+    max_position_embeddings: int = _ranged(77, 3, WIDTH)
+    hidden_act: str = _choice('quick_gelu', 'gelu')  # 'gelu' is the exact one
+    layer_norm_eps: float = _ranged(1e-5, above=0, high=1)
     eos_token_id: int = 2  # 2 is what old config.json files say when they mean "the highest id"
-    projection_dim: int = 0  # 0: no text_projection
-    skip: int = 0  # layers left out at the end: 1 is the "penultimate" of SDXL
+    projection_dim: int = _ranged(0, 0, WIDTH)  # 0: no text_projection
+    skip: int = _ranged(0, 0, 255)  # layers left out at the end: 1 is the "penultimate" of SDXL
     final_norm: bool = True  # whether the hidden state passes the final layer norm
+
+    def check(self):
+        self.divisible('hidden_size', [self.hidden_size], 'num_attention_heads',
+                       [self.num_attention_heads])
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Checked):
     """A U-Net. Tuples have one entry per resolution level, from the finest to the coarsest."""
 
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    transformer_layers: tuple = (1, 1, 1, 0)  # transformer blocks per attention; 0: no attention
-    mid_transformer_layers: int = 1
-    heads: tuple = (8, 8, 8, 8)
-    only_cross_attention: tuple = (False, False, False, False)
-    cross_attention_dim: int = 768
+    in_channels: int = _ranged(4, 1, WIDTH)
+    out_channels: int = _ranged(4, 1, WIDTH)
+    block_out_channels: tuple = _ranged((320, 640, 1280, 1280), 1, WIDTH)
+    layers_per_block: int = _ranged(2, 1, DEPTH)
+    # Transformer blocks per attention; 0: no attention.
+    transformer_layers: tuple = _ranged((1, 1, 1, 0), 0, DEPTH)
+    mid_transformer_layers: int = _ranged(1, 1, DEPTH)
+    heads: tuple = _ranged((8, 8, 8, 8), 1, WIDTH)
+    only_cross_attention: tuple = (False, False, False, False)  # not of the middle block
+    cross_attention_dim: int = _ranged(768, 1, WIDTH)
     use_linear_projection: bool = False
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    num_class_embeds: int = 0  # rows of the class embedding table; 0: none
-    added_dim: int = 0  # width of SDXL's `added` vector; 0: none
-    added_time_dim: int = 256  # sinusoids per time id inside `added`
-    sample_size: int = 64  # the native latent height and width
+    norm_num_groups: int = _ranged(32, 1, WIDTH)
+    norm_eps: float = _ranged(1e-5, above=0, high=1)
+    num_class_embeds: int = _ranged(0, 0, 10**7)  # rows of the class embedding table; 0: none
+    added_dim: int = _ranged(0, 0, WIDTH)  # width of SDXL's `added` vector; 0: none
+    added_time_dim: int = _ranged(256, 1, WIDTH)  # sinusoids per time id inside `added`
+    sample_size: int = _ranged(64, 1, WIDTH)  # the native latent height and width
+
+    def check(self):
+        self.same_length('block_out_channels', 'transformer_layers', 'heads',
+                         'only_cross_attention')
+        widths = self.block_out_channels
+        self.divisible('block_out_channels', widths, 'norm_num_groups',
+                       [self.norm_num_groups] * len(widths))
+        attends = [*map(bool, self.transformer_layers[:-1]), True]  # the last is the middle block's
+        self.divisible('block_out_channels', [w for w, a in zip(widths, attends) if a],
+                       'attention heads', [h for h, a in zip(self.heads, attends) if a])
 
 
 @dataclasses.dataclass(frozen=True)
 class ControlNetConfig(UNetConfig):
     """A ControlNet: the first half of a U-Net, and how wide the layers are that read the hint."""
 
-    conditioning_channels: int = 3
-    conditioning_embedding_out_channels: tuple = (16, 32, 96, 256)
+    conditioning_channels: int = _ranged(3, 1, WIDTH)
+    conditioning_embedding_out_channels: tuple = _ranged((16, 32, 96, 256), 1, WIDTH)
     global_pool_conditions: bool = False  # what it adds is averaged over the pixels (shuffle)
 
 
 @dataclasses.dataclass(frozen=True)
-class T2IAdapterConfig:
+class T2IAdapterConfig(Checked):
     """A T2I-Adapter; `channels` has one entry per feature, from the finest to the coarsest."""
 
-    in_channels: int = 3
-    channels: tuple = (320, 640, 1280, 1280)
-    num_res_blocks: int = 2
-    downscale_factor: int = 8  # pixels along each side of the squares that are read first
-    adapter_type: str = 'full_adapter'  # or full_adapter_xl
+    in_channels: int = _ranged(3, 1, WIDTH)
+    channels: tuple = _ranged((320, 640, 1280, 1280), 1, WIDTH)
+    num_res_blocks: int = _ranged(2, 1, DEPTH)
+    # Pixels along each side of the squares that are read first.
+    downscale_factor: int = _ranged(8, 1, 256)
+    adapter_type: str = _choice('full_adapter', 'full_adapter_xl')
+
+    def check(self):
+        self.same_length('channels')
 
     @property
     def halved(self):
@@ -74,19 +168,35 @@ class T2IAdapterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEConfig:
-    """An AutoencoderKL. Latents seen by the U-Net are `(z - shift_factor) * scaling_factor`."""
+class VAEConfig(Checked):
+    """An AutoencoderKL.
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.18215
-    shift_factor: float = 0.0
-    force_upcast: bool = False  # float16 overflows: decode in float32 or bfloat16
-    sample_size: int = 512  # the native picture height and width
+    Latents seen by the U-Net are `(z - shift_factor - latents_mean) * scaling_factor /
+    latents_std`, the last two per channel (diffusers' SDXL pipelines); (): 0 and 1.
+    """
+
+    in_channels: int = _ranged(3, 1, WIDTH)
+    out_channels: int = _ranged(3, 1, WIDTH)
+    latent_channels: int = _ranged(4, 1, WIDTH)
+    block_out_channels: tuple = _ranged((128, 256, 512, 512), 1, WIDTH)
+    layers_per_block: int = _ranged(2, 1, DEPTH)
+    norm_num_groups: int = _ranged(32, 1, WIDTH)
+    scaling_factor: float | None = _ranged(0.18215, above=0)
+    shift_factor: float | None = 0.0
+    latents_mean: tuple | None = dataclasses.field(default=(), metadata={'of': float})
+    latents_std: tuple | None = dataclasses.field(default=(), metadata={'of': float, 'above': 0})
+    force_upcast: bool | None = False  # float16 overflows: decode in float32 or bfloat16
+    sample_size: int | None = _ranged(512, 1, WIDTH)  # the native picture height and width
+
+    def check(self):
+        self.same_length('block_out_channels')
+        self.divisible('block_out_channels', self.block_out_channels, 'norm_num_groups',
+                       [self.norm_num_groups] * len(self.block_out_channels))
+        for name in ('latents_mean', 'latents_std'):
+            found = getattr(self, name)
+            if found and len(found) != self.latent_channels:
+                raise ValueError(f'{name}: expected latent_channels={self.latent_channels} '
+                                 f'numbers, found {len(found)}')
 
     @property
     def factor(self):
@@ -95,19 +205,29 @@ class VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TinyVAEConfig:
+class TinyVAEConfig(Checked):
     """An AutoencoderTiny (TAESD), a small stand-in for a VAE; entries as in VAEConfig."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
-    encoder_block_out_channels: tuple = (64, 64, 64, 64)
-    decoder_block_out_channels: tuple = (64, 64, 64, 64)
-    num_encoder_blocks: tuple = (1, 3, 3, 3)
-    num_decoder_blocks: tuple = (3, 3, 3, 1)
-    scaling_factor: float = 1.0
-    shift_factor: float = 0.0
-    force_upcast: bool = False
+    in_channels: int = _ranged(3, 1, WIDTH)
+    out_channels: int = _ranged(3, 1, WIDTH)
+    latent_channels: int = _ranged(4, 1, WIDTH)
+    encoder_block_out_channels: tuple = _ranged((64, 64, 64, 64), 1, WIDTH)
+    decoder_block_out_channels: tuple = _ranged((64, 64, 64, 64), 1, WIDTH)
+    num_encoder_blocks: tuple = _ranged((1, 3, 3, 3), 1, DEPTH)
+    num_decoder_blocks: tuple = _ranged((3, 3, 3, 1), 1, DEPTH)
+    scaling_factor: float | None = _ranged(1.0, above=0)
+    shift_factor: float | None = 0.0
+    force_upcast: bool | None = False
+
+    latents_mean = latents_std = ()  # it has none
+
+    def check(self):
+        self.same_length('encoder_block_out_channels', 'decoder_block_out_channels',
+                         'num_encoder_blocks', 'num_decoder_blocks')
+        for name in ('encoder_block_out_channels', 'decoder_block_out_channels'):
+            if len(set(getattr(self, name))) > 1:
+                raise ValueError(f'{name}={list(getattr(self, name))} is not implemented; '
+                                 'expected one width at all levels')
 
     @property
     def factor(self):
@@ -116,35 +236,66 @@ class TinyVAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DPTConfig:
+class DPTConfig(Checked):
     """The hybrid DPT that MiDaS is: a ResNet stem, a vision transformer, reassembly and fusion."""
 
-    image_size: int = 384
-    patch_size: int = 16
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    layer_norm_eps: float = 1e-12
-    backbone_out_indices: tuple = (2, 5, 8, 11)
-    neck_hidden_sizes: tuple = (256, 512, 768, 768)
-    fusion_hidden_size: int = 256
-    depths: tuple = (3, 4, 9)  # of the stem, bottlenecks per stage
-    embedding_size: int = 64
-    hidden_sizes: tuple = (256, 512, 1024)  # of the stem, channels per stage
-    num_groups: int = 32
+    image_size: int = _ranged(384, 1, WIDTH)
+    patch_size: int = _ranged(16, 1, WIDTH)
+    hidden_size: int = _ranged(768, 1, WIDTH)
+    intermediate_size: int = _ranged(3072, 1, WIDTH)
+    num_hidden_layers: int = _ranged(12, 1, 256)
+    num_attention_heads: int = _ranged(12, 1, WIDTH)
+    layer_norm_eps: float = _ranged(1e-12, above=0, high=1)
+    backbone_out_indices: tuple = _ranged((2, 5, 8, 11), 0, 255)
+    neck_hidden_sizes: tuple = _ranged((256, 512, 768, 768), 1, WIDTH)
+    fusion_hidden_size: int = _ranged(256, 2, WIDTH)
+    depths: tuple = _ranged((3, 4, 9), 1, DEPTH)  # of the stem, bottlenecks per stage
+    embedding_size: int = _ranged(64, 1, WIDTH)
+    hidden_sizes: tuple = _ranged((256, 512, 1024), 1, WIDTH)  # of the stem, channels per stage
+    num_groups: int = _ranged(32, 1, WIDTH)
+
+    def check(self):
+        self.divisible('hidden_size', [self.hidden_size], 'num_attention_heads',
+                       [self.num_attention_heads])
+        self.divisible('image_size', [self.image_size], 'patch_size', [self.patch_size])
+        self.same_length('depths', 'hidden_sizes')
+        self.same_length('backbone_out_indices', 'neck_hidden_sizes')
 
 
 @dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
-    """The forward diffusion that the model was trained on."""
+class ScheduleConfig(Checked):
+    """The forward diffusion that the model was trained on.
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    beta_schedule: str = 'scaled_linear'  # linear, scaled_linear or squaredcos_cap_v2
-    prediction_type: str = 'epsilon'  # epsilon, v_prediction or sample
+    edm: Karras et al. 2022 (https://arxiv.org/abs/2206.00364), as Playground v2.5 (prediction
+    'epsilon', sigma_data 0.5) and CosXL ('v_prediction', sigma_data 1): noise levels from
+    sigma_min to sigma_max, timesteps of log(sigma) / 4, and no betas.
+    """
+
+    num_train_timesteps: int = _ranged(1000, 2, 10**6)
+    beta_start: float = _ranged(0.00085, above=0, high=0.999)
+    beta_end: float = _ranged(0.012, above=0, high=0.999)
+    beta_schedule: str = _choice('scaled_linear', 'linear', 'squaredcos_cap_v2')
+    prediction_type: str = _choice('epsilon', 'v_prediction', 'sample')
     rescale_betas_zero_snr: bool = False
+    # The betas themselves, instead of beta_start, beta_end and beta_schedule.
+    trained_betas: tuple | None = dataclasses.field(
+        default=None, metadata={'of': float, 'above': 0, 'high': 0.999})
+    edm: bool = False
+    sigma_min: float = _ranged(0.002, above=0)
+    sigma_max: float = _ranged(80.0, above=0)
+    sigma_data: float = _ranged(0.5, above=0)
+
+    def check(self):
+        betas = self.trained_betas
+        if betas is not None and len(betas) != self.num_train_timesteps:
+            raise ValueError(f'trained_betas: expected num_train_timesteps='
+                             f'{self.num_train_timesteps} numbers, found {len(betas)}')
+        if self.edm and (betas is not None or self.rescale_betas_zero_snr
+                         or self.prediction_type == 'sample'):
+            raise ValueError('edm: has no betas, no zero terminal SNR and no prediction of samples')
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f'sigma_min={self.sigma_min}: expected less than '
+                             f'sigma_max={self.sigma_max}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +322,6 @@ class ModelConfig:
 
     def with_prediction(self, prediction_type):
         """A copy with another prediction type: epsilon, v_prediction or sample."""
-        known = ('epsilon', 'v_prediction', 'sample')
-        if prediction_type not in known:
-            raise ValueError(f'prediction type {prediction_type!r}: expected one of {known}')
         schedule = dataclasses.replace(self.schedule, prediction_type=prediction_type)
         return self.replace(schedule=schedule)
 

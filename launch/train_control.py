@@ -66,7 +66,7 @@ def learn(c, model, net):
     images, captions, edges, weights = examples(c)
     encode = jax.jit(lambda p, x: vae.encode(p, config.vae, x / 127.5 - 1)[0])
     latents = in_batches(lambda x: encode(model.params['vae'], x), images)
-    data = {'latent': (latents - config.vae.shift_factor) * config.vae.scaling_factor,
+    data = {'latent': vae.scale(config.vae, latents),
             'tokens': tokenizer(captions.tolist()), 'hint': edges, 'empty': tokenizer([''])[0],
             'model': {k: model.params[k] for k in ('text_encoder', 'unet')}}
     abar = jnp.asarray(sampling.alphas_cumprod(config.schedule), jnp.float32)

@@ -46,8 +46,8 @@ def resnet(at, i, o, time=0):
     return names | (conv(f'{at}.conv_shortcut', i, o, 1) if i != o else {})
 
 
-def transformer(at, c, level, layers):
-    """The transformer blocks of a U-Net's level."""
+def transformer(at, c, level, layers, crossed):
+    """The transformer blocks of a U-Net's level; crossed: both attentions see the text."""
     d, context = c.block_out_channels[level], c.cross_attention_dim
     names = affine(f'{at}.norm', d)
     for proj in ('proj_in', 'proj_out'):
@@ -55,7 +55,7 @@ def transformer(at, c, level, layers):
                   else conv(f'{at}.{proj}', d, d, 1))
     for i in range(layers):
         block = f'{at}.transformer_blocks.{i}'
-        for attn, source in (('attn1', context if c.only_cross_attention[level] else d),
+        for attn, source in (('attn1', context if crossed else d),
                              ('attn2', context)):
             names |= linear(f'{block}.{attn}.to_q', d, d, bias=False)
             names |= linear(f'{block}.{attn}.to_k', source, d, bias=False)
@@ -86,7 +86,8 @@ def unet_encoder(c):
         for i in range(c.layers_per_block):
             names |= resnet(f'{at}.resnets.{i}', o if i else skips[-1], o, time)
             if c.transformer_layers[level]:
-                names |= transformer(f'{at}.attentions.{i}', c, level, c.transformer_layers[level])
+                names |= transformer(f'{at}.attentions.{i}', c, level, c.transformer_layers[level],
+                                     c.only_cross_attention[level])
             skips.append(o)
         if level < levels - 1:
             names |= conv(f'{at}.downsamplers.0.conv', o, o)
@@ -94,7 +95,7 @@ def unet_encoder(c):
 
     o = channels[-1]
     names |= resnet('mid_block.resnets.0', o, o, time) | resnet('mid_block.resnets.1', o, o, time)
-    names |= transformer('mid_block.attentions.0', c, levels - 1, c.mid_transformer_layers)
+    names |= transformer('mid_block.attentions.0', c, levels - 1, c.mid_transformer_layers, False)
     return names, skips
 
 
@@ -108,7 +109,8 @@ def unet(c):
         for i in range(c.layers_per_block + 1):
             names |= resnet(f'{at}.resnets.{i}', below + skips.pop(), o, time)
             if c.transformer_layers[level]:
-                names |= transformer(f'{at}.attentions.{i}', c, level, c.transformer_layers[level])
+                names |= transformer(f'{at}.attentions.{i}', c, level, c.transformer_layers[level],
+                                     c.only_cross_attention[level])
             below = o
         if level > 0:
             names |= conv(f'{at}.upsamplers.0.conv', o, o)

@@ -115,7 +115,8 @@ def encode(p, cfg, x, time, context, hint=None, hook=None, features=()):
 
     mid = p['mid_block']
     x = resnet(mid['resnets']['0'], x, cfg.norm_num_groups, cfg.norm_eps, time)
-    x = _transformer(mid['attentions']['0'], cfg, -1, x, context, hook, 'mid_block.attentions.0')
+    x = _transformer(mid['attentions']['0'], cfg, -1, x, context, hook, 'mid_block.attentions.0',
+                     crossed=False)  # whatever the last level does, as in diffusers
     x = resnet(mid['resnets']['1'], x, cfg.norm_num_groups, cfg.norm_eps, time)
     return [*states, adapt(x)]
 
@@ -164,15 +165,18 @@ def _freeu(x, skip, b, s):
     return (jnp.where(half, b, 1) * x).astype(x.dtype), (f + (s - 1) * low).astype(skip.dtype)
 
 
-def _transformer(p, cfg, level, x, context, hook, place):
-    """Self-attention, cross-attention and a gated MLP over the pixels of x [B,H,W,C]."""
+def _transformer(p, cfg, level, x, context, hook, place, crossed=None):
+    """Self-attention, cross-attention and a gated MLP over the pixels of x [B,H,W,C].
+
+    crossed: whether what would be self-attention is cross-attention; None: as the level is.
+    """
     B, H, W, C = x.shape
+    crossed = cfg.only_cross_attention[level] if crossed is None else crossed
     h = group_norm(p['norm'], x, cfg.norm_num_groups, 1e-6)
     h = pointwise(p['proj_in'], h).reshape(B, H * W, C)
     for i, block in enumerate(children(p['transformer_blocks'])):
         n = layer_norm(block['norm1'], h)
         here = f'{place}.transformer_blocks.{i}'
-        crossed = cfg.only_cross_attention[level]
         watch = None if crossed or hook is None else functools.partial(hook, f'{here}.attn1')
         keys = _keys(block['attn1'], context if crossed else n)
         h = h + _attend(block['attn1'], cfg.heads[level], n, *keys, watch)

@@ -58,6 +58,22 @@ def decode(params, cfg, latent):
     return _head(p, cfg, x).astype(jnp.float32)
 
 
+def scale(cfg, z):
+    """Latents of the encoder [..., L] -> as the U-Net sees them, see VAEConfig."""
+    mean, std = _statistics(cfg)
+    return (z - cfg.shift_factor - mean) * (cfg.scaling_factor / std)
+
+
+def unscale(cfg, latent):
+    """The inverse of `scale`."""
+    mean, std = _statistics(cfg)
+    return latent / (cfg.scaling_factor / std) + cfg.shift_factor + mean
+
+
+def _statistics(cfg):
+    return np.float32(cfg.latents_mean or 0), np.float32(cfg.latents_std or 1)
+
+
 def decode_tiled(params, cfg, latent, tile=64, overlap=16):
     """`decode` in overlapping square tiles, cross-faded: the memory of one tile, any size.
 

@@ -145,7 +145,7 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
         guidance = Guidance(guidance)
     params, conditioned = _ready(params, conditioned)
     parts = guidance.parts - (guidance.pag is not None)
-    kind = config.schedule.prediction_type
+    schedule = config.schedule
 
     def model(which, pag=None, sag=None):
         """The denoiser of some of the parts; images and their parts are one axis, image by image.
@@ -182,11 +182,12 @@ def denoise_latents(params, config, x, conditioned, guidance, rows, noise, on_ca
             out = out if on_call is None else on_call(i, out)
             return (out, *received) if received else out
 
-        return sampling.denoiser(net, config.schedule)
+        return sampling.denoiser(net, schedule)
 
     perturbed = [1] if guidance.pag is not None else []  # hears what the prompt's picture does
     denoise = sampling.guided(model([*range(parts), *perturbed], guidance.pag, guidance.sag),
-                              guidance, kind, model([0]))
+                              guidance, schedule.prediction_type, model([0]),
+                              schedule.sigma_data if schedule.edm else None)
     if conditions.free is not None:
         denoise = sampling.inpainted(denoise, conditions.known, conditions.free)
     if watch is not None:
@@ -246,7 +247,7 @@ def _controls(nets, configs, weights, i, called, hints, added, labels):
 def encode(params, config, image):
     """image [B,H,W,3] in [-1,1] -> its latents as the U-Net sees them [B,h,w,L], the mean."""
     mean, _ = vae.encode(_vae_weights(params, config), config.vae, image)
-    return (mean - config.vae.shift_factor) * config.vae.scaling_factor
+    return vae.scale(config.vae, mean)
 
 
 def _vae_weights(params, config):
@@ -259,7 +260,7 @@ def _vae_weights(params, config):
 def decode(params, config, latent, tile=None):
     """Latents [B,h,w,L] as the U-Net sees them -> images uint8 [B,H,W,3], finite bool [B]."""
     weights = _vae_weights(params, config)
-    latent = latent / config.vae.scaling_factor + config.vae.shift_factor
+    latent = vae.unscale(config.vae, latent)
     if tile is None:
         image = vae.decode(weights, config.vae, latent)
     else:

@@ -5,12 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .choice import unknown
 from .guidance import Guidance, blur_where, combine, compose, zero_init, zero_prediction
 from .scan import spread
 from .schedules import model_sigmas
-
-PREDICTIONS = ('epsilon', 'v_prediction', 'sample')
 
 
 def denoiser(net, config):
@@ -24,25 +21,27 @@ def denoiser(net, config):
         v_prediction:  x0 = x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) v
                        (https://arxiv.org/abs/2202.00512)
         sample:        x0 itself
-    Raises ValueError for any other prediction type.
+    With config.edm (https://arxiv.org/abs/2206.00364, table 1, last column) s = sigma_data,
+    x_in = x / sqrt(sigma^2 + s^2), and x0 = s^2 / (sigma^2 + s^2) x +- s sigma / sqrt(sigma^2 +
+    s^2) out, plus for 'epsilon' and minus for 'v_prediction', as diffusers' EDM schedulers.
     """
     kind = config.prediction_type
-    if kind not in PREDICTIONS:
-        raise unknown('prediction type', kind, PREDICTIONS)
+    data = config.sigma_data if config.edm else 1
+    sign = 1 if config.edm and kind == 'epsilon' else -1
 
     def denoise(x, sigma, i=None):
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
         t = timestep(sigma, config)
         sigma = sigma.reshape(-1, *(1,) * (x.ndim - 1))
-        norm = jnp.hypot(sigma, 1)  # does not overflow where sigma^2 would
+        norm = jnp.hypot(sigma, data)  # does not overflow where sigma^2 would
         x_in = x / norm
         out = net(x_in, t, i)
         out, *more = out if isinstance(out, tuple) else (out,)
         out = out.astype(x.dtype)
-        if kind == 'epsilon':
+        if kind == 'v_prediction' or config.edm:
+            out = data**2 * x_in / norm + sign * data * sigma / norm * out
+        elif kind == 'epsilon':
             out = x - sigma * out
-        elif kind == 'v_prediction':
-            out = x_in / norm - sigma / norm * out
         return (out, *more) if more else out
 
     return denoise
@@ -51,9 +50,13 @@ def denoiser(net, config):
 def timestep(sigma, config):
     """Noise levels -> float timesteps, linear in log sigma, clamped; traced, any shape.
 
+    log(sigma) / 4, not clamped, for EDM models (c_noise).
+
     float32 leaves an error of about 1e-4 in t, so a sigma of the model's own table would miss
     its whole timestep by that much; within 1e-3 it is taken to be meant. Gradients pass.
     """
+    if config.edm:
+        return jnp.log(sigma) / 4
     logs = np.log(model_sigmas(config))
     t = jnp.interp(jnp.log(sigma), logs.astype(sigma.dtype),
                    np.arange(len(logs), dtype=sigma.dtype))
@@ -70,13 +73,13 @@ def pair(*parts):
     return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
-def guided(denoise, guidance, prediction_type='epsilon', unguided=None):
+def guided(denoise, guidance, prediction_type='epsilon', unguided=None, sigma_data=None):
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): uncond + g (cond - uncond).
 
     denoise: takes `parts` pictures per image in `pair`'s order: uncond, cond (or several, see
     `compose`), then perp_neg's negatives and the perturbed one, where there are any. guidance: g,
-    [] or [B], or a Guidance, data. prediction_type: of the network, for the kinds that act on its
-    prediction.
+    [] or [B], or a Guidance, data. prediction_type, and sigma_data of an EDM model: of the network, for the kinds
+    that act on its prediction.
     unguided: the denoiser of the unconditional pictures alone, for self-attention guidance;
     denoise then returns (denoised, attention received per position [P*B,T]).
     -> denoise(x, sigma, i) for B images, which gives (guided, uncond); with momentum
@@ -98,7 +101,7 @@ def guided(denoise, guidance, prediction_type='epsilon', unguided=None):
             cond, more = compose(row.prompts, uncond, [cond, *more[:others]]), more[others:]
         origin = None
         if row.rescale is not None or row.zero_star is not None:
-            origin = zero_prediction(x, spread(sigma, x.ndim), prediction_type)
+            origin = zero_prediction(x, spread(sigma, x.ndim), prediction_type, sigma_data)
         result, memory = combine(row, uncond, cond, more, perturbed, origin, memory)
         if row.sag is not None:
             blurred = blur_where(uncond, received[0][::parts])

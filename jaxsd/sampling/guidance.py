@@ -179,12 +179,14 @@ def rescale(phi, out, cond, origin):
     return out + phi * (ratio - 1) * prediction
 
 
-def zero_prediction(x, sigma, prediction_type):
+def zero_prediction(x, sigma, prediction_type, sigma_data=None):
     """The denoised picture that a prediction of zero means; x [B,...], sigma like x or [B,1,...].
 
     A prediction is a multiple of (denoised - this), so that ratios of predictions are ratios of
-    these differences.
+    these differences. sigma_data: of an EDM model, where a prediction of zero means c_skip x.
     """
+    if sigma_data is not None:
+        return x * jnp.square(sigma_data / jnp.hypot(sigma, sigma_data))
     share = {'epsilon': 1.0, 'v_prediction': 1 / jnp.square(jnp.hypot(sigma, 1)), 'sample': 0.0}
     return x * share[prediction_type]
 

@@ -23,7 +23,11 @@ def betas(config):
     (https://arxiv.org/abs/2102.09672), betas capped at 0.999 as in diffusers.
     """
     n, kind = config.num_train_timesteps, config.beta_schedule
-    if kind == 'linear':
+    if config.edm:
+        raise ValueError('an EDM model has noise levels from sigma_min to sigma_max, and no betas')
+    if config.trained_betas is not None:
+        beta = np.array(config.trained_betas)
+    elif kind == 'linear':
         beta = np.linspace(config.beta_start, config.beta_end, n)
     elif kind == 'scaled_linear':
         beta = np.linspace(config.beta_start**0.5, config.beta_end**0.5, n) ** 2
@@ -53,9 +57,15 @@ def alphas_cumprod(config):
 
 @functools.lru_cache(maxsize=16)
 def model_sigmas(config):
-    """The noise level of every training timestep, ascending -> float64 [T] (read-only)."""
-    abar = alphas_cumprod(config)
-    sigmas = np.sqrt((1 - abar) / abar)
+    """The noise level of every training timestep, ascending -> float64 [T] (read-only).
+
+    EDM models were trained on all levels between two: here T of them, even in log sigma (ComfyUI).
+    """
+    if config.edm:
+        sigmas = np.geomspace(config.sigma_min, config.sigma_max, config.num_train_timesteps)
+    else:
+        abar = alphas_cumprod(config)
+        sigmas = np.sqrt((1 - abar) / abar)
     sigmas.flags.writeable = False
     return sigmas
 

@@ -17,6 +17,9 @@ from jaxsd.config import (
     versions,
 )
 
+# The fields of a ScheduleConfig that say how a model was trained, one way or the other.
+BETAS = ('beta_start', 'beta_end', 'beta_schedule', 'rescale_betas_zero_snr', 'trained_betas')
+EDM = ('edm', 'sigma_min', 'sigma_max', 'sigma_data')
 TOKENIZERS = {'text_encoder': 'tokenizer', 'text_encoder_2': 'tokenizer_2'}
 
 
@@ -158,6 +161,7 @@ def _controlnet(c):
 def _vae(c):
     levels = len(c.block_out_channels)
     return {'_class_name': 'AutoencoderKL', 'act_fn': 'silu', **_plain(c),
+            'latents_mean': c.latents_mean or None, 'latents_std': c.latents_std or None,
             'down_block_types': ['DownEncoderBlock2D'] * levels,
             'up_block_types': ['UpDecoderBlock2D'] * levels}
 
@@ -204,15 +208,17 @@ def _schedule(config):
     if config.version in versions() and read_config(config.version).schedule == c:
         path = VERSIONS / config.version / 'scheduler' / 'scheduler_config.json'
         return json.loads(path.read_text())
+    if c.edm:
+        return {'_class_name': 'EDMEulerScheduler', 'sigma_schedule': 'karras', 'rho': 7.0,
+                **_plain(c, *BETAS, 'edm')}
     return {'_class_name': 'EulerDiscreteScheduler' if config.unet.added_dim else 'DDIMScheduler',
-            **_plain(c), 'clip_sample': False, 'set_alpha_to_one': False, 'steps_offset': 1,
-            'timestep_spacing': 'trailing' if c.rescale_betas_zero_snr else 'leading',
-            'trained_betas': None}
+            **_plain(c, *EDM), 'clip_sample': False, 'set_alpha_to_one': False, 'steps_offset': 1,
+            'timestep_spacing': 'trailing' if c.rescale_betas_zero_snr else 'leading'}
 
 
 def _low_res(c):
-    return {'_class_name': 'DDPMScheduler', **_plain(c), 'clip_sample': True,
-            'trained_betas': None, 'variance_type': 'fixed_small'}
+    return {'_class_name': 'DDPMScheduler', **_plain(c, *EDM), 'clip_sample': True,
+            'variance_type': 'fixed_small'}
 
 
 def _plain(c, *without):

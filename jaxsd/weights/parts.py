@@ -40,7 +40,8 @@ class Kind(NamedTuple):
 
 def _vaes():
     """1.x to SDXL share names and shapes, so a file does not tell what else sets them apart."""
-    unsaid = dict.fromkeys(('scaling_factor', 'shift_factor', 'force_upcast', 'sample_size'))
+    unsaid = dict.fromkeys(('scaling_factor', 'shift_factor', 'latents_mean', 'latents_std',
+                            'force_upcast', 'sample_size'))
     return [TinyVAEConfig(), *(dataclasses.replace(read_config(version).vae, **unsaid)
                                for version in ('sd15', 'x4_upscaler'))]
 

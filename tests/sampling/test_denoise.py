@@ -7,6 +7,7 @@ import pytest
 
 from jaxsd import sampling
 from jaxsd.config import ScheduleConfig
+from jaxsd.sampling.guidance import zero_prediction
 
 CONFIG = ScheduleConfig()
 KINDS = ('epsilon', 'v_prediction', 'sample')
@@ -63,8 +64,46 @@ def test_timesteps_equal_the_table_and_have_gradients():
 
 
 def test_unknown_prediction_type():
-    with pytest.raises(ValueError, match="unknown prediction type 'eps': did you mean 'epsilon'"):
-        sampling.denoiser(None, ScheduleConfig(prediction_type='eps'))
+    with pytest.raises(ValueError, match="prediction_type='eps' is not implemented; expected one"):
+        ScheduleConfig(prediction_type='eps')
+
+
+@pytest.mark.parametrize('kind, sign', [('epsilon', 1), ('v_prediction', -1)])
+def test_edm_preconditioning(kind, sign):
+    """Karras et al. 2022, table 1: c_in, c_skip, c_out and c_noise, with sigma_data 0.5."""
+    config = ScheduleConfig(prediction_type=kind, edm=True)
+    seen = []
+
+    def net(x, t, i):
+        seen.append((x, t))
+        return jnp.sin(x)
+
+    x, sigma, data = np.array([[3.0, -1.0], [0.2, 7.0]], np.float32), np.array([2.0, 80.0]), 0.5
+    found = sampling.denoiser(net, config)(jnp.asarray(x), jnp.asarray(sigma, jnp.float32))
+    c_in = (1 / np.sqrt(sigma**2 + data**2))[:, None]
+    skip = (data**2 / (sigma**2 + data**2))[:, None]
+    out = (sigma * data / np.sqrt(sigma**2 + data**2))[:, None]
+    np.testing.assert_allclose(seen[0][0], c_in * x, rtol=1e-6)
+    np.testing.assert_allclose(seen[0][1], np.log(sigma) / 4, rtol=1e-6)
+    np.testing.assert_allclose(found, skip * x + sign * out * np.sin(c_in * x), rtol=1e-5)
+    zero = sampling.denoiser(lambda x, t, i: 0 * x, config)(jnp.asarray(x), jnp.float32(2.0))
+    np.testing.assert_allclose(zero_prediction(x, 2.0, kind, data), zero, rtol=1e-6)
+
+
+def test_edm_levels():
+    """Karras et al. 2022, eq. 5, at five steps."""
+    config = ScheduleConfig(edm=True)
+    np.testing.assert_allclose(sampling.schedule('karras', 5, config)[:3], [80, 17.5278, 2.5152],
+                               rtol=1e-4)
+    np.testing.assert_allclose(sampling.model_sigmas(config)[[0, -1]], [0.002, 80])
+    with pytest.raises(ValueError, match='no betas'):
+        sampling.betas(config)
+
+
+def test_trained_betas_are_the_betas():
+    found = tuple(np.linspace(0.01, 0.02, 10))
+    config = ScheduleConfig(num_train_timesteps=10, trained_betas=found)
+    np.testing.assert_array_equal(sampling.betas(config), found)
 
 
 def test_guidance_per_image():
