@@ -1,9 +1,11 @@
 """The static description of a model: what the config.json files of a diffusers folder say."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
+import re
 
 VERSIONS = pathlib.Path(__file__).parent / 'versions'
 TEXT_ENCODERS = ('text_encoder', 'text_encoder_2')
@@ -335,33 +337,35 @@ def read_config(folder):
     """The ModelConfig that a diffusers folder's config.json files describe, of any sizes.
 
     folder: a path, or the name of a released version (`versions()`).
-    Raises FileNotFoundError that names the missing component, ValueError for a setting that
-    jaxsd does not implement.
+    Every key that diffusers 0.42 knows is read, of no effect on pictures, or refused unless it has
+    the one value that is implemented; what a file leaves out has diffusers' default.
+    Raises FileNotFoundError that names the missing component, ValueError of one line for a file
+    that is damaged or asks for something that jaxsd does not implement.
     """
     folder = VERSIONS / folder if str(folder) in versions() else pathlib.Path(folder)
-    index = _read(folder / 'model_index.json')
-    unet = _unet(_read(folder / 'unet' / 'config.json'))
-    schedule = _read(folder / 'scheduler' / 'scheduler_config.json')
+    index = _read(folder / 'model_index.json', _index)
+    unet = _read(folder / 'unet' / 'config.json', _unet)
     parts = {
         'unet': unet,
         'vae': read_network_config(folder / 'vae', ('AutoencoderKL', 'AutoencoderTiny')),
-        'schedule': _pick(ScheduleConfig, schedule),
-        'aesthetic': bool(index.get('requires_aesthetics_score')),
-        'zero_negative': bool(index.get('force_zeros_for_empty_prompt', unet.added_dim > 0)),
+        'schedule': _read(folder / 'scheduler' / 'scheduler_config.json', _schedule),
+        'aesthetic': index['requires_aesthetics_score'],
+        'zero_negative': (unet.added_dim > 0 if index['force_zeros_for_empty_prompt'] is None
+                          else index['force_zeros_for_empty_prompt']),
     }
     for name in TEXT_ENCODERS:
-        if index.get(name, (None,))[0]:
-            parts[name] = _text(_read(folder / name / 'config.json'), xl=unet.added_dim > 0)
-    if index.get('low_res_scheduler', (None,))[0]:
-        low_res = _read(folder / 'low_res_scheduler' / 'scheduler_config.json')
-        parts['low_res'] = _pick(ScheduleConfig, low_res)
-        parts['max_noise_level'] = index.get('max_noise_level', 350)
-        if 'force_upcast' not in _read(folder / 'vae' / 'config.json'):
+        if index[name]:
+            parts[name] = _read(folder / name / 'config.json',
+                                functools.partial(_text, kind=index[name], xl=unet.added_dim > 0))
+    if index['low_res_scheduler']:
+        parts['low_res'] = _read(folder / 'low_res_scheduler' / 'scheduler_config.json', _schedule)
+        parts['max_noise_level'] = index['max_noise_level']
+        if 'force_upcast' not in _read(folder / 'vae' / 'config.json', dict):
             # The release is older than the key, which diffusers takes for true; only its
             # pipelines of upscalers and of SDXL look at it.
             parts['vae'] = dataclasses.replace(parts['vae'], force_upcast=True)
-    if index.get('depth_estimator', (None,))[0]:
-        parts['depth_estimator'] = _depth(_read(folder / 'depth_estimator' / 'config.json'))
+    if index['depth_estimator']:
+        parts['depth_estimator'] = _read(folder / 'depth_estimator' / 'config.json', _depth)
     config = ModelConfig(**parts)
     if folder.parent == VERSIONS:
         return config.replace(version=folder.name)
@@ -376,12 +380,16 @@ def read_network_config(folder, classes=None):
     classes: the names of classes that are expected; None: any of NETWORKS.
     Raises FileNotFoundError, and ValueError for a kind or a setting that jaxsd does not implement.
     """
-    content, classes = _read(pathlib.Path(folder) / 'config.json'), classes or tuple(NETWORKS)
-    kind = content.get('_class_name') or ''.join(content.get('architectures', ())[:1])
-    if kind not in classes:
-        raise ValueError(f'{folder}: config.json describes a {kind or "network of no name"}; '
-                         f'expected {" or ".join(classes)}')
-    return NETWORKS[kind](content)
+    classes = classes or tuple(NETWORKS)
+
+    def network(content):
+        kind = content.get('_class_name') or (content.get('architectures') or [None])[0]
+        if kind not in classes:
+            raise ValueError(f'describes a {kind or "network of no name"}; '
+                             f'expected {" or ".join(classes)}')
+        return NETWORKS[kind](content)
+
+    return _read(pathlib.Path(folder) / 'config.json', network)
 
 
 def _same(config, released):
@@ -393,125 +401,232 @@ def _same(config, released):
     return same == config and released.vae.factor == config.vae.factor
 
 
-def _read(path):
+def _read(path, build):
+    """build(content) of a JSON file that holds an object; errors name the file, in one line."""
     if not path.exists():
         part = path.parent.name if path.name != 'model_index.json' else 'model_index.json'
         raise FileNotFoundError(
             f'{path}: no such file. A diffusers folder needs its {part!r} component; '
             'download the whole folder, or give a single .safetensors file instead.')
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path}: not valid JSON ({error})') from None
+    if not isinstance(content, dict):
+        raise ValueError(f'{path}: expected an object of settings, found {content!r:.100}')
+    try:
+        return build(content)
+    except (TypeError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(f'{path}: a setting is not of the kind that diffusers writes '
+                         f'({type(error).__name__}: {error})') from None
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
 
 
-def _pick(cls, config, **renamed):
-    """Build `cls` from the keys of a config.json that carry its fields' names."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    picked = {k: tuple(v) if isinstance(v, list) else v
-              for k, v in config.items() if k in names and v is not None}
-    return cls(**{**picked, **renamed})
+# What diffusers' and transformers' classes take a setting for that a file leaves out.
+_DOWN = ('CrossAttnDownBlock2D',) * 3 + ('DownBlock2D',)
+_DEFAULTS = {
+    'unet': {'cross_attention_dim': 1280, 'down_block_types': _DOWN,
+             'up_block_types': tuple(k.replace('Down', 'Up') for k in reversed(_DOWN))},
+    'vae': {'block_out_channels': (64,), 'layers_per_block': 1, 'sample_size': 32,
+            'down_block_types': ('DownEncoderBlock2D',), 'up_block_types': ('UpDecoderBlock2D',)},
+    'text': {'hidden_size': 512, 'intermediate_size': 2048, 'num_attention_heads': 8,
+             'eos_token_id': 49407, 'projection_dim': 512},
+    'dpt': {'is_hybrid': False, 'neck_hidden_sizes': (96, 192, 384, 768),
+            'reassemble_factors': [4, 2, 1, 0.5]},
+}
 
-
-def _text(config, xl):
-    projected = 'CLIPTextModelWithProjection' in config.get('architectures', ())
-    return _pick(TextConfig, config, skip=int(xl), final_norm=not xl,
-                 projection_dim=config.get('projection_dim', 512) if projected else 0)
-
-
-def _controlnet(config):
-    order = config.get('controlnet_conditioning_channel_order', 'rgb')
-    if order != 'rgb':
-        raise ValueError(f'controlnet/config.json: controlnet_conditioning_channel_order={order!r} '
-                         'is not implemented; expected rgb')
-    up = [kind.replace('Down', 'Up') for kind in reversed(config['down_block_types'])]
-    return _unet(config | {'up_block_types': up}, ControlNetConfig, 'controlnet')
-
-
-def _unet(config, cls=UNetConfig, part='unet'):
-    known = {
-        'act_fn': ('silu',), 'flip_sin_to_cos': (True,), 'freq_shift': (0,),
+# Settings with the values that are implemented. A file that leaves one out means the first.
+_FIXED = {
+    'unet': {
+        '_class_name': ('UNet2DConditionModel', 'ControlNetModel'),
+        'act_fn': ('silu', 'swish'), 'flip_sin_to_cos': (True,), 'freq_shift': (0,),
         'center_input_sample': (False,), 'downsample_padding': (1,), 'mid_block_scale_factor': (1,),
         'dual_cross_attention': (False,), 'resnet_time_scale_shift': ('default',),
         'mid_block_type': ('UNetMidBlock2DCrossAttn',), 'time_embedding_type': ('positional',),
-        'class_embed_type': (None,), 'addition_embed_type': (None, 'text_time'),
+        'time_embedding_dim': (None,), 'class_embed_type': (None,), 'attention_type': ('default',),
+        'addition_embed_type': (None, 'text_time'), 'encoder_hid_dim': (None,),
         'encoder_hid_dim_type': (None,), 'class_embeddings_concat': (False,),
-        'cross_attention_norm': (None,), 'time_cond_proj_dim': (None,),
-        'conv_in_kernel': (3,), 'conv_out_kernel': (3,), 'timestep_post_act': (None,),
-        'time_embedding_act_fn': (None,), 'resnet_skip_time_act': (False,),
-        'mid_block_only_cross_attention': (None, False), 'resnet_out_scale_factor': (1.0,),
-    }
-    for key, values in known.items():
-        if config.get(key, values[0]) not in values:
-            raise ValueError(f'{part}/config.json: {key}={config[key]!r} is not implemented; '
-                             f'expected one of {values}')
-    channels = tuple(config['block_out_channels'])
-    levels = len(channels)
-    layers = _per_level(config.get('transformer_layers_per_block', 1), levels)
-    attention = [kind.startswith('CrossAttn') for kind in config['down_block_types']]
-    for kind, up in zip(config['down_block_types'], reversed(config['up_block_types'])):
-        if (kind.replace('Down', 'Up') != up
-                or kind not in ('DownBlock2D', 'CrossAttnDownBlock2D')):
-            raise ValueError(f'{part}/config.json: blocks {kind!r} and {up!r} at one level are not '
-                             'implemented; expected (CrossAttn)DownBlock2D and its Up twin')
-    heads = config.get('num_attention_heads') or config.get('attention_head_dim', 8)
-    return _pick(
-        cls, config, transformer_layers=tuple(n * a for n, a in zip(layers, attention)),
-        mid_transformer_layers=layers[-1], heads=_per_level(heads, levels),
-        only_cross_attention=_per_level(config.get('only_cross_attention') or False, levels),
-        added_dim=config.get('projection_class_embeddings_input_dim') or 0,
-        added_time_dim=config.get('addition_time_embed_dim') or 256)
+        'cross_attention_norm': (None,), 'time_cond_proj_dim': (None,), 'conv_in_kernel': (3,),
+        'conv_out_kernel': (3,), 'timestep_post_act': (None,), 'time_embedding_act_fn': (None,),
+        'resnet_skip_time_act': (False,), 'resnet_out_scale_factor': (1.0,),
+        'mid_block_only_cross_attention': (None, False),
+        'reverse_transformer_layers_per_block': (None,),
+        'controlnet_conditioning_channel_order': ('rgb',),
+    },
+    'vae': {'act_fn': ('silu', 'swish'), 'use_quant_conv': (True,), 'use_post_quant_conv': (True,),
+            'mid_block_add_attention': (True,)},
+    'tiny_vae': {'act_fn': ('relu',), 'upsample_fn': ('nearest',),
+                 'upsampling_scaling_factor': (2,)},
+    'text': {'model_type': ('clip_text_model', 'clip')},
+    'dpt': {
+        'is_hybrid': (True,), 'readout_type': ('project',), 'hidden_act': ('gelu',),
+        'qkv_bias': (True,), 'reassemble_factors': ([1, 1, 1, 0.5],), 'num_channels': (3,),
+        'neck_ignore_stages': ([0, 1],), 'head_in_index': (-1,), 'add_projection': (False,),
+        'use_batch_norm_in_fusion_residual': (False,), 'use_bias_in_fusion_residual': (None, True),
+    },
+    'dpt_backbone': {
+        'model_type': ('bit',), 'layer_type': ('bottleneck',), 'global_padding': ('same', 'SAME'),
+        'embedding_dynamic_padding': (True,), 'hidden_act': ('relu',), 'output_stride': (32, None),
+        'width_factor': (1,), 'num_channels': (3,),
+    },
+    'scheduler': {
+        'use_flow_sigmas': (False,), 'timestep_type': ('discrete',), 'thresholding': (False,),
+        'variance_type': ('fixed_small', 'fixed_small_log', 'fixed_large', 'fixed_large_log', None),
+        'use_dynamic_shifting': (False,), 'shift_terminal': (None,), 'flow_shift': (1.0,),
+    },
+    'model_index': {  # classes of components; (None, None): there is none
+        'unet': (('diffusers', 'UNet2DConditionModel'),),
+        **dict.fromkeys(TEXT_ENCODERS, ((None, None), ('transformers', 'CLIPTextModel'),
+                                        ('transformers', 'CLIPTextModelWithProjection'))),
+        **dict.fromkeys(('tokenizer', 'tokenizer_2'),
+                        ((None, None), ('transformers', 'CLIPTokenizer'),
+                         ('transformers', 'CLIPTokenizerFast'))),
+        'low_res_scheduler': ((None, None), ('diffusers', 'DDPMScheduler')),
+        'depth_estimator': ((None, None), ('transformers', 'DPTForDepthEstimation')),
+        'image_encoder': ((None, None),),
+    },
+}
+
+# Schedulers of diffusers whose models jaxsd samples: (beta_start, beta_end, beta_schedule) that
+# they take where a file does not say. How they step and space timesteps is a request's to say.
+_BETAS = {
+    **dict.fromkeys((
+        'DDIM', 'DDIMInverse', 'DDIMParallel', 'DDPM', 'DDPMParallel', 'DEISMultistep',
+        'DPMSolverMultistep', 'DPMSolverMultistepInverse', 'DPMSolverSinglestep', 'PNDM',
+        'SASolver', 'EulerAncestralDiscrete', 'EulerDiscrete', 'LMSDiscrete', 'UniPCMultistep'),
+        (0.0001, 0.02, 'linear')),
+    **dict.fromkeys(('DPMSolverSDE', 'HeunDiscrete', 'KDPM2AncestralDiscrete', 'KDPM2Discrete'),
+                    (0.00085, 0.012, 'linear')),
+    **dict.fromkeys(('LCM', 'TCD'), (0.00085, 0.012, 'scaled_linear')),
+}
+_EDM = ('EDMEuler', 'EDMDPMSolverMultistep')
+_PIPELINE = re.compile(r'(StableDiffusion(XL)?|LatentConsistencyModel)(ControlNet|Adapter)?'
+                       r'(Img2Img|Inpaint|Depth2Img|Upscale)?Pipeline(Legacy)?')
 
 
-def _vae(config):
-    if config.get('act_fn', 'silu') != 'silu':
-        raise ValueError(f'vae/config.json: act_fn={config["act_fn"]!r}; expected silu')
-    return _pick(VAEConfig, config)
+def _settings(kind, content):
+    """A config.json's settings over diffusers' defaults; ValueError for what is not implemented."""
+    given = {key: value for key, value in content.items() if value is not None}
+    settings = {**_DEFAULTS.get(kind, {}), **given}
+    for key, values in _FIXED[kind].items():
+        found = settings.get(key, values[0])
+        found = tuple(found) if isinstance(found, list) and isinstance(values[0], tuple) else found
+        if not any(found == v and isinstance(found, bool) == isinstance(v, bool) for v in values):
+            raise ValueError(f'{key}={found!r:.100} is not implemented; expected '
+                             f'{" or ".join(map(repr, values))}')
+    return settings
 
 
-def _tiny_vae(config):
-    known = {'act_fn': 'relu', 'upsample_fn': 'nearest', 'upsampling_scaling_factor': 2}
-    for key, value in known.items():
-        if config.get(key, value) != value:
-            raise ValueError(f'vae/config.json: {key}={config[key]!r} is not implemented; '
-                             f'expected {value!r}')
-    found = _pick(TinyVAEConfig, config)
-    widths = found.encoder_block_out_channels, found.decoder_block_out_channels
-    if len(widths[0]) != len(widths[1]) or any(len(set(w)) > 1 for w in widths):
-        raise ValueError(f'vae/config.json: block_out_channels of {list(widths[0])} and '
-                         f'{list(widths[1])} are not implemented; expected one width and '
-                         'as many levels on both sides')
+def _pick(cls, settings, **renamed):
+    """Build `cls` from the settings that carry its fields' names."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{**{k: v for k, v in settings.items() if k in names}, **renamed})
+
+
+def _index(content):
+    """What model_index.json says -> {component: its class or None; setting: value}."""
+    index = _settings('model_index', content)
+    pipeline = index.get('_class_name', 'StableDiffusionPipeline')
+    if not isinstance(pipeline, str) or not _PIPELINE.fullmatch(pipeline):
+        raise ValueError(f'_class_name={pipeline!r:.100} is not implemented; expected a pipeline '
+                         'of Stable Diffusion 1.x, 2.x or XL such as StableDiffusionXLPipeline')
+    found = {}
+    for part in (*TEXT_ENCODERS, 'low_res_scheduler', 'depth_estimator'):
+        found[part] = index.get(part, (None, None))[1]
+    for name, default in (('requires_aesthetics_score', False),
+                          ('force_zeros_for_empty_prompt', None)):
+        found[name] = index.get(name, default)
+        if not isinstance(found[name], (bool, type(default))):
+            raise ValueError(f'{name}: expected true or false, found {found[name]!r:.100}')
+    found['max_noise_level'] = level = index.get('max_noise_level', 350)
+    if not isinstance(level, int) or not 0 <= level < 1000:
+        raise ValueError(f'max_noise_level: expected a whole number from 0 to 999, found {level!r}')
     return found
 
 
-def _depth(config):
-    backbone = config.get('backbone_config') or {}
-    known = {
-        'is_hybrid': (True,), 'readout_type': ('project',), 'hidden_act': ('gelu',),
-        'qkv_bias': (True,), 'reassemble_factors': ([1, 1, 1, 0.5],),
-        'neck_ignore_stages': ([0, 1],), 'head_in_index': (-1,), 'add_projection': (False,),
-        'use_batch_norm_in_fusion_residual': (False,), 'use_bias_in_fusion_residual': (None, True),
-    }
-    known_backbone = {
-        'model_type': ('bit',), 'layer_type': ('bottleneck',), 'global_padding': ('same', 'SAME'),
-        'embedding_dynamic_padding': (True,), 'hidden_act': ('relu',), 'output_stride': (32, None),
-        'width_factor': (1,),
-    }
-    for settings, expected in ((config, known), (backbone, known_backbone)):
-        for key, values in expected.items():
-            if settings.get(key, values[0]) not in values:
-                raise ValueError(f'depth_estimator/config.json: {key}={settings[key]!r} is not '
-                                 f'implemented; expected {values[0]!r}, as in dpt-hybrid-midas')
-    found = _pick(DPTConfig, backbone | config)
+def _schedule(content):
+    settings = _settings('scheduler', content)
+    kind = str(settings.get('_class_name', 'DDIMScheduler')).removesuffix('Scheduler')
+    if kind in _EDM:
+        return _pick(ScheduleConfig, settings, edm=True)
+    if kind not in _BETAS:
+        raise ValueError(f'_class_name={kind + "Scheduler"!r:.100} is not implemented; expected '
+                         f'one of {", ".join(sorted([*_BETAS, *_EDM]))}')
+    defaults = dict(zip(('beta_start', 'beta_end', 'beta_schedule'), _BETAS[kind]))
+    settings = {**defaults, **settings}
+    edm = ('edm', 'sigma_min', 'sigma_max', 'sigma_data')  # others' sigmas are ends of a schedule
+    if settings.get('trained_betas'):
+        settings |= defaults | {'num_train_timesteps': len(settings['trained_betas'])}
+    return _pick(ScheduleConfig, {k: v for k, v in settings.items() if k not in edm})
+
+
+def _text(content, kind, xl):
+    settings = _settings('text', content)
+    projected = kind == 'CLIPTextModelWithProjection'
+    return _pick(TextConfig, settings, skip=int(xl), final_norm=not xl,
+                 projection_dim=settings['projection_dim'] if projected else 0)
+
+
+def _controlnet(content):
+    down = content.get('down_block_types') or _DOWN
+    up = [kind.replace('Down', 'Up') for kind in reversed(down)]
+    return _unet(content | {'up_block_types': up}, ControlNetConfig)
+
+
+def _unet(content, cls=UNetConfig):
+    settings = _settings('unet', content)
+    channels = settings.get('block_out_channels', UNetConfig.block_out_channels)
+    levels = len(channels)
+    layers = _per_level(settings, 'transformer_layers_per_block', 1, levels)
+    kinds = settings['down_block_types'], settings['up_block_types']
+    if any(len(found) != levels for found in kinds):
+        raise ValueError(f'block_out_channels has {levels} levels, down_block_types and '
+                         f'up_block_types have {len(kinds[0])} and {len(kinds[1])}')
+    for kind, up in zip(kinds[0], reversed(kinds[1])):
+        if (kind.replace('Down', 'Up') != up
+                or kind not in ('DownBlock2D', 'CrossAttnDownBlock2D')):
+            raise ValueError(f'blocks {kind!r} and {up!r} at one level are not implemented; '
+                             'expected (CrossAttn)DownBlock2D and its Up twin')
+    attention = [kind.startswith('CrossAttn') for kind in kinds[0]]
+    heads = 'num_attention_heads' if settings.get('num_attention_heads') else 'attention_head_dim'
+    added = settings.get('addition_embed_type') == 'text_time'
+    single = {key: _alike(settings, key) for key in
+              ('layers_per_block', 'cross_attention_dim', 'sample_size') if key in settings}
+    return _pick(
+        cls, settings | single,
+        transformer_layers=tuple(n * a for n, a in zip(layers, attention)),
+        mid_transformer_layers=layers[-1], heads=_per_level(settings, heads, 8, levels),
+        only_cross_attention=_per_level(settings, 'only_cross_attention', False, levels),
+        added_dim=settings['projection_class_embeddings_input_dim'] if added else 0,
+        added_time_dim=settings.get('addition_time_embed_dim', 256))
+
+
+def _vae(content):
+    settings = _settings('vae', content)
+    levels = len(settings['block_out_channels'])
+    for key, kind in (('down_block_types', 'DownEncoderBlock2D'),
+                      ('up_block_types', 'UpDecoderBlock2D')):
+        if list(settings[key]) != [kind] * levels:
+            raise ValueError(f'{key}={settings[key]!r:.100} is not implemented; expected {kind!r} '
+                             f'for each of the {levels} levels of block_out_channels')
+    size = {'sample_size': _alike(settings, 'sample_size')}
+    return _pick(VAEConfig, settings | size)
+
+
+def _tiny_vae(content):
+    return _pick(TinyVAEConfig, _settings('tiny_vae', content))
+
+
+def _depth(content):
+    settings = _settings('dpt', content)
+    backbone = _settings('dpt_backbone', settings.get('backbone_config') or {})
+    found = _pick(DPTConfig, backbone | settings)
     return dataclasses.replace(found, hidden_sizes=found.hidden_sizes[:len(found.depths)])
 
 
-def _t2i_adapter(config):
-    known = ('full_adapter', 'full_adapter_xl')
-    if config.get('adapter_type', known[0]) not in known:
-        raise ValueError(f'adapter_type={config["adapter_type"]!r} is not implemented; expected '
-                         f'one of {known}')
-    return _pick(T2IAdapterConfig, config)
+def _t2i_adapter(content):
+    return _pick(T2IAdapterConfig, {k: v for k, v in content.items() if v is not None})
 
 
 # By diffusers' and transformers' names.
@@ -520,5 +635,22 @@ NETWORKS = {'AutoencoderKL': _vae, 'AutoencoderTiny': _tiny_vae,
             'DPTForDepthEstimation': _depth}
 
 
-def _per_level(value, levels):
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+def _per_level(settings, key, default, levels):
+    """A setting that is one value, or a list of one per level."""
+    value = settings.get(key, default)
+    if not isinstance(value, (list, tuple)):
+        return (value,) * levels
+    if len(value) != levels or any(isinstance(v, (list, tuple)) for v in value):
+        raise ValueError(f'{key}={value!r:.100} is not implemented; expected one value, or one '
+                         f'for each of the {levels} levels')
+    return tuple(value)
+
+
+def _alike(settings, key):
+    """A setting that is one value, or a list of one value again and again."""
+    value = settings[key]
+    if isinstance(value, (list, tuple)):
+        if not value or any(v != value[0] for v in value):
+            raise ValueError(f'{key}={value!r:.100} is not implemented; expected one value')
+        return value[0]
+    return value

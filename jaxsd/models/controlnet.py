@@ -42,12 +42,12 @@ def apply(params, cfg, x, t, context, hint, added=None, class_labels=None):
 
 def check(cfg, unet_cfg):
     """ValueError unless a ControlNet fits a U-Net: what it is made for and what is needed."""
-    needed = dataclasses.replace(
-        cfg, **{name: getattr(unet_cfg, name) for name in (
-            'cross_attention_dim', 'block_out_channels', 'layers_per_block', 'added_dim')},
-        in_channels=unet_cfg.out_channels)  # it sees no mask that the U-Net may see
-    differ = [f'{f.name} {getattr(cfg, f.name)} instead of {getattr(needed, f.name)}'
-              for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(needed, f.name)]
+    needed = {name: getattr(unet_cfg, name) for name in (
+        'cross_attention_dim', 'block_out_channels', 'layers_per_block', 'added_dim')}
+    needed['in_channels'] = unet_cfg.out_channels  # it sees no mask that the U-Net may see
+    differ = [f'{name} {getattr(cfg, name)} instead of {needed[name]}'
+              for name in (f.name for f in dataclasses.fields(cfg))
+              if name in needed and getattr(cfg, name) != needed[name]]
     if differ:
         raise ValueError(f'this ControlNet is for {_family(cfg)}, the model is '
                          f'{_family(unet_cfg)}: {", ".join(differ)}; give a ControlNet made for '

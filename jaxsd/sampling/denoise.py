@@ -78,8 +78,8 @@ def guided(denoise, guidance, prediction_type='epsilon', unguided=None, sigma_da
 
     denoise: takes `parts` pictures per image in `pair`'s order: uncond, cond (or several, see
     `compose`), then perp_neg's negatives and the perturbed one, where there are any. guidance: g,
-    [] or [B], or a Guidance, data. prediction_type, and sigma_data of an EDM model: of the network, for the kinds
-    that act on its prediction.
+    [] or [B], or a Guidance, data. prediction_type, and sigma_data of an EDM
+    model: of the network, for the kinds that act on its prediction.
     unguided: the denoiser of the unconditional pictures alone, for self-attention guidance;
     denoise then returns (denoised, attention received per position [P*B,T]).
     -> denoise(x, sigma, i) for B images, which gives (guided, uncond); with momentum

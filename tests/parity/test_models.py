@@ -136,7 +136,7 @@ def test_text(tower):
         hidden_act='quick_gelu' if tower in ('vit_l', 'xl_l') else 'gelu', eos_token_id=2)
     kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
     module = excite(kind(config), 3)
-    cfg = _text(config.to_dict() | {'architectures': [kind.__name__]}, xl=xl)
+    cfg = _text(config.to_dict(), kind.__name__, xl)
     tree = arrays(module)
     tree = tree if 'text_model' in tree else {'text_model': tree}
     assert spec.count(shapes.text(cfg)) == sum(p.numel() for p in module.parameters())
