@@ -83,7 +83,9 @@ class Identity:
         model = self.model
         return {'controlnets': {name: digest(found.params)
                                 for name, found in model.controlnets.items()},
-                'adapters': {name: digest(found.deltas) for name, found in model.adapters.items()},
+                'adapters': {name: digest([found.deltas, {n: e.vectors for n, e in
+                                                          found.embeddings.items()}])
+                             for name, found in model.adapters.items()},
                 'embeddings': {name: digest(found.vectors)
                                for name, found in model.embeddings.items()}}
 

@@ -44,8 +44,8 @@ def texts(tokenizers, variants, weighting, cut, embeddings=None, widths=None):
 
     variants(text encoder): for each of B images a list of N lists of Segment or BREAK; weighting
     and cut, as of a Request: one per image. All texts get the K blocks of the longest, empty ones
-    at the end. embeddings: {name: Embedding}; widths: {text encoder: D}, to be sure that they are
-    for it.
+    at the end. embeddings: {name: Embedding}, or a list with one for each image; widths:
+    {text encoder: D}, to be sure that they are for it.
     The table is {text encoder: float32 [E,D]} of the vectors in use, or None: there are none.
     R, S and E are padded, so that few programs serve all prompts; a batch of plain prompts has
     R = N K and S = 1.
@@ -59,12 +59,10 @@ def texts(tokenizers, variants, weighting, cut, embeddings=None, widths=None):
     """
     found, tables = {}, {}
     for name, tokenizer in tokenizers.items():
-        vectors = _Vectors(tokenizer, name, embeddings or {}, (widths or {}).get(name))
-        packed = [[_blocks(tokenizer, text, how, vectors) for text in image]
-                  for image, how in zip(variants(name), cut, strict=True)]
-        found[name] = packed
-        if vectors.rows:
-            tables[name] = vectors.table()
+        table = _Table(name, (widths or {}).get(name))
+        found[name] = _packed(tokenizer, variants(name), cut, embeddings, table)
+        if table.rows:
+            tables[name] = table.array()
     K = max(len(text) for packed in found.values() for image in packed for text in image)
     return {name: _stack([_image(tokenizers[name], image, K, rule)
                           for image, rule in zip(packed, weighting, strict=True)], weighting, K)
@@ -74,27 +72,30 @@ def texts(tokenizers, variants, weighting, cut, embeddings=None, widths=None):
 def count(tokenizers, variants, cut, embeddings=None):
     """The blocks that each image's longest text takes -> int [B]; arguments as of `texts`."""
     def longest(name, tokenizer):
-        vectors = _Vectors(tokenizer, name, embeddings or {})
-        return [max(len(_blocks(tokenizer, text, how, vectors)) for text in image)
-                for image, how in zip(variants(name), cut, strict=True)]
+        return [max(map(len, image)) for image in
+                _packed(tokenizer, variants(name), cut, embeddings, _Table(name))]
 
     return np.max([longest(*item) for item in tokenizers.items()], 0)
 
 
-class _Vectors:
-    """Textual inversion: finds embeddings' names in texts, and numbers the vectors in use."""
+def _packed(tokenizer, images, cut, embeddings, table):
+    """The blocks of each image's texts, with its embeddings in a table of all."""
+    each = embeddings if isinstance(embeddings, list) else [embeddings or {}] * len(cut)
+    finders = {id(own): _Vectors(tokenizer, own, table) for own in each}  # most images share one
+    return [[_blocks(tokenizer, text, how, finders[id(own)]) for text in image]
+            for image, how, own in zip(images, cut, each, strict=True)]
 
-    def __init__(self, tokenizer, encoder, embeddings, width=None):
-        self.encoder, self.embeddings, self.width = encoder, embeddings, width
-        self.first, self.rows = {}, []  # {name: its first row}, of the table so far
-        names = [(tokenizer.ids(name), name) for name in embeddings]
-        self.names = sorted((n for n in names if n[0]), key=lambda n: -len(n[0]))  # longest first
-        marks = [f'<{re.escape(name)}>' for name in embeddings]
-        self.mentions = re.compile('|'.join([r'(?<!\S)embedding:[^\s,]+', *marks]))
 
-    def ids(self, name):
-        """The ids of a name's vectors: -1 - row of the table."""
-        vectors = self.embeddings[name].vectors
+class _Table:
+    """The vectors in use, of one text encoder."""
+
+    def __init__(self, encoder, width=None):
+        self.encoder, self.width = encoder, width
+        self.first, self.rows = {}, []  # {id of an Embedding: its first row}
+
+    def ids(self, name, embedding):
+        """The ids of an embedding's vectors: -1 - row of the table."""
+        vectors = embedding.vectors
         if self.encoder not in vectors:
             raise ValueError(f'embedding {name!r}: expected vectors for {self.encoder}, found '
                              f'those for {", ".join(vectors)}; it belongs to another version')
@@ -103,10 +104,29 @@ class _Vectors:
             raise ValueError(f'embedding {name!r}: its vectors have {numbers(found.shape[1])}; '
                              f'expected {numbers(self.width)} for {self.encoder}; give one that '
                              'was made for this model')
-        if name not in self.first:
-            self.first[name] = len(self.rows)
+        if id(embedding) not in self.first:
+            self.first[id(embedding)] = len(self.rows)
             self.rows.extend(found)
-        return [-1 - self.first[name] - i for i in range(len(found))]
+        return [-1 - self.first[id(embedding)] - i for i in range(len(found))]
+
+    def array(self):
+        """float32 [E,D], E a power of two."""
+        return np.pad(self.rows, ((0, bucket(len(self.rows)) - len(self.rows)), (0, 0)))
+
+
+class _Vectors:
+    """Textual inversion: finds embeddings' names in texts."""
+
+    def __init__(self, tokenizer, embeddings, table):
+        self.embeddings, self.table = embeddings, table
+        names = [(tokenizer.ids(name), name) for name in embeddings]
+        self.names = sorted((n for n in names if n[0]), key=lambda n: -len(n[0]))  # longest first
+        marks = [f'<{re.escape(name)}>' for name in embeddings]
+        self.mentions = re.compile('|'.join([r'(?<!\S)embedding:[^\s,]+', *marks]))
+
+    def ids(self, name):
+        """The ids of a name's vectors in the table."""
+        return self.table.ids(name, self.embeddings[name])
 
     def at(self, tokens, i):
         """The longest name that stands at token i -> (its length, its name); else (1, None)."""
@@ -123,10 +143,6 @@ class _Vectors:
         if not self.embeddings:
             raise ValueError(f'{mention}: expected its vectors in model.embeddings, found none')
         raise unknown('embedding', plain, self.embeddings)
-
-    def table(self):
-        """The vectors in use -> float32 [E,D], E a power of two."""
-        return np.pad(self.rows, ((0, bucket(len(self.rows)) - len(self.rows)), (0, 0)))
 
 
 def _pieces(tokenizer, text, cut, vectors):

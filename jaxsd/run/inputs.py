@@ -194,7 +194,7 @@ def _told(model, requests, readings, sigmas, rows, stage):
     widths = {name: getattr(config, name).hidden_size for name in model.tokenizers}
     tokens, embeddings = blocks.texts(
         model.tokenizers, texts.variants(found), [r.weighting for r in requests],
-        [r.cut for r in requests], model.embeddings, widths)
+        [r.cut for r in requests], texts.embeddings(model, readings), widths)
     for name, some in tokens.items():
         size = getattr(config, name).vocab_size
         if some.tokens.max() >= size:

@@ -105,8 +105,22 @@ def variants(texts):
 def count(model, request):
     """The blocks of 75 tokens that a request's longest text takes; a batch has one number of them.
     """
-    found = variants(arrange([read(request)]).texts)
-    return int(blocks.count(model.tokenizers, found, [request.cut], model.embeddings)[0])
+    readings = [read(request)]
+    found = variants(arrange(readings).texts)
+    return int(blocks.count(model.tokenizers, found, [request.cut], embeddings(model, readings))[0])
+
+
+def embeddings(model, readings):
+    """What words of each picture stand for: the model's embeddings, and those in the files of the
+    adapters that it names; of one name the model's, then the first adapter's -> list of dicts."""
+    def of(reading):
+        inside = {}
+        for adapter in reading.adapters:
+            if adapter in model.adapters:
+                inside = model.adapters[adapter].embeddings | inside
+        return inside | model.embeddings if inside else model.embeddings
+
+    return [of(reading) for reading in readings]
 
 
 def over_rows(heard, sigmas, rows):

@@ -63,7 +63,11 @@ def kind(parts):
 
 def weight_delta(form, parts, name, shape, get):
     """The Delta of a weight; parts {part: float32}, shape: torch's, get() the weight [O,N]."""
+    for part in ('alpha', 'scalar'):
+        if np.size(parts.get(part, 1)) != 1:
+            raise ValueError(f'{part} is no single number')
     delta = form.build(parts, get)
+    _check(delta, shape)
     if 'magnitude' in parts or 'dora_scale' in parts:
         delta = _decomposed(delta, parts, get())
     if delta.down is not None:
@@ -78,6 +82,18 @@ def weight_delta(form, parts, name, shape, get):
     if delta.dense is not None:
         delta = delta._replace(dense=to_jax(name, delta.dense.reshape(shape)))
     return Delta(*(None if a is None else np.ascontiguousarray(a, np.float32) for a in delta))
+
+
+def _check(delta, shape):
+    """ValueError unless a Delta, in torch's order, is one of a weight of this shape."""
+    O, N = shape[0], math.prod(shape[1:])
+    rank = None if delta.down is None else len(delta.down)
+    for what, array, expected in (('scale', delta.scale, (O,)), ('up', delta.up, (O, rank)),
+                                  ('down', delta.down, (rank, N)), ('change', delta.dense, (O, N))):
+        if array is not None and np.shape(array) != expected:
+            raise ValueError(f'{what} of shape {list(np.shape(array))}, expected {list(expected)}')
+    if rank == 0:
+        raise ValueError('rank 0')
 
 
 def _matrix(array):

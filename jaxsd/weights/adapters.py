@@ -7,6 +7,7 @@ each delta taken of the model's own W.
 import dataclasses
 import functools
 import json
+import logging
 import math
 import pathlib
 import re
@@ -21,8 +22,11 @@ from jaxsd.config import read_config
 from jaxsd.models.spec import from_jax, spec
 from jaxsd.weights import adapter_formats, adapter_names, names
 from jaxsd.weights.adapter_formats import Delta
+from jaxsd.weights.embeddings import bundled, is_bundled
 from jaxsd.weights.files import open_tensors, printable
 from jaxsd.weights.reading import CANDIDATES
+
+log = logging.getLogger('jaxsd')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,11 +34,14 @@ class Adapter:
     """A LoRA or one of its kin: deltas {component: {parameter's dotted name: Delta}}.
 
     metadata: what the file's header says (kohya's ss_* ...). device: as of `load_adapter`.
+    embeddings: {name: Embedding}, textual inversions in the file, for the prompts of requests that
+        name the adapter.
     """
 
     deltas: dict
     metadata: dict = dataclasses.field(default_factory=dict)
     device: object = None
+    embeddings: dict = dataclasses.field(default_factory=dict)
 
 
 class Description(NamedTuple):
@@ -72,12 +79,13 @@ class SidePath(NamedTuple):
     bias: jax.Array | None = None
 
 
-def load_adapter(path, model, device=None):
+def load_adapter(path, model, device=None, strays=False):
     """Read an adapter for a model from a file -> Adapter.
 
     path: a file (.safetensors, or torch's pickles) with names of kohya, LyCORIS, diffusers or PEFT.
         An adapter_config.json beside PEFT's adapter_model.safetensors is read too.
     device: a jax Device or Sharding for its side paths; None: where the model's weights are.
+    strays: leave out layers that are not the model's, by name or by size, with a warning.
     Formats that depend on the weights that they change (DoRA, GLoRA, OFT ...) take the model's.
     Raises ValueError of one line for a file that is no adapter for this model, which names the
     version that it is for; ValueError or FileNotFoundError for one that cannot be read.
@@ -93,11 +101,10 @@ def load_adapter(path, model, device=None):
             'incomplete, download it again'))
     targets = _fit(layers, file.shapes, model.config)
     if targets.keys() != layers.keys() or not targets:
-        raise ValueError(printable(f'{path}: {_complaint(file, layers, targets, model.config)}'))
+        _complain(file, layers, targets, model.config, strays)
     shapes, settings, deltas = spec(model.config), _settings(file), {}
     for layer, (component, target) in targets.items():
-        parts = {part: np.asarray(file.read(key), np.float32)
-                 for part, key in layers[layer].items()}
+        parts = {part: _finite(file, key) for part, key in layers[layer].items()}
         if 'down' in parts:
             parts.setdefault('alpha', _alpha(settings, component, target, len(parts['down'])))
         found = deltas.setdefault(component, {})
@@ -106,10 +113,18 @@ def load_adapter(path, model, device=None):
             name = f'{target}.weight'
             shape = shapes[component][name]
             get = functools.partial(_own_matrix, model, component, name)
-            found[name] = adapter_formats.weight_delta(form, parts, name, shape, get)
+            try:
+                found[name] = adapter_formats.weight_delta(form, parts, name, shape, get)
+            except ValueError as error:  # numpy's, or of a Delta of another shape
+                sizes = ', '.join(f'{key} {list(file.shapes[key])}'
+                                  for key in layers[layer].values())
+                raise ValueError(printable(
+                    f'{path}: the tensors of {layer} do not fit together ({error}): {sizes}; for '
+                    f'a weight {list(shape)}; the file is damaged, download it again')) from None
         if 'diff_b' in parts:
             found[f'{target}.bias'] = Delta(dense=parts['diff_b'].reshape(-1))
-    return Adapter(deltas, dict(file.metadata), device)
+    embeddings = bundled(file, model.config)
+    return Adapter(deltas, dict(file.metadata), device, embeddings)
 
 
 def describe(file):
@@ -126,6 +141,7 @@ def merge(model, adapters):
     """A Model whose weights hold adapters, summed in float32 and cast back.
 
     adapters: {adapter: weight}, or pairs of them; weight: a number, or (U-Net's, text encoders').
+    Embeddings in their files become the model's.
     """
     pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
     params = dict(model.params)
@@ -135,7 +151,8 @@ def merge(model, adapters):
             for name, delta in adapter.deltas.get(component, {}).items():
                 changes.setdefault(name, []).append((_weight(weight, component), delta))
         params[component] = _changed(params[component], changes)
-    return model.replace(params=params)
+    inside = {name: e for adapter, _ in pairs for name, e in adapter.embeddings.items()}
+    return model.replace(params=params, embeddings=inside | model.embeddings)
 
 
 def factors(model, chosen):
@@ -196,7 +213,7 @@ def _layers(file):
     """{layer as the file writes it: {part: key}}."""
     layers = {}
     for key in file.shapes:
-        found = adapter_names.split(key)
+        found = None if is_bundled(key) else adapter_names.split(key)
         if found:
             layers.setdefault(found[0], {})[found[1]] = key
     return layers
@@ -243,17 +260,31 @@ def _family(version):
     return next((name for start, name in FAMILIES.items() if version.startswith(start)), version)
 
 
-def _complaint(file, layers, targets, config):
-    """What to say of a file that does not fit a model."""
+def _complain(file, layers, targets, config, strays):
+    """ValueError for a file that does not fit a model; with strays a warning, if a part does."""
     best, ours = describe(file), _family(config.version)
     if best.fitting > len(targets) and best.family != ours:
-        return (f'is a LoRA for {best.family}; this model is {ours}; give a model that it was made '
-                'for')
-    unfit = layers.keys() - targets.keys()
-    keys = [key for layer in layers if layer in unfit for key in layers[layer].values()]
+        raise ValueError(f'{file.path}: is a LoRA for {best.family}; this model is {ours}; give a '
+                         'model that it was made for')
+    unfit = [layer for layer in layers if layer not in targets]
+    keys = [key for layer in unfit for key in layers[layer].values()]
     first = ', '.join(f'{key} {list(file.shapes[key])}' for key in keys[:3]) or 'nothing'
-    return (f'{len(unfit)} of its {len(layers)} layers are none of this model\'s ({ours}), such '
-            f'as {first}; expected a LoRA or LyCORIS file for it')
+    said = (f'{len(unfit)} of its {len(layers)} layers are none of this model\'s ({ours}), such '
+            f'as {first}')
+    if not (strays and targets):
+        more = ', or strays=True to leave them out' * bool(targets)
+        raise ValueError(printable(f'{file.path}: {said}; expected a LoRA or LyCORIS file for it'
+                                   f'{more}'))
+    log.warning('%s', printable(f'{file.path}: left out, {said}'))
+
+
+def _finite(file, key):
+    """A tensor in float32; ValueError where it is not finite."""
+    array = np.asarray(file.read(key), np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(printable(f'{file.path}: {key} has values that are not finite (NaN or '
+                                   'infinity); the file is damaged, look for another copy'))
+    return array
 
 
 def _own(params, name):

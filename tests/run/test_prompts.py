@@ -168,6 +168,24 @@ def test_embeddings(sd1):
         data_of(model, 'embedding:mien')
 
 
+def test_embeddings_of_adapters_are_for_the_requests_that_name_them(sd1):
+    """Whatever stands beside them in a batch; a file of one's own comes before them (A1111)."""
+    rng = np.random.default_rng(0)
+    one, two, own = (Embedding('mine', {'text_encoder': rng.standard_normal((n, 32), np.float32)})
+                     for n in (2, 3, 1))
+    adapted = sd1.replace(adapters={name: Adapter({}, embeddings={'mine': e})
+                                    for name, e in (('one', one), ('two', two))})
+    prompts = 'a mine cat', 'a mine cat <lora:one:1>', 'a mine cat <lora:two:0>'
+    for model, counts in ((adapted, (0, 2, 3)),
+                          (adapted.replace(embeddings={'mine': own}), (1, 1, 1))):
+        for order in (prompts, prompts[::-1]):
+            data = data_of(model, *order)
+            found = (data.tokens['text_encoder'].tokens[:, 1] < 0).sum(-1)
+            assert dict(zip(order, found)) == dict(zip(prompts, counts))
+            alone = [data_of(model, prompt) for prompt in order]
+            assert [(d.tokens['text_encoder'].tokens[0, 1] < 0).sum() for d in alone] == [*found]
+
+
 SPREAD = [Request('[a:green:0.5] (cat:0.7)', **SOME | dict(weighting='compel')),
           Request('a red <lora:one:0.5> mine', **SOME | dict(noise='torch', clip_skip=2)),
           Request('cat AND dog:-0.5', **SOME | dict(sampler='euler_ancestral', noise='philox'))]

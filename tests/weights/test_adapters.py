@@ -128,6 +128,115 @@ def test_unknown_keys_are_listed(model, save):
         jaxsd.load_adapter(save(tensors), model)
 
 
+def test_strays_are_left_out(model, save, caplog):
+    rng, tensors = np.random.default_rng(0), tensors_of(model)
+    plain = jaxsd.load_adapter(save(tensors), model)
+    up = next(key for key in tensors if key.endswith('lora_up.weight'))
+    strays = {'lora_te2_x.lora_down.weight': draw(rng, 2, 2),
+              'lora_te2_x.lora_up.weight': draw(rng, 2, 2),
+              'bundle_emb.a.clip_l_out': draw(rng, 1, 12),  # behind the text encoder: not known
+              up: tensors[up][:-1]}
+    with pytest.raises(ValueError, match=r'3 of its .* or strays=True'):
+        jaxsd.load_adapter(save(tensors | strays), model)
+    assert not caplog.text
+    found = jaxsd.load_adapter(save(tensors | strays), model, strays=True)
+    count = len(tensors) // 2
+    assert f'left out, 3 of its {count + 2} layers' in caplog.text
+    assert sum(map(len, found.deltas.values())) == count - 1 and not found.embeddings
+    for part, deltas in found.deltas.items():
+        for name, delta in deltas.items():
+            np.testing.assert_array_equal(delta.up, plain.deltas[part][name].up)
+
+
+def test_strays_alone_and_other_versions_stay_errors(model, save, tmp_path):
+    with pytest.raises(ValueError, match='1 of its 1 layers are none .* expected a LoRA') as error:
+        jaxsd.load_adapter(save({'lora_unet_x.diff': np.ones(1, 'f4')}), model, strays=True)
+    assert 'strays=True' not in str(error.value)
+    sparse_file(tmp_path / 'lora.safetensors', MANIFESTS['kohya_sdxl'])
+    with pytest.raises(ValueError, match='is a LoRA for SDXL; this model is 1.x'):
+        jaxsd.load_adapter(tmp_path / 'lora.safetensors', Model(read_config('sd15'), {}),
+                           strays=True)
+
+
+@pytest.mark.parametrize('version, keys', [
+    ('sd15', {'string_to_param.*': 'text_encoder'}), ('sd15', {'emb_params': 'text_encoder'}),
+    ('sdxl', {'clip_l': 'text_encoder', 'clip_g': 'text_encoder_2'})])
+def test_embeddings_inside(version, keys, save, caplog):
+    """As OneTrainer bundles them; A1111 makes NAME a word of prompts."""
+    model, rng = random_model(version), np.random.default_rng(1)
+    arrays = {f'bundle_emb.{name}.{key}': draw(rng, 2, 12)
+              for name in ('my.style', '<toy>') for key in keys}
+    adapter = jaxsd.load_adapter(save(tensors_of(model) | arrays), model)
+    assert set(adapter.embeddings) == {'my.style', 'toy'} and not caplog.text
+    for key, part in keys.items():
+        np.testing.assert_array_equal(adapter.embeddings['toy'].vectors[part],
+                                      arrays[f'bundle_emb.<toy>.{key}'])
+    assert adapter.embeddings['toy'].vectors.keys() == set(keys.values())
+    mine = jaxsd.Embedding('toy', {})
+    merged = jaxsd.merge(model.replace(embeddings={'toy': mine}), {adapter: 1}).embeddings
+    assert merged == {'toy': mine, 'my.style': adapter.embeddings['my.style']}
+    assert len(adapters.describe(open_tensors(save(tensors_of(model) | arrays))).layers) == (
+        len(attentions(model.config)))
+
+
+def test_embeddings_inside_for_another_model(model, save):
+    for width in (13, 768):
+        inside = {'bundle_emb.a.emb_params': np.ones((1, width), np.float32)}
+        with pytest.raises(ValueError, match=f"'bundle_emb.a.emb_params' have {width} numbers"):
+            jaxsd.load_adapter(save(tensors_of(model) | inside), model)
+
+
+@pytest.mark.parametrize('part', ['lora_down.weight', 'lora_up.weight'])
+def test_ranks_that_disagree(part, model, save):
+    tensors = tensors_of(model)
+    key = next(key for key in tensors if key.endswith(part))
+    layer = key.split('.')[0]
+    tensors[key] = np.repeat(tensors[key], 2, int(part == 'lora_up.weight'))
+    down, up = (list(tensors[f'{layer}.lora_{side}.weight'].shape) for side in ('down', 'up'))
+    with pytest.raises(ValueError) as error:
+        jaxsd.load_adapter(save(tensors), model, strays=True)
+    said = str(error.value)
+    assert f'the tensors of {layer} do not fit together' in said and '\n' not in said
+    assert f'{layer}.lora_down.weight {down}' in said and f'{layer}.lora_up.weight {up}' in said
+
+
+def broken(shapes, **others):
+    rng = np.random.default_rng(0)
+    return {part: draw(rng, *shape) for part, shape in {**shapes, **others}.items()}
+
+
+LOHA = {'hada_w1_a': (12, 3), 'hada_w1_b': (3, 12), 'hada_w2_a': (12, 3), 'hada_w2_b': (3, 12)}
+LOKR = {'lokr_w1': (3, 3), 'lokr_w2_a': (4, 2), 'lokr_w2_b': (2, 4)}
+GLORA = {'a1.weight': (12, 2), 'a2.weight': (2, 12), 'b1.weight': (12, 2), 'b2.weight': (2, 12)}
+
+
+@pytest.mark.parametrize('parts', [
+    broken(LOHA, hada_w1_b=(4, 12)), broken(LOHA, hada_w2_a=(12, 4)), broken(LOHA, alpha=(3,)),
+    broken(LOKR, lokr_w2_b=(3, 4)), broken(GLORA, **{'a2.weight': (3, 12)}),
+    broken(GLORA, **{'b1.weight': (12, 3)}), broken({'oft_blocks': (3, 4, 5)}),
+    broken({'lora_up.weight': (12, 3), 'lora_down.weight': (3, 12), 'alpha': (12, 1)}),
+    broken({'lora_up.weight': (12, 0), 'lora_down.weight': (0, 12)}),
+    broken({'lora_up.weight': (12, 3), 'lora_down.weight': (3, 12), 'dora_scale': (7, 1)}),
+    broken({'weight': (5,), 'on_input': (1,)}), broken(LOHA, hada_w2_b=(3, 7))])
+def test_sizes_that_disagree_in_every_format(parts, model, save):
+    layer = 'lora_te_text_model_encoder_layers_0_self_attn_q_proj'
+    with pytest.raises(ValueError, match=f'the tensors of {layer} do not fit together') as error:
+        jaxsd.load_adapter(save({f'{layer}.{part}': a for part, a in parts.items()}), model)
+    said = str(error.value)
+    assert '\n' not in said and all(f'{layer}.{part} {list(a.shape)}' in said
+                                    for part, a in parts.items())
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('part', ['lora_down.weight', 'lora_up.weight', 'alpha'])
+def test_values_that_are_not_finite(part, bad, model, save):
+    tensors = tensors_of(model, alpha=1)
+    key = next(key for key in tensors if key.endswith(part))
+    tensors[key].reshape(-1)[-1:] = bad
+    with pytest.raises(ValueError, match=f'{key} has values that are not finite'):
+        jaxsd.load_adapter(save(tensors), model)
+
+
 def test_half_a_pair_is_named(model, save):
     tensors = tensors_of(model)
     lost = next(key for key in tensors if key.endswith('lora_up.weight'))
