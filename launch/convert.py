@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 
 from absl import app, flags
 
@@ -35,7 +36,8 @@ def define_flags():
     flags.DEFINE_string('base', None, 'A model that gives the VAE or text encoders that are '
                         'missing (folder, file or Hub id).')
     flags.DEFINE_bool('ema', False, 'The averaged weights of a file that holds both.')
-    flags.DEFINE_bool('strays', False, 'Leave out tensors that are no part of the model.')
+    flags.DEFINE_bool('strays', False, 'Leave out tensors, and layers of LoRAs, that are no part '
+                      'of the model.')
     flags.DEFINE_multi_string('lora', None, 'merge: "path=PATH, weight=0.8", or "path=PATH, '
                               'unet=0.8, text=0.5"; repeat for several.')
 
@@ -65,8 +67,11 @@ def run(arguments):
     model = jaxsd.load(source, dtype=FLAGS.dtype, prediction_type=FLAGS.prediction,
                        ema=FLAGS.ema, base=FLAGS.base, strays=FLAGS.strays)
     if loras:
-        model = jaxsd.merge(model, [(jaxsd.load_adapter(path, model), weight)
+        model = jaxsd.merge(model, [(jaxsd.load_adapter(path, model, strays=FLAGS.strays), weight)
                                     for path, weight in loras])
+        if model.embeddings:
+            print(f'note: a checkpoint cannot hold the embeddings in the LoRAs: '
+                  f'{", ".join(model.embeddings)}', file=sys.stderr)
     single = out.endswith('.safetensors')
     jaxsd.save(model, out, FLAGS.layout or ('single-file' if single else 'diffusers'))
     print(out)

@@ -27,7 +27,8 @@ def describe():
     """What the flags say of the model, as JSON can keep it: for `build`, here or elsewhere."""
     recipe = FLAGS.config
     return {**{name: recipe[name] for name in generate.RECIPE},
-            **{name: FLAGS[name].value for name in ('vae', 'refiner') if FLAGS[name].value},
+            **{name: FLAGS[name].value for name in ('vae', 'refiner', 'strays')
+               if FLAGS[name].value},
             **{name: [f'{key}={path}' for key, path in files(
                 f'--{name}', FLAGS[name].value or ()).items()] for name in ('lora', 'embeddings')},
             'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'microbatch': FLAGS.microbatch,
@@ -42,12 +43,13 @@ def build(how, requests=None, devices=None):
     from jaxsd.batch.identity import Identity
     start = time.perf_counter()
     recipe = SimpleNamespace(**how)
-    model, name, dtype = load(recipe)
+    strays = how.get('strays', False)
+    model, name, dtype = load(recipe, strays=strays)
     if how.get('vae'):
         model = model.with_vae(jaxsd.load_vae(how['vae'], dtype))
-    refiner = load(recipe, how['refiner'])[0] if how.get('refiner') else None
+    refiner = load(recipe, how['refiner'], strays=strays)[0] if how.get('refiner') else None
     adapters, embeddings = (files(f'--{flag}', how[flag]) for flag in ('lora', 'embeddings'))
-    model, named = complete(model, requests, dtype, adapters, embeddings)
+    model, named = complete(model, requests, dtype, adapters, embeddings, strays=strays)
     shape = {'microbatch': how['microbatch'], 'tile': how['tile'] or None}
     spread = how['weights'] == 'sharded' or how['weights'] == 'auto' and not _fits(model, refiner)
     engine = Engine(model, refiner, devices=devices, spread=spread, **shape)

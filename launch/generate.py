@@ -24,7 +24,7 @@ DEFAULT = str(ROOT / 'configs' / 'emoji.py')
 FLAGS = flags.FLAGS
 # What a picture's record holds beside its request, under the names of the recipe and the flags.
 RECIPE = ('checkpoint', 'base', 'ema', 'dtype', 'prediction', 'tile')
-GIVEN = ('vae', 'refiner', 'control', 'lora', 'embeddings')
+GIVEN = ('vae', 'refiner', 'control', 'lora', 'embeddings', 'strays')
 ASKED = ('negative_prompt', 'prompt_2', 'negative_prompt_2', 'strength', 'mask', 'depth',
          'wildcards')
 
@@ -76,6 +76,8 @@ def define_model_flags():
     flags.DEFINE_multi_string(
         'lora', None, 'A LoRA for <lora:name:0.8> in prompts, "[name=]PATH", or a folder of them; '
         'repeat for several.')
+    flags.DEFINE_boolean('strays', False, 'Leave out tensors of the checkpoint, and layers of '
+                         'LoRAs, that are not the model\'s, with a warning.')
     flags.DEFINE_multi_string('embeddings', None, 'A textual inversion, "[name=]PATH", or a folder '
                               'of them, for their names in prompts; repeat for several.')
 
@@ -128,10 +130,10 @@ def run():
         batch = past.run.get('batch', 1)
         requests *= batch * devices if batch > 1 else 1
     device = replicated() if len(requests) > 1 else None
-    model, name, dtype = load(recipe, FLAGS.checkpoint, device)
+    model, name, dtype = load(recipe, FLAGS.checkpoint, device, FLAGS.strays)
     if FLAGS.vae:
         model = model.with_vae(jaxsd.load_vae(FLAGS.vae, dtype, device=device))
-    refiner = load(recipe, FLAGS.refiner, device)[0] if FLAGS.refiner else None
+    refiner = load(recipe, FLAGS.refiner, device, FLAGS.strays)[0] if FLAGS.refiner else None
     preview = _preview(picture, out, jaxsd.load_vae(FLAGS.preview, dtype, device=device)
                        ) if FLAGS.preview else None
     requests = resolve(requests, model.config)
@@ -141,7 +143,7 @@ def run():
         requests, notes = infotext.fit(requests, model.config)
         _note(notes)
     _check_adapters(requests, adapters)
-    model, named = complete(model, requests, dtype, adapters, embeddings, device)
+    model, named = complete(model, requests, dtype, adapters, embeddings, device, FLAGS.strays)
     print(f'{name}: {model.config.version}, {dtype}, on {devices} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
 

@@ -60,8 +60,11 @@ def fields(config, only=None):
     return {**found, **more}
 
 
-def load(config, checkpoint=None, device=None):
-    """A recipe's model, or another checkpoint in its dtype -> (model, its name, dtype)."""
+def load(config, checkpoint=None, device=None, strays=False):
+    """A recipe's model, or another checkpoint in its dtype -> (model, its name, dtype).
+
+    strays: leave out what is not the model's, see `jaxsd.load`.
+    """
     import jax
 
     import jaxsd
@@ -69,16 +72,16 @@ def load(config, checkpoint=None, device=None):
     if dtype == 'auto':
         dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     model = jaxsd.load(source, dtype=dtype, prediction_type=config.prediction, device=device,
-                       ema=config.ema, base=config.base)
+                       ema=config.ema, base=config.base, strays=strays)
     name = source.removesuffix('.safetensors').rstrip('/')
     return model, pathlib.Path(name).name if os.path.exists(source) else name, dtype
 
 
-def complete(model, requests, dtype, loras, embeddings, device=None):
+def complete(model, requests, dtype, loras, embeddings, device=None, strays=False):
     """The model with what resolved requests name -> it, and what a picture's record says of that.
 
     requests: None: whatever is there counts as named. loras, embeddings: {name: path}, see `files`;
-    ControlNets are named by their paths.
+    ControlNets are named by their paths. strays: see `jaxsd.load_adapter`.
     """
     import jaxsd
     from jaxsd.run import texts
@@ -91,7 +94,7 @@ def complete(model, requests, dtype, loras, embeddings, device=None):
         embeddings = {name: path for name, path in embeddings.items() if name.lower() in words}
     model = model.replace(
         controlnets={n: jaxsd.load_controlnet(n, dtype, device=device) for n in nets},
-        adapters={n: jaxsd.load_adapter(p, model, device=device) for n, p in loras.items()},
+        adapters={n: jaxsd.load_adapter(p, model, device, strays) for n, p in loras.items()},
         embeddings={n: jaxsd.load_embedding(p, model.config) for n, p in embeddings.items()})
     return model, {flag: [f'{name}={path}' for name, path in found.items()]
                    for flag, found in (('lora', loras), ('embeddings', embeddings))}

@@ -14,18 +14,18 @@ import pytest
 from absl import flags
 from mains import ROOT, run_main
 from PIL import Image, PngImagePlugin
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import jaxsd
 from jaxsd.run import infotext, picture
-from launch import generate
+from launch import engine, generate
 
 
 @contextlib.contextmanager
-def _flags():
+def _flags(define=generate.define_flags):
     """The main's flags, fresh, and away afterwards: other tests define theirs."""
     before = set(flags.FLAGS)
-    generate.define_flags()
+    define()
     try:
         yield
     finally:
@@ -212,6 +212,37 @@ def test_adapters_embeddings_and_wildcards(run, repeat, checkpoint, drawn):
     (drawn / 'loras' / 'style.safetensors').unlink()
     _, error = run(f'--from={made}')
     assert re.search('error: .*style.safetensors: no such file', error)
+
+
+def test_strays(run, tiny_model, tmp_path):
+    """What is not the model's, in a checkpoint and in a LoRA, is left out by one flag, which a
+    picture's record and the engine of batch and serve know too."""
+    rng = np.random.default_rng(0)
+    jaxsd.save(tiny_model('sd1'), tmp_path / 'model')
+    file = tmp_path / 'model' / 'unet' / 'diffusion_pytorch_model.safetensors'
+    save_file(load_file(file) | {'merged': np.ones(3, 'f4')}, file)
+    layers = ('unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q', 'unet.other')
+    save_file({f'{layer}.lora_{side}.weight': rng.normal(size=shape).astype(np.float32)
+               for layer in layers for side, shape in (('A', (2, 32)), ('B', (32, 2)))},
+              tmp_path / 'style.safetensors')
+    flags = ['--prompt=red <lora:style:1>', f'--checkpoint={tmp_path}/model', '--seed=7',
+             '--config.width=64', '--config.height=64', f'--lora={tmp_path}/style.safetensors']
+    _, error = run(*flags)
+    assert '1 unexpected: unet/merged' in error
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['x', *flags[1:2], *flags[-1:], '--strays'])
+        with _flags(engine.define_flags):
+            generate.parse(sys.argv)
+            how = engine.describe()
+    assert how['strays'] is True
+    maker, _, how = engine.build(how)
+    assert how['strays'] is True and maker.nets[0][0].adapters.keys() == {'style'}
+    with pytest.raises(ValueError, match='1 unexpected: unet/merged'):
+        engine.build(how | {'strays': False})
+    with _unpainted():
+        (made,), _ = run(*flags, '--strays')
+        assert infotext.read(made).run['strays'] is True
+        run(f'--from={made}')
 
 
 def _foreign(path, text):
