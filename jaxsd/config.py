@@ -488,6 +488,13 @@ _FIXED = {
     },
 }
 
+# Settings of which null is what diffusers takes them for where a file leaves them out.
+_NULL = ('sample_size', 'num_class_embeds', 'addition_time_embed_dim', 'num_attention_heads',
+         'projection_class_embeddings_input_dim', 'shift_factor', 'latents_mean', 'latents_std',
+         'trained_betas', 'sigma_min', 'sigma_max', 'backbone_config', 'low_res_scheduler',
+         'depth_estimator', 'image_encoder', 'force_zeros_for_empty_prompt', *TEXT_ENCODERS,
+         'tokenizer', 'tokenizer_2', '_class_name')
+
 # Schedulers of diffusers whose models jaxsd samples: (beta_start, beta_end, beta_schedule) that
 # they take where a file does not say. How they step and space timesteps is a request's to say.
 _BETAS = {
@@ -507,7 +514,7 @@ _PIPELINE = re.compile(r'(StableDiffusion(XL)?|LatentConsistencyModel)(ControlNe
 
 def _settings(kind, content):
     """A config.json's settings over diffusers' defaults; ValueError for what is not implemented."""
-    given = {key: value for key, value in content.items() if value is not None}
+    given = {k: v for k, v in content.items() if v is not None or k not in _NULL}
     settings = {**_DEFAULTS.get(kind, {}), **given}
     for key, values in _FIXED[kind].items():
         found = settings.get(key, values[0])
@@ -626,7 +633,7 @@ def _depth(content):
 
 
 def _t2i_adapter(content):
-    return _pick(T2IAdapterConfig, {k: v for k, v in content.items() if v is not None})
+    return _pick(T2IAdapterConfig, content)
 
 
 # By diffusers' and transformers' names.

@@ -1,0 +1,287 @@
+"""Every key of diffusers' and transformers' config classes, changed from its default on a tiny
+network: the output is theirs, or loading stops; nothing is ignored."""
+
+import inspect
+import json
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_models import arrays, close, excite, nchw, shapes_of
+
+from jaxsd import config as jc
+from jaxsd.models import clip, controlnet, shapes, t2i_adapter, unet, vae
+from jaxsd.models.layers import timestep_embedding
+
+pytestmark = pytest.mark.parity
+
+CROSS, PLAIN = 'CrossAttnDownBlock2D', 'DownBlock2D'
+TEXT_TIME = {'addition_embed_type': 'text_time', 'addition_time_embed_dim': 8,
+             'projection_class_embeddings_input_dim': 80}
+# A tiny network that has no default but those that are swept.
+BASE = {
+    'UNet2DConditionModel': {
+        'block_out_channels': [32, 64], 'norm_num_groups': 8, 'attention_head_dim': 4,
+        'layers_per_block': 1, 'cross_attention_dim': 32, 'down_block_types': [CROSS, PLAIN],
+        'up_block_types': ['UpBlock2D', 'CrossAttnUpBlock2D']},
+    'ControlNetModel': {
+        'block_out_channels': [32, 64], 'norm_num_groups': 8, 'attention_head_dim': 4,
+        'layers_per_block': 1, 'cross_attention_dim': 32, 'down_block_types': [CROSS, PLAIN],
+        'conditioning_embedding_out_channels': [8, 16]},
+    'AutoencoderKL': {
+        'block_out_channels': [16, 32], 'norm_num_groups': 8,
+        'down_block_types': ['DownEncoderBlock2D'] * 2, 'up_block_types': ['UpDecoderBlock2D'] * 2},
+    'AutoencoderTiny': {
+        'encoder_block_out_channels': [8, 8], 'decoder_block_out_channels': [8, 8],
+        'num_encoder_blocks': [1, 1], 'num_decoder_blocks': [1, 1]},
+    'T2IAdapter': {'channels': [16, 32], 'num_res_blocks': 1},
+    'CLIPTextConfig': {'vocab_size': 100, 'hidden_size': 32, 'intermediate_size': 48,
+                       'num_hidden_layers': 2, 'num_attention_heads': 4, 'eos_token_id': 99,
+                       'max_position_embeddings': 16},
+}
+# {key: settings that give their output}; a setting alone is the value of the key.
+SHARED_SAME = {
+    'in_channels': [5], 'act_fn': ['swish'],
+    'block_out_channels': [[16, 48]], 'layers_per_block': [2], 'norm_num_groups': [4],
+    'norm_eps': [0.01], 'cross_attention_dim': [24], 'attention_head_dim': [2, [2, 8]],
+    'only_cross_attention': [True, [True, False]],
+    'transformer_layers_per_block': [2, [2, 1], [1, 2]], 'use_linear_projection': [True],
+    'addition_embed_type': [TEXT_TIME], 'addition_time_embed_dim': [
+        8, TEXT_TIME | {'addition_time_embed_dim': 4,
+                        'projection_class_embeddings_input_dim': 56}],
+    'projection_class_embeddings_input_dim': [80], 'num_class_embeds': [10],
+    'upcast_attention': [True], 'addition_embed_type_num_heads': [32],
+}
+SHARED_REFUSED = {
+    'flip_sin_to_cos': [False], 'freq_shift': [1], 'mid_block_type': ['UNetMidBlock2D', None],
+    'downsample_padding': [0], 'mid_block_scale_factor': [2], 'act_fn': ['mish', 7],
+    'encoder_hid_dim': [16], 'encoder_hid_dim_type': ['text_proj'],
+    'class_embed_type': ['timestep', 'identity'], 'addition_embed_type': ['text', 'image'],
+    'resnet_time_scale_shift': ['scale_shift'], 'layers_per_block': [[1, 2], 10**6, 0],
+    'transformer_layers_per_block': [[[1, 2], [1]], [1, 2, 3]], 'cross_attention_dim': [[32, 48]],
+    'norm_eps': ['x', 0, -1], 'norm_num_groups': [7, None], 'block_out_channels': [[], [33, 64], 8],
+    'attention_head_dim': [5, [4, 4, 4], 0], 'down_block_types': [[CROSS, 'SkipDownBlock2D'], []],
+}
+SAME = {
+    'UNet2DConditionModel': SHARED_SAME | {
+        'sample_size': [16, [16, 16]], 'layers_per_block': [2, [2, 2]],
+        'cross_attention_dim': [24, [24, 24]],
+        'down_block_types': [{'down_block_types': [PLAIN, CROSS],
+                              'up_block_types': ['CrossAttnUpBlock2D', 'UpBlock2D']}],
+        'only_cross_attention': [True, [True, False], {
+            'only_cross_attention': [False, True], 'down_block_types': [CROSS, CROSS],
+            'up_block_types': ['CrossAttnUpBlock2D'] * 2, 'cross_attention_dim': 64}],
+        'out_channels': [3], 'dropout': [0.5], 'mid_block_only_cross_attention': [False]},
+    'ControlNetModel': SHARED_SAME | {
+        'down_block_types': [[PLAIN, CROSS]],
+        'conditioning_channels': [2], 'conditioning_embedding_out_channels': [[8, 8, 16]],
+        'global_pool_conditions': [True], 'num_attention_heads': [2]},
+    'AutoencoderKL': {
+        'in_channels': [4], 'out_channels': [4], 'block_out_channels': [[16, 48]],
+        'layers_per_block': [2], 'act_fn': ['swish'], 'latent_channels': [3],
+        'norm_num_groups': [4], 'sample_size': [64, [64, 64]], 'scaling_factor': [0.5],
+        'shift_factor': [0.25], 'latents_mean': [[0.5, -1.0, 2.0, 0.0]],
+        'latents_std': [[0.5, 1.0, 2.0, 3.0]], 'force_upcast': [False]},
+    'AutoencoderTiny': {
+        'in_channels': [4], 'out_channels': [4], 'latent_channels': [3],
+        'encoder_block_out_channels': [[6, 6]], 'decoder_block_out_channels': [[6, 6]],
+        'num_encoder_blocks': [[1, 2]], 'num_decoder_blocks': [[2, 1]], 'scaling_factor': [0.5],
+        'shift_factor': [0.25], 'latent_magnitude': [2], 'latent_shift': [0.25],
+        'force_upcast': [True]},
+    'T2IAdapter': {'in_channels': [1], 'channels': [[16, 48]], 'num_res_blocks': [2],
+                   'downscale_factor': [4]},
+    'CLIPTextConfig': {
+        'vocab_size': [110], 'hidden_size': [64], 'intermediate_size': [40], 'projection_dim': [24],
+        'num_hidden_layers': [3], 'num_attention_heads': [2], 'max_position_embeddings': [20],
+        'hidden_act': ['gelu'], 'layer_norm_eps': [0.01], 'attention_dropout': [0.5],
+        'eos_token_id': [2, 50], 'pad_token_id': [0], 'bos_token_id': [0],
+        'initializer_range': [0.5], 'initializer_factor': [0.5]},
+}
+REFUSED = {
+    'UNet2DConditionModel': SHARED_REFUSED | {
+        'up_block_types': [['UpBlock2D', 'AttnUpBlock2D']], 'center_input_sample': [True],
+        'dual_cross_attention': [True], 'reverse_transformer_layers_per_block': [[2, 1]],
+        'resnet_skip_time_act': [True], 'resnet_out_scale_factor': [2.0],
+        'time_embedding_type': ['fourier'], 'time_embedding_dim': [64],
+        'time_embedding_act_fn': ['silu'], 'timestep_post_act': ['silu'],
+        'time_cond_proj_dim': [16], 'conv_in_kernel': [1], 'conv_out_kernel': [5],
+        'attention_type': ['gated'], 'class_embeddings_concat': [True],
+        'mid_block_only_cross_attention': [True], 'cross_attention_norm': ['layer_norm']},
+    'ControlNetModel': SHARED_REFUSED | {'controlnet_conditioning_channel_order': ['bgr']},
+    'AutoencoderKL': {
+        'down_block_types': [['AttnDownEncoderBlock2D', 'DownEncoderBlock2D'],
+                             ['DownEncoderBlock2D']],
+        'up_block_types': [['UpDecoderBlock2D', 'AttnUpDecoderBlock2D']], 'act_fn': ['mish'],
+        'use_quant_conv': [False], 'use_post_quant_conv': [False],
+        'mid_block_add_attention': [False], 'scaling_factor': [0, -1, 'x'],
+        'latents_std': [[1, 1, 1, 0], [1, 1], 2], 'sample_size': [[64, 32]]},
+    'AutoencoderTiny': {'act_fn': ['silu'], 'upsample_fn': ['bilinear'],
+                        'upsampling_scaling_factor': [4],
+                        'encoder_block_out_channels': [[6, 8]]},
+    'T2IAdapter': {'adapter_type': ['light_adapter'], 'channels': ['x', []]},
+    'CLIPTextConfig': {'hidden_act': ['relu'], 'hidden_size': ['32', 33], 'vocab_size': [0]},
+}
+# diffusers has the key, and stops at any value of it.
+THEY_REFUSE = {'UNet2DConditionModel': {'num_attention_heads'}}
+# Of transformers' own classes: what every PretrainedConfig has, and no network of ours uses.
+GENERIC = set(transformers.PretrainedConfig().to_dict()) | {
+    'return_dict', 'output_hidden_states', 'id2label', 'label2id', 'problem_type', 'dtype',
+    'chunk_size_feed_forward', 'is_encoder_decoder', 'architectures', 'output_attentions',
+    'transformers_version', '_name_or_path', 'model_type'}
+
+READERS = jc.NETWORKS | {'UNet2DConditionModel': jc._unet,
+                         'CLIPTextConfig': lambda c: jc._text(c, 'CLIPTextModelWithProjection', 0)}
+
+
+def jit(network):
+    return jax.jit(network, static_argnums=1)
+
+
+def keys(kind):
+    if kind == 'CLIPTextConfig':
+        return set(transformers.CLIPTextConfig().to_dict()) - GENERIC
+    return set(inspect.signature(getattr(diffusers, kind).__init__).parameters) - {'self'}
+
+
+def cases(table):
+    return [pytest.param(kind, value if isinstance(value, dict) else {key: value},
+                         id=f'{kind}-{key}-{i}')
+            for kind, decided in table.items() for key, values in decided.items()
+            for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize('kind', BASE)
+def test_every_key_is_decided(kind):
+    decided = SAME[kind].keys() | REFUSED[kind].keys() | THEY_REFUSE.get(kind, set())
+    assert decided == keys(kind)
+
+
+@pytest.mark.parametrize('kind, changed', cases(REFUSED))
+def test_refused(kind, changed):
+    with pytest.raises((ValueError, TypeError)) as error:
+        READERS[kind](json.loads(json.dumps(BASE[kind] | changed)))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('kind, changed', cases({
+    kind: dict.fromkeys(found, [4]) for kind, found in THEY_REFUSE.items()}))
+def test_they_refuse(kind, changed):
+    with pytest.raises(ValueError, match='num_attention_heads'):
+        getattr(diffusers, kind)(**BASE[kind] | changed)
+
+
+@pytest.mark.parametrize('kind, changed', cases(SAME))
+def test_same(kind, changed):
+    settings = json.loads(json.dumps(BASE[kind] | changed))
+    cfg = READERS[kind](settings)
+    torch.manual_seed(0)
+    if kind == 'CLIPTextConfig':
+        module = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**settings))
+    else:
+        module = getattr(diffusers, kind)(**settings)
+    module = excite(module, 1)
+    CHECKS[kind](module, cfg, np.random.default_rng(0))
+
+
+def added(cfg, rng):
+    """SDXL's further inputs and class labels, for us and for diffusers."""
+    ours, theirs = {}, {}
+    if cfg.added_dim:
+        ids = rng.integers(0, 100, (2, 6)).astype(np.float32)
+        pooled = rng.normal(size=(2, cfg.added_dim - 6 * cfg.added_time_dim)).astype(np.float32)
+        sinusoids = timestep_embedding(ids, cfg.added_time_dim).reshape(2, -1)
+        ours['added'] = jnp.concatenate([pooled, sinusoids], -1)
+        theirs['added_cond_kwargs'] = {'text_embeds': torch.tensor(pooled),
+                                       'time_ids': torch.tensor(ids)}
+    if cfg.num_class_embeds:
+        ours['class_labels'] = jnp.array([2, 7])
+        theirs['class_labels'] = torch.tensor([2, 7])
+    return ours, theirs
+
+
+def inputs(cfg, rng):
+    x = rng.normal(size=(2, 8, 8, cfg.in_channels)).astype(np.float32)
+    context = rng.normal(size=(2, 5, cfg.cross_attention_dim)).astype(np.float32)
+    return x, np.array([3, 801.5], np.float32), context
+
+
+def check_unet(module, cfg, rng):
+    assert shapes.unet(cfg) == shapes_of(module)
+    x, t, context = inputs(cfg, rng)
+    ours, theirs = added(cfg, rng)
+    out = jit(unet.apply)(arrays(module), cfg, x, t, context, **ours)
+    with torch.no_grad():
+        close(out, module(nchw(x), torch.tensor(t), torch.tensor(context),
+                          **theirs).sample.permute(0, 2, 3, 1))
+
+
+def check_controlnet(module, cfg, rng):
+    assert shapes.controlnet(cfg) == shapes_of(module)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.ndim == 4 and not p.any():
+                p.normal_(std=p[0].numel() ** -0.5)
+    x, t, context = inputs(cfg, rng)
+    ours, theirs = added(cfg, rng)
+    size = 8 * 2 ** (len(cfg.conditioning_embedding_out_channels) - 1)
+    hint = rng.uniform(size=(2, size, size, cfg.conditioning_channels)).astype(np.float32)
+    with torch.no_grad():
+        down, mid = module(nchw(x), torch.tensor(t), torch.tensor(context), nchw(hint),
+                           return_dict=False, **theirs)
+    params = arrays(module)
+    hint = jax.jit(controlnet.embed)(params, hint)
+    found = jit(controlnet.apply)(params, cfg, x, t, context, hint, **ours)
+    for out, expected in zip(found, [*down, mid], strict=True):
+        out = jnp.broadcast_to(out, np.broadcast_shapes(out.shape, expected.permute(
+            0, 2, 3, 1).shape))
+        close(out, expected.permute(0, 2, 3, 1).expand(out.shape))
+
+
+def check_vae(module, cfg, rng):
+    """Encoder, decoder, and what diffusers' SDXL pipelines make of latents."""
+    image = rng.uniform(-1, 1, (2, 16, 16, cfg.in_channels)).astype(np.float32)
+    size = 16 // cfg.factor
+    latent = rng.normal(size=(2, size, size, cfg.latent_channels)).astype(np.float32)
+    mean, std = (None if found is None else torch.tensor(found).reshape(1, -1, 1, 1)
+                 for found in (module.config.get('latents_mean'), module.config.get('latents_std')))
+    shift, scale = module.config.get('shift_factor') or 0, module.config.scaling_factor
+    with torch.no_grad():
+        encoded = module.encode(nchw(image))
+        encoded = encoded.latents if hasattr(encoded, 'latents') else encoded.latent_dist.mean
+        there = (encoded - shift - (0 if mean is None else mean)) * scale / (
+            1 if std is None else std)
+        back = nchw(latent) * (1 if std is None else std) / scale + shift + (
+            0 if mean is None else mean)
+        decoded = module.decode(back).sample
+    params = arrays(module)
+    close(vae.scale(cfg, jit(vae.encode)(params, cfg, image)[0]), there.permute(0, 2, 3, 1))
+    close(jit(vae.decode)(params, cfg, vae.unscale(cfg, latent)), decoded.permute(0, 2, 3, 1))
+
+
+def check_adapter(module, cfg, rng):
+    hint = rng.uniform(size=(2, 64, 64, cfg.in_channels)).astype(np.float32)
+    with torch.no_grad():
+        expected = module(nchw(hint))
+    found = jit(t2i_adapter.apply)(arrays(module), cfg, hint)
+    for out, there in zip(found, expected, strict=True):
+        close(out, there.permute(0, 2, 3, 1))
+
+
+def check_text(module, cfg, rng):
+    tokens = rng.integers(3, 98, (2, 16))
+    tokens[0, 5:], tokens[1, 12] = 99, 99
+    tokens[:, 9] = cfg.eos_token_id if cfg.eos_token_id > 2 else tokens[:, 9]
+    found = jit(clip.encode)(arrays(module), cfg, jnp.asarray(tokens))
+    with torch.no_grad():
+        out = module(torch.tensor(tokens))
+    close(found.hidden, out.last_hidden_state)
+    close(found.pooled, out.text_embeds)
+
+
+CHECKS = {'UNet2DConditionModel': check_unet, 'ControlNetModel': check_controlnet,
+          'AutoencoderKL': check_vae, 'AutoencoderTiny': check_vae, 'T2IAdapter': check_adapter,
+          'CLIPTextConfig': check_text}
