@@ -497,7 +497,7 @@ _NULL = ('sample_size', 'num_class_embeds', 'addition_time_embed_dim', 'num_atte
 
 # Schedulers of diffusers whose models jaxsd samples: (beta_start, beta_end, beta_schedule) that
 # they take where a file does not say. How they step and space timesteps is a request's to say.
-_BETAS = {
+BETAS_OF = {
     **dict.fromkeys((
         'DDIM', 'DDIMInverse', 'DDIMParallel', 'DDPM', 'DDPMParallel', 'DEISMultistep',
         'DPMSolverMultistep', 'DPMSolverMultistepInverse', 'DPMSolverSinglestep', 'PNDM',
@@ -507,7 +507,7 @@ _BETAS = {
                     (0.00085, 0.012, 'linear')),
     **dict.fromkeys(('LCM', 'TCD'), (0.00085, 0.012, 'scaled_linear')),
 }
-_EDM = ('EDMEuler', 'EDMDPMSolverMultistep')
+EDM_SCHEDULERS = ('EDMEuler', 'EDMDPMSolverMultistep')
 _PIPELINE = re.compile(r'(StableDiffusion(XL)?|LatentConsistencyModel)(ControlNet|Adapter)?'
                        r'(Img2Img|Inpaint|Depth2Img|Upscale)?Pipeline(Legacy)?')
 
@@ -555,15 +555,15 @@ def _index(content):
 def _schedule(content):
     settings = _settings('scheduler', content)
     kind = str(settings.get('_class_name', 'DDIMScheduler')).removesuffix('Scheduler')
-    if kind in _EDM:
+    if kind in EDM_SCHEDULERS:
         return _pick(ScheduleConfig, settings, edm=True)
-    if kind not in _BETAS:
+    if kind not in BETAS_OF:
         raise ValueError(f'_class_name={kind + "Scheduler"!r:.100} is not implemented; expected '
-                         f'one of {", ".join(sorted([*_BETAS, *_EDM]))}')
-    defaults = dict(zip(('beta_start', 'beta_end', 'beta_schedule'), _BETAS[kind]))
+                         f'one of {", ".join(sorted([*BETAS_OF, *EDM_SCHEDULERS]))}')
+    defaults = dict(zip(('beta_start', 'beta_end', 'beta_schedule'), BETAS_OF[kind]))
     settings = {**defaults, **settings}
     edm = ('edm', 'sigma_min', 'sigma_max', 'sigma_data')  # others' sigmas are ends of a schedule
-    if settings.get('trained_betas'):
+    if isinstance(settings.get('trained_betas'), list):
         settings |= defaults | {'num_train_timesteps': len(settings['trained_betas'])}
     return _pick(ScheduleConfig, {k: v for k, v in settings.items() if k not in edm})
 

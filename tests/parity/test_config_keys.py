@@ -14,6 +14,7 @@ import transformers
 from test_models import arrays, close, excite, nchw, shapes_of
 
 from jaxsd import config as jc
+from jaxsd import sampling
 from jaxsd.models import clip, controlnet, shapes, t2i_adapter, unet, vae
 from jaxsd.models.layers import timestep_embedding
 
@@ -285,3 +286,114 @@ def check_text(module, cfg, rng):
 CHECKS = {'UNet2DConditionModel': check_unet, 'ControlNetModel': check_controlnet,
           'AutoencoderKL': check_vae, 'AutoencoderTiny': check_vae, 'T2IAdapter': check_adapter,
           'CLIPTextConfig': check_text}
+
+
+# Schedulers: what a model was trained on is read; how a sampler steps, and which timesteps it
+# takes, is the request's to say, whichever scheduler's file it is.
+SCHEDULERS = [name + 'Scheduler' for name in (*jc.BETAS_OF, *jc.EDM_SCHEDULERS)]
+TRAINED = {
+    'num_train_timesteps': [500], 'beta_start': [0.002], 'beta_end': [0.015],
+    'beta_schedule': ['linear', 'scaled_linear', 'squaredcos_cap_v2'],
+    'trained_betas': [[0.01 + 1e-5 * i for i in range(1000)]],
+    'prediction_type': ['v_prediction', 'sample'], 'rescale_betas_zero_snr': [True],
+    'sigma_min': [0.01], 'sigma_max': [120.0], 'sigma_data': [1.0],
+}
+UNTRAINED = {
+    'beta_schedule': ['laplace', 'exponential', 'sigmoid', 7], 'prediction_type': ['flow', 3],
+    'use_flow_sigmas': [True], 'flow_shift': [3.0], 'timestep_type': ['continuous'],
+    'thresholding': [True], 'variance_type': ['learned', 'learned_range'],
+    'use_dynamic_shifting': [True], 'shift_terminal': [0.1], 'beta_start': [-1, 'x', 0],
+    'beta_end': [2], 'num_train_timesteps': [0, 1.5, 10**9], 'trained_betas': [[0.1, -1], 3],
+    'sigma_data': [0], 'sigma_max': [0.001], 'rescale_betas_zero_snr': ['yes'],
+}
+REQUESTED = {
+    'clip_sample', 'clip_sample_range', 'sample_max_value', 'dynamic_thresholding_ratio',
+    'set_alpha_to_one', 'steps_offset', 'timestep_spacing', 'solver_order', 'algorithm_type',
+    'solver_type', 'lower_order_final', 'euler_at_final', 'use_karras_sigmas',
+    'use_exponential_sigmas', 'use_beta_sigmas', 'use_lu_lambdas', 'lambda_min_clipped',
+    'final_sigmas_type', 'interpolation_type', 'skip_prk_steps', 'original_inference_steps',
+    'timestep_scaling', 'predictor_order', 'corrector_order', 'tau_func', 'predict_x0',
+    'disable_corrector', 'solver_p', 'sigma_schedule', 'rho', 'time_shift_type',
+    'noise_sampler_seed',
+}
+
+
+def scheduler_keys(name):
+    found = inspect.signature(getattr(diffusers, name).__init__).parameters
+    return set(found) - {'self', 'args', 'kwargs'}
+
+
+
+
+def real(name):
+    return not hasattr(getattr(diffusers, name), '_backends')
+
+
+@pytest.mark.parametrize('name', filter(real, SCHEDULERS))
+def test_every_scheduler_key_is_decided(name):
+    assert scheduler_keys(name) <= TRAINED.keys() | UNTRAINED.keys() | REQUESTED
+
+
+def test_other_schedulers_are_refused():
+    """All that diffusers has, but for those that sample a discrete-time or EDM model."""
+    others = [name for name in dir(diffusers.schedulers)
+              if name.endswith('Scheduler') and name not in SCHEDULERS]
+    assert len(others) > 25
+    for name in others:
+        with pytest.raises(ValueError, match='_class_name=.* is not implemented'):
+            jc._schedule({'_class_name': name})
+
+
+@pytest.mark.parametrize('name', filter(real, SCHEDULERS))
+def test_what_a_scheduler_says_of_training(name):
+    """Its alphas_cumprod, or an EDM scheduler's levels, inputs and outputs, for each key."""
+    cls, known = getattr(diffusers, name), scheduler_keys(name)
+    for key, value in [(None, None), *((k, v) for k, vs in TRAINED.items() for v in vs)]:
+        if key is not None and key not in known:
+            continue
+        settings = {key: value} if key else {}
+        edm = name.removesuffix('Scheduler') in jc.EDM_SCHEDULERS
+        if edm and value == 'sample':
+            with pytest.raises(ValueError, match='sample'):
+                jc._schedule({'_class_name': name} | settings)
+            continue
+        theirs = cls(**settings)
+        ours = jc._schedule({'_class_name': name} | settings)
+        assert ours.prediction_type == theirs.config.prediction_type and ours.edm == edm
+        if not edm:
+            found = sampling.alphas_cumprod(ours)
+            expected = theirs.alphas_cumprod.double().numpy()
+            at = slice(None, -1) if ours.rescale_betas_zero_snr else slice(None)
+            np.testing.assert_allclose(found[at], expected[at], rtol=2e-4, atol=1e-7)
+            continue
+        check_edm(theirs, ours)
+
+
+def check_edm(theirs, ours):
+    theirs.set_timesteps(8)
+    np.testing.assert_allclose(sampling.schedule('karras', 8, ours), theirs.sigmas, rtol=1e-4)
+    x, out = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
+    sigma, seen = theirs.sigmas[2], []
+
+    def net(x_in, t, i):
+        seen.append((x_in, t))
+        return jnp.asarray(out.numpy())
+
+    found = sampling.denoiser(net, ours)(jnp.asarray(x.numpy()), jnp.float32(sigma))
+    np.testing.assert_allclose(found, theirs.precondition_outputs(x, out, sigma), rtol=1e-4,
+                               atol=1e-5)
+    np.testing.assert_allclose(seen[0][0], theirs.precondition_inputs(x, sigma), rtol=1e-5)
+    np.testing.assert_allclose(seen[0][1], np.broadcast_to(theirs.precondition_noise(sigma), 2),
+                               rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', filter(real, SCHEDULERS))
+def test_what_a_scheduler_may_not_say(name):
+    edm = name.removesuffix('Scheduler') in jc.EDM_SCHEDULERS
+    for key, values in UNTRAINED.items():
+        if key == 'sigma_max' and not edm:  # of Euler and UniPC it is an end of a schedule
+            continue
+        for value in values if key in scheduler_keys(name) else ():
+            with pytest.raises(ValueError) as error:
+                jc._schedule({'_class_name': name, key: value})
+            assert '\n' not in str(error.value)
