@@ -95,7 +95,7 @@ def complete(model, requests, dtype, loras, embeddings, device=None, strays=Fals
     model = model.replace(
         controlnets={n: jaxsd.load_controlnet(n, dtype, device=device) for n in nets},
         adapters={n: jaxsd.load_adapter(p, model, device, strays) for n, p in loras.items()},
-        embeddings={n: jaxsd.load_embedding(p, model.config) for n, p in embeddings.items()})
+        embeddings={n: jaxsd.load_embedding(p, model.config, n) for n, p in embeddings.items()})
     return model, {flag: [f'{name}={path}' for name, path in found.items()]
                    for flag, found in (('lora', loras), ('embeddings', embeddings))}
 
@@ -134,20 +134,28 @@ def words(flag, text):
 
 
 def files(flag, texts):
-    """[name=]PATH, of a file or of a folder of files -> {name: path}; without a name the file's.
+    """[name=]PATH, of a file or of a folder of files -> {name: path}; without a name the file's,
+    or of --embeddings those in it.
 
     Raises FileNotFoundError, and ValueError for two files of one name.
     """
+    from jaxsd.weights import embeddings
     from jaxsd.weights.files import PICKLES
-    endings, found = ('.safetensors', *PICKLES), {}
+    inside = flag == '--embeddings'
+    endings, found = embeddings.ENDINGS if inside else ('.safetensors', *PICKLES), {}
     for text in texts:
         name, equals, path = text.partition('=')
         path = pathlib.Path(text if os.path.exists(text) or not equals else path)
         if not path.exists():
             raise FileNotFoundError(f'{flag}={text}: no such file or folder: {path}')
-        several = sorted(p for p in path.iterdir() if p.suffix in endings) if path.is_dir() else ()
-        named = ([(p.stem, p) for p in several] if path.is_dir()
-                 else [(path.stem if str(path) == text else name, path)])
+        if path.is_file() and str(path) != text:
+            named = [(name, path)]
+        elif inside:
+            named = embeddings.listed(path)
+        elif path.is_dir():
+            named = [(p.stem, p) for p in sorted(path.iterdir()) if p.suffix in endings]
+        else:
+            named = [(path.stem, path)]
         if not named:
             raise ValueError(f'{flag}={text}: expected files in the folder that end in '
                              f'{", ".join(endings)}')

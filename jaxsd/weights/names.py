@@ -136,7 +136,7 @@ _TELLTALES = {
         ('a ControlNet', 'load_controlnet'),
     r'model\.diffusion_model\.(?!.*lora[._])': ('a whole checkpoint', 'load'),
     r'(lora|lycoris)_|.*[._](lora|hada|lokr)[._]': ('a LoRA', 'load_adapter'),
-    r'emb_params$|string_to_param\.|clip_[lg]$|<.*>$':
+    r'emb_params$|string_to_param\.|clip_[lg]$|text_encoders_[01]$|<.*>$':
         ('a textual inversion embedding', 'load_embedding'),
     r'(text_model|embeddings)\.': ('a text encoder', ''),
     r'(first_stage_model\.)?(encoder|decoder)\.|taesd_': ('a VAE', 'load_vae'),

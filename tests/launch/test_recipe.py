@@ -1,8 +1,10 @@
 """Options on the command line."""
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from launch.recipe import fields, files, options, recipe
+from launch.recipe import complete, fields, files, options, recipe
 
 
 def test_options_are_written_like_arguments():
@@ -38,3 +40,16 @@ def test_files_and_folders_by_name(tmp_path):
         'c': f'{tmp_path}/a.pt', 'x=y': f'{tmp_path}/x=y.ckpt'}
     assert files('--lora', [f'{tmp_path}', f'{tmp_path}/a.pt'])['a'] == f'{tmp_path}/a.pt'
     assert files('--lora', []) == {}
+
+
+def test_several_embeddings_in_a_file(tiny_model, tmp_path):
+    """Each by its token, also where it was written down as NAME=PATH; a name alone fits one."""
+    path = tmp_path / 'two.safetensors'
+    save_file({f'<{name}>': np.full((1, 32), n, np.float32) for n, name in enumerate('ab')}, path)
+    found = files('--embeddings', [f'{path}'])
+    assert found == {'a': f'{path}', 'b': f'{path}'}
+    model, named = complete(tiny_model('sd1'), None, 'float32', {}, found)
+    assert [model.embeddings[name].vectors['text_encoder'][0, 0] for name in 'ab'] == [0, 1]
+    assert files('--embeddings', named['embeddings']) == found
+    with pytest.raises(ValueError, match='several tokens, a, b; .* found c'):
+        complete(model, None, 'float32', {}, files('--embeddings', [f'c={path}']))
