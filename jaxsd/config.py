@@ -563,8 +563,6 @@ def _schedule(content):
     defaults = dict(zip(('beta_start', 'beta_end', 'beta_schedule'), BETAS_OF[kind]))
     settings = {**defaults, **settings}
     edm = ('edm', 'sigma_min', 'sigma_max', 'sigma_data')  # others' sigmas are ends of a schedule
-    if isinstance(settings.get('trained_betas'), list):
-        settings |= defaults | {'num_train_timesteps': len(settings['trained_betas'])}
     return _pick(ScheduleConfig, {k: v for k, v in settings.items() if k not in edm})
 
 
