@@ -1,17 +1,22 @@
 """Whole trajectories against diffusers' own pipelines, from the same latent and embeddings."""
 
+import dataclasses
+
 import diffusers
 import jax
 import numpy as np
 import pytest
 import torch
-from test_models import UNETS, arrays, excite
+from pipelines import TEXTS, normal, ours, pipeline, random_model, request, tiny
+from test_models import UNETS, arrays, excite, nchw
 
+import jaxsd
 from jaxsd import config as jc
 from jaxsd import sampling
 from jaxsd.models.layers import timestep_embedding
 from jaxsd.prompt.conditioning import Conditioning
 from jaxsd.run import denoise_latents
+from jaxsd.run.walk import decode
 
 pytestmark = pytest.mark.parity
 STEPS, GUIDANCE, SIZE = 10, 5.0, 8
@@ -83,3 +88,34 @@ def test_trajectory(name, sampler):
         noise=lambda i: np.zeros_like(start)))(params, start)
     scale = max(1.0, theirs.std())
     assert np.abs(np.asarray(found) - theirs).max() / scale <= 1e-4
+
+
+@pytest.mark.parametrize('kind, sampler, scheduler', [
+    ('epsilon', 'euler', 'EDMEulerScheduler'),
+    ('epsilon', 'dpmpp_2m', 'EDMDPMSolverMultistepScheduler'),
+    ('v_prediction', 'euler', 'EDMEulerScheduler')])
+def test_edm_with_latent_statistics(kind, sampler, scheduler, tokenizer_folder, tmp_path):
+    """As Playground v2.5 and CosXL: from a prompt to pixels, from the folder that we write."""
+    config, cosxl = tiny('sdxl', levels=2), kind == 'v_prediction'
+    model = random_model(config.replace(
+        schedule=jc.ScheduleConfig(edm=True, prediction_type=kind, sigma_data=1.0 if cosxl else 0.5,
+                                   sigma_max=120.0 if cosxl else 80.0),
+        vae=dataclasses.replace(config.vae, scaling_factor=0.5, force_upcast=False,
+                                latents_mean=(-1.6, 1.9, -1.4, 2.5),
+                                latents_std=(8.5, 5.9, 6.5, 5.2))), tokenizer_folder)
+    jaxsd.save(model, tmp_path / 'a')
+    model = jaxsd.load(tmp_path / 'a')
+    assert model.config.schedule.edm
+    pipe = pipeline(diffusers.StableDiffusionXLPipeline, model, tmp_path / 'a')
+    assert type(pipe.scheduler) is diffusers.EDMEulerScheduler
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    noise, size = normal(1), 2 * normal(1).shape[1]
+    sigmas = sampling.schedule('karras', STEPS, model.config.schedule)
+    start = noise * np.float32(sigmas[0] / np.hypot(sigmas[0], 1))  # theirs is wider than ours
+    expected = pipe(**TEXTS, num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=size,
+                    width=size, latents=nchw(start), output_type='np').images
+    latents = ours(model, [request(sampler=sampler, schedule='karras', steps=STEPS,
+                                   width=size, height=size)], noise)
+    image, _ = jax.jit(decode, static_argnums=1)(model.params, model.config, latents)
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(image / 255, expected, atol=0.6 / 255)
