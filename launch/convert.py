@@ -191,6 +191,8 @@ def _adapter(file):
     yield 'layers', _counts(parts.elements())
     yield 'rank', _counts(ranks.elements())
     yield 'alpha', _counts(alphas.elements()) or 'none'
+    if what.embeddings:
+        yield 'embeddings', ', '.join(what.embeddings)
 
 
 def _counts(values):

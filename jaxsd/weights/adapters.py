@@ -22,7 +22,7 @@ from jaxsd.config import read_config
 from jaxsd.models.spec import from_jax, spec
 from jaxsd.weights import adapter_formats, adapter_names, names
 from jaxsd.weights.adapter_formats import Delta
-from jaxsd.weights.embeddings import bundled, is_bundled
+from jaxsd.weights.embeddings import bundled, in_lora, is_bundled
 from jaxsd.weights.files import open_tensors, printable
 from jaxsd.weights.reading import CANDIDATES
 
@@ -49,7 +49,8 @@ class Description(NamedTuple):
 
     layers: {layer as the file writes it: {part: key}}, parts as of adapter_formats; version: the
     one that most of them fit, 'sd15', or None; fitting: so many do; targets: {layer: (component,
-    its name there)}, of any size; lacks: {layer: a part that is missing}.
+    its name there)}, of any size; lacks: {layer: a part that is missing}; embeddings: names of the
+    textual inversions in it.
     """
 
     layers: dict
@@ -57,6 +58,7 @@ class Description(NamedTuple):
     fitting: int
     targets: dict
     lacks: dict
+    embeddings: list
 
     @property
     def family(self):
@@ -95,6 +97,9 @@ def load_adapter(path, model, device=None, strays=False):
     if what not in ('a LoRA', 'something else'):
         raise ValueError(printable(f'{path}: is {what}, by its tensor {name}; expected a LoRA'))
     layers = _layers(file)
+    if not layers:
+        raise ValueError(f'{path}: has {len(file.shapes)} tensors and no layers; expected a LoRA '
+                         'or LyCORIS file; jaxsd.load_embedding reads embeddings')
     for layer, lack in _lacks(layers).items():
         raise ValueError(printable(
             f'{path}: {layer} has {next(iter(layers[layer].values()))} but no {lack}; the file is '
@@ -121,6 +126,7 @@ def load_adapter(path, model, device=None, strays=False):
                 raise ValueError(printable(
                     f'{path}: the tensors of {layer} do not fit together ({error}): {sizes}; for '
                     f'a weight {list(shape)}; the file is damaged, download it again')) from None
+            _fits_dtype(path, layer, found[name], _own(model.params[component], name).dtype)
         if 'diff_b' in parts:
             found[f'{target}.bias'] = Delta(dense=parts['diff_b'].reshape(-1))
     embeddings = bundled(file, model.config)
@@ -134,7 +140,8 @@ def describe(file):
             for version in CANDIDATES}
     best = max(fits, key=fits.get)
     targets = _targets(layers, read_config(best))
-    return Description(layers, best if fits[best] else None, fits[best], targets, _lacks(layers))
+    return Description(layers, best if fits[best] else None, fits[best], targets, _lacks(layers),
+                       list(in_lora(file)))
 
 
 def merge(model, adapters):
@@ -209,6 +216,15 @@ def _alpha(settings, component, layer, rank):
     return alpha * math.sqrt(rank) if get('use_rslora') else alpha
 
 
+def _fits_dtype(path, layer, delta, dtype):
+    """ValueError where what a Delta adds is not finite in a model's dtype."""
+    for array in delta:
+        with np.errstate(over='ignore'):
+            if array is not None and not np.isfinite(array.astype(dtype)).all():
+                raise ValueError(printable(f'{path}: what {layer} adds is too large for {dtype}; '
+                                           'load the model in float32 or bfloat16'))
+
+
 def _layers(file):
     """{layer as the file writes it: {part: key}}."""
     layers = {}
@@ -272,7 +288,7 @@ def _complain(file, layers, targets, config, strays):
     said = (f'{len(unfit)} of its {len(layers)} layers are none of this model\'s ({ours}), such '
             f'as {first}')
     if not (strays and targets):
-        more = ', or strays=True to leave them out' * bool(targets)
+        more = ', or strays=True (--strays) to leave them out' * bool(targets)
         raise ValueError(printable(f'{file.path}: {said}; expected a LoRA or LyCORIS file for it'
                                    f'{more}'))
     log.warning('%s', printable(f'{file.path}: left out, {said}'))

@@ -85,10 +85,14 @@ def is_bundled(key):
 
 
 def bundled(file, config):
-    """The textual inversions in a LoRA's file -> {name: Embedding}."""
-    tokens = _tokens([(file, None)], filter(is_bundled, file.shapes))
+    """The textual inversions in a LoRA's file -> {name: Embedding}; config: of the model."""
     return {name: Embedding(name, _vectors(file.path, tensors, config))
-            for name, tensors in tokens.items()}
+            for name, tensors in in_lora(file).items()}
+
+
+def in_lora(file):
+    """`bundled` by the header: {name: {(file, key): text encoder, or None: by width}}."""
+    return _tokens([(file, None)], list(filter(is_bundled, file.shapes)))
 
 
 def numbers(width):

@@ -180,7 +180,7 @@ class Source:
             more = f' and {len(lines) - most} more' if len(lines) > most else ''
             lists.append(f'{len(lines)} {kind}: {", ".join(lines[:most])}{more}')
         what = getattr(self.config, 'version', ', '.join(self.places))  # or the network's kind
-        stray = ', or strays=True to leave out the unexpected ones'
+        stray = ', or strays=True (--strays) to leave out the unexpected ones'
         raise ValueError(printable(
             f'{self.path}: the tensors are not those of the expected model ({what}): '
             f'{"; ".join(lists)}. Download the file again, or give config= for a model of other '

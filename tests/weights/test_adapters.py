@@ -175,8 +175,9 @@ def test_embeddings_inside(version, keys, save, caplog):
     mine = jaxsd.Embedding('toy', {})
     merged = jaxsd.merge(model.replace(embeddings={'toy': mine}), {adapter: 1}).embeddings
     assert merged == {'toy': mine, 'my.style': adapter.embeddings['my.style']}
-    assert len(adapters.describe(open_tensors(save(tensors_of(model) | arrays))).layers) == (
-        len(attentions(model.config)))
+    found = adapters.describe(open_tensors(save(tensors_of(model) | arrays)))
+    assert sorted(found.embeddings) == ['my.style', 'toy']
+    assert len(found.layers) == len(attentions(model.config))
 
 
 def test_embeddings_inside_for_another_model(model, save):
@@ -198,6 +199,18 @@ def test_ranks_that_disagree(part, model, save):
     said = str(error.value)
     assert f'the tensors of {layer} do not fit together' in said and '\n' not in said
     assert f'{layer}.lora_down.weight {down}' in said and f'{layer}.lora_up.weight {up}' in said
+
+
+def test_values_that_the_models_dtype_cannot_hold(save):
+    tensors = tensors_of(random_model('sd15'), alpha=3e5)
+    assert jaxsd.load_adapter(save(tensors), random_model('sd15', 'float32')).deltas
+    with pytest.raises(ValueError, match='adds is too large for float16; load the model in float3'):
+        jaxsd.load_adapter(save(tensors), random_model('sd15', 'float16'))
+
+
+def test_a_file_of_embeddings_alone(model, save):
+    with pytest.raises(ValueError, match='1 tensors and no layers.*load_embedding reads'):
+        jaxsd.load_adapter(save({'bundle_emb.a.emb_params': np.ones((1, 12), 'f4')}), model)
 
 
 def broken(shapes, **others):
