@@ -176,6 +176,18 @@ def test_ids_are_of_what_files_hold_not_of_their_names(tiny_model, tmp_path):
     assert a == b != c
 
 
+def test_ids_know_the_embeddings_in_adapters(tiny_model):
+    def of(value, prompt):
+        inside = {'mine': jaxsd.Embedding('mine', {'text_encoder': np.full((1, 32), value, 'f4')})}
+        model = tiny_model('sd1').replace(adapters={'one': jaxsd.Adapter({}, embeddings=inside)})
+        one, = Engine(model).resolve([Request(prompt, seed=1)])
+        return Identity(model, microbatch=8).of(one)
+
+    named = 'a mine <lora:one:1>'
+    assert of(1, named) == of(1, named) != of(2, named)
+    assert of(1, 'a mine') == of(2, 'a mine')
+
+
 def test_operations_are_counted():
     def f(x, w):
         def body(x, _):
