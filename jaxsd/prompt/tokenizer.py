@@ -47,6 +47,9 @@ class Tokenizer:
                 settings.update({k: _word(v) for k, v in found.items() if k in SPECIAL})
                 settings['length'] = found.get('model_max_length', settings.get('length'))
         length = settings.pop('length', None) or 77
+        if not isinstance(length, (int, float)) or not length >= 3:
+            raise ValueError(f'{path}: model_max_length={length!r:.100}: expected a number of '
+                             'tokens, 3 or more')
         if pad is not None:
             settings['pad_token'] = pad
         vocabulary = path
@@ -111,11 +114,17 @@ def _backend(folder, settings):
 
 def _read(path):
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path}: not valid JSON ({error})') from None
+    if not isinstance(found, dict):
+        raise ValueError(f'{path}: expected an object of settings, found {found!r:.100}')
+    return found
 
 
 def _word(token):
     """A special token is a string or a dict with its text as `content`."""
-    return token['content'] if isinstance(token, dict) else token
+    text = token.get('content') if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ValueError(f'special tokens: expected text, found {token!r:.100}')
+    return text

@@ -3,6 +3,7 @@ network: the output is theirs, or loading stops; nothing is ignored."""
 
 import inspect
 import json
+import shutil
 
 import diffusers
 import jax
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from test_dpt_parity import TOLERANCE, enliven, error, picture
 from test_models import arrays, close, excite, nchw, shapes_of
 
 from jaxsd import config as jc
 from jaxsd import sampling
 from jaxsd.models import clip, controlnet, shapes, t2i_adapter, unet, vae
 from jaxsd.models.layers import timestep_embedding
+from jaxsd.prompt.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.parity
 
@@ -397,3 +400,83 @@ def test_what_a_scheduler_may_not_say(name):
             with pytest.raises(ValueError) as error:
                 jc._schedule({'_class_name': name, key: value})
             assert '\n' not in str(error.value)
+
+
+# Of tokenizer_config.json; what it does with the text is the same whatever the first four say.
+TOKENIZER = {
+    'do_lower_case': [False], 'add_prefix_space': [True], 'errors': ['strict'],
+    'clean_up_tokenization_spaces': [True], 'tokenizer_class': ['CLIPTokenizerFast'],
+    'model_max_length': [20], 'bos_token': ['<|endoftext|>'], 'eos_token': ['<|startoftext|>'],
+    'unk_token': ['<|startoftext|>'], 'pad_token': ['<|startoftext|>']}
+
+
+@pytest.mark.parametrize('key', TOKENIZER)
+def test_tokenizer(key, tokenizer_folder, tmp_path):
+    shutil.copytree(tokenizer_folder, tmp_path / 'a')
+    (tmp_path / 'a' / 'special_tokens_map.json').unlink(missing_ok=True)
+    file = tmp_path / 'a' / 'tokenizer_config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: TOKENIZER[key][0]}))
+    texts = ['A red Apple', '', 'a b c d e f g', '\u00e9 x']
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / 'a')
+    expected = theirs(texts, padding='max_length', truncation=True,
+                      max_length=theirs.model_max_length).input_ids
+    found = Tokenizer.from_folder(tmp_path / 'a')(texts)
+    assert found.tolist() == expected
+
+
+DPT_BASE = {
+    'is_hybrid': True, 'image_size': 64, 'hidden_size': 24, 'intermediate_size': 48,
+    'num_hidden_layers': 4, 'num_attention_heads': 3, 'backbone_out_indices': [0, 1, 2, 3],
+    'neck_hidden_sizes': [32, 64, 24, 20], 'fusion_hidden_size': 16, 'readout_type': 'project',
+    'reassemble_factors': [1, 1, 1, 0.5], 'neck_ignore_stages': [0, 1],
+    'backbone_featmap_shape': [1, 96, 4, 4], 'backbone_config': {
+        'model_type': 'bit', 'layer_type': 'bottleneck', 'global_padding': 'same',
+        'embedding_dynamic_padding': True, 'out_features': ['stage1', 'stage2', 'stage3'],
+        'depths': [2, 1, 2], 'embedding_size': 16, 'hidden_sizes': [32, 64, 96],
+        'num_groups': 2}}
+DPT_SAME = {
+    'image_size': [32], 'hidden_size': [36], 'intermediate_size': [40], 'num_hidden_layers': [5],
+    'num_attention_heads': [2], 'backbone_out_indices': [[0, 1, 1, 2]], 'layer_norm_eps': [0.01],
+    'neck_hidden_sizes': [[32, 64, 20, 16]], 'fusion_hidden_size': [8],
+    'hidden_dropout_prob': [0.5], 'attention_probs_dropout_prob': [0.5], 'initializer_range': [0.5],
+    'use_bias_in_fusion_residual': [True], 'use_auxiliary_head': [False],
+    'auxiliary_loss_weight': [0.1], 'semantic_loss_ignore_index': [3],
+    'semantic_classifier_dropout': [0.5], 'pooler_output_size': [12], 'pooler_act': ['relu'],
+    'backbone_config': [DPT_BASE['backbone_config'] | {'num_groups': 4},
+                        DPT_BASE['backbone_config'] | {'depths': [1, 1, 1]}],
+    'patch_size': [16], 'backbone_featmap_shape': [[1, 96, 4, 4]]}
+DPT_REFUSED = {
+    'is_hybrid': [False], 'readout_type': ['add'], 'hidden_act': ['relu'], 'qkv_bias': [False],
+    'reassemble_factors': [[4, 2, 1, 0.5]], 'num_channels': [1], 'neck_ignore_stages': [[]],
+    'head_in_index': [0], 'add_projection': [True], 'use_batch_norm_in_fusion_residual': [True],
+    'use_bias_in_fusion_residual': [False], 'image_size': ['x', 65], 'num_attention_heads': [5],
+    'backbone_config': [DPT_BASE['backbone_config'] | {'layer_type': 'preactivation'},
+                        DPT_BASE['backbone_config'] | {'width_factor': 2},
+                        DPT_BASE['backbone_config'] | {'depths': [1] * 9}]}
+
+
+def each(table):
+    return [pytest.param({key: value}, id=f'{key}-{i}') for key, values in table.items()
+            for i, value in enumerate(values)]
+
+
+def test_every_depth_key_is_decided():
+    assert DPT_SAME.keys() | DPT_REFUSED.keys() == set(
+        transformers.DPTConfig().to_dict()) - GENERIC
+
+
+@pytest.mark.parametrize('changed', each(DPT_REFUSED))
+def test_depth_refused(changed):
+    with pytest.raises(ValueError):
+        jc._depth(DPT_BASE | changed)
+
+
+@pytest.mark.parametrize('changed', each(DPT_SAME))
+def test_depth_same(changed):
+    settings = DPT_BASE | changed
+    cfg = jc._depth(json.loads(json.dumps(settings)))
+    module = enliven(transformers.DPTForDepthEstimation(transformers.DPTConfig(**settings)))
+    pixels = picture(2, cfg.image_size, cfg.image_size)
+    with torch.no_grad():
+        expected = module(nchw(pixels)).predicted_depth
+    assert error(module, cfg, pixels, expected) <= TOLERANCE

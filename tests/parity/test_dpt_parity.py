@@ -32,13 +32,18 @@ TINY = DPTConfig(image_size=64, hidden_size=24, intermediate_size=48, num_hidden
 
 
 def lively(config, seed=0):
-    """A DPTForDepthEstimation with random weights whose depth depends on the picture everywhere.
+    """The DPTForDepthEstimation of a DPTConfig, see `enliven`."""
+    return enliven(transformers.DPTForDepthEstimation(transformers.DPTConfig(**{
+        k: v for k, v in _depth(config).items() if k not in ('architectures', 'model_type')})),
+        seed)
+
+
+def enliven(module, seed=0):
+    """Random weights with which the depth depends on the picture everywhere.
 
     Every tensor is random: norms around 1, biases around 0, weights that keep variance; the last
     bias lifts the depth over its ReLU.
     """
-    module = transformers.DPTForDepthEstimation(transformers.DPTConfig(**{
-        k: v for k, v in _depth(config).items() if k not in ('architectures', 'model_type')}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():

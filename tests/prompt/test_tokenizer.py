@@ -54,3 +54,16 @@ def test_bad_folders_are_named(tmp_path):
     (tmp_path / 'tokenizer_config.json').write_text('{')
     with pytest.raises(ValueError, match=r'tokenizer_config\.json: not valid JSON'):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize('text, said', [
+    ('[]', 'expected an object'), ('{"model_max_length": "x"}', "model_max_length='x'"),
+    ('{"model_max_length": 1}', 'a number of tokens, 3 or more'),
+    ('{"pad_token": 7}', 'special tokens: expected text, found 7'),
+    ('{"pad_token": {"a": 1}}', 'special tokens: expected text'), ('[' * 10**5, 'not valid JSON')])
+def test_wrong_settings_are_one_line(tmp_path, text, said):
+    write_tokenizer(tmp_path)
+    (tmp_path / 'tokenizer_config.json').write_text(text)
+    with pytest.raises(ValueError, match=said) as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert '\n' not in str(caught.value)
