@@ -121,7 +121,11 @@ def differences(run):
 
 # What A1111 writes.
 
-PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # A1111's own
+LONGEST = 2**18  # characters; A1111 and its kin write a few thousand
+# A1111's own pairs; a run of letters is taken whole, so that one without a colon is read once.
+PAIR = re.compile(r'''[ \-/]*+(?:
+    (?P<key>\w[\w \-/]++)(?::\s*+(?P<value>"(?:\\.|[^\\"])++"(?=,|$)|[^,]*+),?+)? | .)?''',
+                  re.VERBOSE | re.DOTALL)
 # Nothing that changes a picture, or told elsewhere in the text.
 HARMLESS = ('Version', 'Model hash', 'VAE hash', 'Lora hashes', 'TI hashes', 'Hashes', 'User',
             'Batch size', 'Batch pos', 'Init image hash', 'Downcast alphas_cumprod', 'Pad conds',
@@ -169,10 +173,13 @@ def parse(text):
     """A1111's text -> prompt, negative prompt, {key: value}, all as text.
 
     modules/infotext_utils.py (parse_generation_parameters): the last line holds the pairs, if it
-    has three.
+    has three. Raises ValueError for more than LONGEST characters.
     """
+    if len(text) > LONGEST:
+        raise ValueError(f'the text of how a picture was made has {len(text)} characters: expected '
+                         f'at most {LONGEST}')
     *lines, last = text.strip().split('\n')
-    pairs = PAIR.findall(last)
+    pairs = _pairs(last)
     if len(pairs) < 3:
         lines, pairs = [*lines, last], []
     prompt, negative = [], []
@@ -183,6 +190,12 @@ def parse(text):
         into.append(line)
     prompt, negative = ('\n'.join(some).lstrip('\n') for some in (prompt, negative))
     return prompt, negative, {key: _unquote(value) for key, value in pairs}
+
+
+def _pairs(text):
+    """A line of A1111's pairs -> [(key, value)], in linear time."""
+    return [found.group('key', 'value') for found in PAIR.finditer(text)
+            if found['value'] is not None]
 
 
 def _unquote(value):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -230,3 +231,25 @@ def test_a_record_of_a_newer_program(tmp_path):
     picture.write_png(tmp_path / 'a.png', BLANK, {'jaxsd': json.dumps(text)})
     past = infotext.read(tmp_path / 'a.png')
     assert 'magic' not in past.fields and past.notes[0].startswith('magic=3: unknown here')
+
+
+A1111_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.text('ab -/:,",\\\t1', max_size=30))
+def test_pairs_are_those_of_a1111s_own_pattern(text):
+    assert infotext._pairs(text) == A1111_PAIR.findall(text)
+
+
+@pytest.mark.parametrize('piece', [
+    'a', '1', '_', ' ', '-', '/', '"', '\\', ':', ',', 'a:', 'ab:', 'ab:"', 'ab:"\\"', 'ab: 1,',
+    'a, b', '\n', 'Negative prompt: ', 'ab: 1, cd: 2, ef: 3\n'])
+def test_a_text_is_read_in_linear_time(piece):
+    start = time.monotonic()
+    text = (piece * 10**6)[:infotext.LONGEST - 40]
+    infotext.foreign(f'{text}\nSteps: 1, Seed: 2, Size: 8x8')
+    infotext.foreign(f'Steps: 1, Seed: 2, Size: 8x8, {text}')
+    assert time.monotonic() - start < 5
+    with pytest.raises(ValueError, match='has 1000000 characters: expected at most'):
+        infotext.foreign((piece * 10**6)[:10**6])
