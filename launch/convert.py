@@ -32,7 +32,7 @@ def define_flags():
                       'single-file for an OUT that ends in .safetensors, if left out.')
     flags.DEFINE_enum('dtype', None, ['float32', 'float16', 'bfloat16'],
                       "Of all weights; each tensor's own if left out.")
-    flags.DEFINE_string('prediction', None, 'epsilon or v_prediction, where the file cannot tell.')
+    flags.DEFINE_string('prediction', None, 'epsilon or v_prediction, whatever the file says.')
     flags.DEFINE_string('base', None, 'A model that gives the VAE or text encoders that are '
                         'missing (folder, file or Hub id).')
     flags.DEFINE_bool('ema', False, 'The averaged weights of a file that holds both.')
@@ -148,7 +148,8 @@ def _model(source):
     from jaxsd.models.spec import count
     from jaxsd.weights import names
     yield 'version', source.config.version
-    yield 'prediction type', source.config.schedule.prediction_type
+    yield 'prediction type', ('not said, its output tells when it is loaded' if source.untold
+                              else source.config.schedule.prediction_type)
     yield 'dtypes', _counts(str(file.dtypes[inner]) for file, inner in source.tensors.values())
     absent = source.absent()
     for part, shapes in source.shapes.items():

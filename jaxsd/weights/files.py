@@ -154,15 +154,16 @@ def _header(path):
         return json.loads(file.read(length)), 8 + length
 
 
-def write_tensors(path, tensors):
+def write_tensors(path, tensors, metadata=()):
     """Write a safetensors file, to a temporary name and then renamed.
 
     tensors: {name: (shape, dtype, get)}, where get() makes the numpy array when its turn comes,
-        so that one tensor at a time is in memory.
+        so that one tensor at a time is in memory. metadata: {entry of the header: text}.
     """
     # Sorted as safetensors itself does, widest type first: every tensor is aligned.
     order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name][1]).itemsize, name))
-    header, end = {'__metadata__': {'format': 'pt'}}, 0  # transformers insists on a format
+    # transformers insists on a format
+    header, end = {'__metadata__': {'format': 'pt', **dict(metadata)}}, 0
     for name in order:
         shape, dtype, _ = tensors[name]
         start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize

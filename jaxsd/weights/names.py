@@ -119,12 +119,12 @@ def in_single(name):
 
 
 # Schedule buffers, also those of an upscaler's small picture; the EMA's two counters; position_ids;
-# what only marks the prediction type; the parts of OpenCLIP that 2.x does not use (nor SDXL the
+# the parts of OpenCLIP that 2.x does not use (nor SDXL the
 # logit_scale); the classes that MiDaS' transformer was trained on; the discriminator that some
 # VAEs were trained with; what ComfyUI scales TAESD's latents by.
 _EXTRA = re.compile(
     r'betas|(?:\w+_)?alphas_cumprod(?:_prev)?|posterior_\w+|logvar|lvlb_weights|scale_factor'
-    r'|model_ema\.(?:decay|num_updates)|denoiser\..*|.*\.position_ids|v_pred|ztsnr'
+    r'|model_ema\.(?:decay|num_updates)|denoiser\..*|.*\.position_ids'
     r'|cond_stage_model\.model\.text_projection|.*\.model\.logit_scale'
     r'|(?:depth_model\.model\.)?pretrained\.model\.head\..*|loss\..*|vae_scale|vae_shift'
     r'|low_scale_model\..*')

@@ -6,13 +6,15 @@ import logging
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from jaxsd.config import TEXT_ENCODERS, VERSIONS, read_config
+from jaxsd.models import unet
 from jaxsd.models.spec import spec, to_jax
 from jaxsd.prompt.tokenizer import Tokenizer
-from jaxsd.weights import hub, names
+from jaxsd.weights import hub, marks, names
 from jaxsd.weights.configs import TOKENIZERS
 from jaxsd.weights.files import (
     TensorFile,
@@ -39,7 +41,8 @@ def load(path, dtype='float32', config=None, prediction_type=None, device=None, 
     dtype: float32, float16 or bfloat16 for all weights; None keeps each tensor's own.
     config: a ModelConfig that replaces what the folder's config.json files, or the names and
         shapes in a single file, say.
-    prediction_type: epsilon, v_prediction or sample, where the file cannot tell.
+    prediction_type: epsilon, v_prediction or sample, whatever the file says. The order: this,
+        marker tensors, the header, for 2.x a test on the U-Net's output (see `prediction`).
     device: a jax Device or Sharding on which every tensor is put as soon as it is read.
     ema: the U-Net's averaged weights, of a single file that holds both (model_ema.*).
     base: a model, as `path`, whose VAE or text encoders serve where a single file has none.
@@ -63,6 +66,10 @@ def load(path, dtype='float32', config=None, prediction_type=None, device=None, 
     if strays:
         source.drop_strays()
     params, extras = source.read(dtype, device)
+    if source.untold:
+        source.settle(prediction(params['unet'], source.config.unet))
+        log.info('%s: does not say what it predicts; by its output %s', path,
+                 source.config.schedule.prediction_type)
     tokenizers |= _tokenizers(source.path, source.config, params.keys() - set(absent))
     return Model(source.config, params, tokenizers, extras)
 
@@ -86,12 +93,14 @@ class Source:
     """The tensors that a model is made of, found in files but not read yet.
 
     tensors: {stored name: (its file's reader, name in that file)}; extras: the stored names that
-    are kept as they are; places: {component: {folder name: Place}}, see names.py.
+    are kept as they are; places: {component: {folder name: Place}}, see names.py. untold: whether
+    the output has to tell a 2.x model's prediction type; size: the native pixels that it says.
     """
 
-    def __init__(self, path, config, shapes, tensors, places, extras):
+    def __init__(self, path, config, shapes, tensors, places, extras, untold=False, size=None):
         self.path, self.config, self.shapes = path, config, shapes
         self.tensors, self.places, self.extras = tensors, places, extras
+        self.untold, self.size = untold, size
 
     def read(self, dtype, device=None):
         """-> params, extras. One pass over everything, then one error for all that is wrong."""
@@ -131,6 +140,14 @@ class Source:
             self.tensors |= {place.name: base.tensors[place.name]
                              for place in base.places[part].values() if place.name in base.tensors}
         self.config = self.config.replace(**{part: getattr(base.config, part) for part in parts})
+
+    def settle(self, prediction_type):
+        """What the output of a 2.x model told."""
+        other, config = _version2(prediction_type, self.size), self.config
+        vae = other.vae if config.vae == read_config('sd21').vae else config.vae
+        self.config = config.replace(unet=other.unet, vae=vae, version=other.version
+                                     ).with_prediction(prediction_type)
+        self.untold = False
 
     def drop_strays(self):
         """Leave out the tensors that are not the model's, and log them."""
@@ -192,8 +209,8 @@ def open_folder(folder, config, half, prediction_type):
     if single and not config:
         _refuse_others(folder, [n for f in component_files(folder, half) for n in f.shapes])
     config = config or read_config(folder)
-    if prediction_type:
-        config = config.with_prediction(prediction_type)
+    config = _given(folder, config, prediction_type, [
+        (config.schedule.prediction_type, 'its scheduler_config.json')])
     shapes, tensors, places = spec(config), {}, {}
     for part, expected in shapes.items():
         for file in component_files(folder / part, half):
@@ -207,19 +224,30 @@ def open_folder(folder, config, half, prediction_type):
     extras = []
     if (folder / 'extras.safetensors').exists():
         file = TensorFile(folder / 'extras.safetensors')  # jaxsd's own, see save
-        extras = list(file.shapes)
+        extras = [name for name in file.shapes if name not in marks.MARKERS]
         tensors.update({name: (file, name) for name in extras})
     return Source(folder, config, shapes, tensors, places, extras)
 
 
 def open_single(path, config, half, prediction_type, ema=False):
     file = open_tensors(path)
-    if config is None:
-        config = _detect(file, prediction_type)
-    if prediction_type:
-        config = config.with_prediction(prediction_type)
+    size, said, untold = marks.native_size(file), marks.predictions(file), False
+    if config is not None:
+        prediction_type = prediction_type or config.schedule.prediction_type
+    else:
+        config = marks.read_entry(file)
+        if config is None:
+            kind = prediction_type or (said[0][0] if said else None)
+            if kind not in (prediction_type, *marks.WORDS.values()):
+                raise ValueError(printable(
+                    f'{path}: {said[0][1]} says {kind!r}, a prediction type that is not '
+                    'implemented; expected epsilon, v or sample; prediction_type= replaces it'))
+            config, untold = _detect(file, kind, size)
+        config = marks.with_markers(config, file)
+        untold = untold and not config.schedule.edm
+    config = _given(path, config, prediction_type, said)
     tensors = {names.in_single(name): (file, name) for name in file.shapes
-               if not names.is_ema(name)}
+               if not names.is_ema(name) and name not in marks.MARKERS}
     shapes = spec(config)
     places = names.places(config, shapes)
     if ema:
@@ -229,15 +257,32 @@ def open_single(path, config, half, prediction_type, ema=False):
                              'ema=True')
         tensors = {k: v for k, v in tensors.items() if k not in averaged} | {
             name: (file, inner) for name, inner in averaged.items() if inner in file.shapes}
-    elif len(tensors) < len(file.shapes):
+    elif averaged := sum(map(names.is_ema, file.shapes)):
         log.warning('%s: ignoring model_ema.*, the averaged copy of the U-Net (%d tensors); '
-                    'ema=True reads it instead', path, len(file.shapes) - len(tensors))
+                    'ema=True reads it instead', path, averaged)
     extras = [name for name in tensors if names.is_extra(name, config)]
-    return Source(path, config, shapes, tensors, places, extras)
+    return Source(path, config, shapes, tensors, places, extras, untold, size)
 
 
-def _detect(file, prediction_type=None):
-    """The ModelConfig of the released version whose names and shapes a single file has."""
+def _given(path, config, prediction_type, said):
+    """The config with the prediction type that was given; one warning where others are said."""
+    if prediction_type:
+        config = config.with_prediction(prediction_type)
+    taken = config.schedule.prediction_type
+    others = [f'{where} says {kind}' for kind, where in said if kind != taken]
+    if others:
+        log.warning('%s: taken as a model that predicts %s, %s, though %s', path, taken,
+                    'as given' if prediction_type else f'as {said[0][1]} says',
+                    printable(', '.join(others)))
+    return config
+
+
+def _detect(file, prediction_type=None, size=None):
+    """The ModelConfig of the released version whose names and shapes a single file has, and
+    whether only its output tells the prediction type.
+
+    prediction_type, size: what is known of it, the native pixels per side.
+    """
     _refuse_others(file.path, file.shapes)
 
     stored = {names.in_single(name): shape for name, shape in file.shapes.items()}
@@ -259,20 +304,46 @@ def _detect(file, prediction_type=None):
             'tensors of 1.x, 2.x, the x4 upscaler, SDXL or its refiner (model.diffusion_model.*, '
             f'first_stage_model.* ...), found {len(file.shapes)} tensors such as '
             f'{", ".join(list(file.shapes)[:3])}. Give config= for a model of other sizes.'))
-    if best == 'sd21' and prediction_type == 'epsilon':
-        return read_config('sd21_base')
-    config = read_config(best)
+    if best == 'sd21':
+        return _version2(prediction_type or 'v_prediction', size), prediction_type is None
+    config = _sized(read_config(best), size)
     if not any(name.startswith('depth_model.') for name in file.shapes):
         config = config.replace(depth_estimator=None)
-    if best == 'sd21' and prediction_type is None:
-        log.warning('%s: 2.x files do not say what they predict; taken as a 768-v model '
-                    '(v_prediction). For a 512-base model give prediction_type=epsilon', file.path)
-    if 'v_pred' in file.shapes:
-        config = config.with_prediction('v_prediction')
-    if 'ztsnr' in file.shapes:
-        schedule = dataclasses.replace(config.schedule, rescale_betas_zero_snr=True)
-        config = config.replace(schedule=schedule)
-    return config
+    return config.with_prediction(prediction_type) if prediction_type else config, False
+
+
+def _version2(prediction_type, size):
+    """The ModelConfig of 2.1's text-to-image models, of which one predicts v."""
+    version = 'sd21' if prediction_type == 'v_prediction' else 'sd21_base'
+    return _sized(read_config(version), size).with_prediction(prediction_type)
+
+
+def _sized(config, size):
+    """The config with the native size in pixels, where it is known."""
+    latents = size and size // config.vae.factor
+    return config.replace(unet=dataclasses.replace(
+        config.unet, sample_size=latents or config.unet.sample_size))
+
+
+def prediction(params, config):
+    """What a 2.x U-Net predicts, 'epsilon' or 'v_prediction', by what A1111 looks at.
+
+    At the last timestep its input is nothing but noise, which a model that predicts noise gives
+    back; one that predicts v gives the negative picture.
+    """
+    x = jnp.full((1, 8, 8, config.in_channels), 0.5)
+    context = jnp.full((1, 2, config.cross_attention_dim), 0.5)
+
+    @jax.jit
+    def apply(params):
+        wide = jax.tree.map(lambda a: a.astype('bfloat16') if a.dtype == 'float16' else a, params)
+        return unet.apply(wide, config, x, jnp.full(1, 999.0), context)
+
+    mean = float(jnp.mean(apply(params) - x))  # in float16 2.1 overflows
+    if not np.isfinite(mean):
+        raise ValueError('the output of the U-Net, which tells what a 2.x model predicts, is not '
+                         'finite; give prediction_type=')
+    return 'v_prediction' if mean < -1 else 'epsilon'
 
 
 def _refuse_others(path, found):

@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxsd.models.spec import from_jax, spec
-from jaxsd.weights import names
+from jaxsd.weights import marks, names
 from jaxsd.weights.configs import TOKENIZERS, write_config
 from jaxsd.weights.files import as_dtype, write_tensors
 
@@ -23,6 +23,7 @@ def save(model, path, layout='diffusers', dtype=None):
     """Write a model to `path`: a folder in diffusers' layout, or one .safetensors file.
 
     dtype: of all weights in the files; None keeps each array's own.
+    A single file says in its header and in marker tensors what names and shapes do not, see marks.
     Everything is written under a temporary name first. A folder that exists already keeps its
     other files (a README, say), except weights that the new ones replace.
     Raises ValueError when the arrays are not those of model.config or the layout is unknown.
@@ -41,7 +42,9 @@ def save(model, path, layout='diffusers', dtype=None):
         table = names.places(model.config, shapes)
         tensors = {k: t for part in shapes
                    for k, t in stored(arrays[part], shapes[part], table[part], dtype).items()}
-        write_tensors(path, tensors | _plain(model.extras))
+        extras = {name: a for name, a in model.extras.items() if name not in marks.MARKERS}
+        write_tensors(path, tensors | _plain(extras | marks.markers(model.config)),
+                      marks.metadata(model.config, path.stem))
     else:
         with replacing_folder(path) as temporary:
             _write_folder(model, temporary, shapes, arrays, dtype)

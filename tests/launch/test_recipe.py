@@ -1,5 +1,7 @@
 """Options on the command line."""
 
+import importlib
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -53,3 +55,12 @@ def test_several_embeddings_in_a_file(tiny_model, tmp_path):
     assert files('--embeddings', named['embeddings']) == found
     with pytest.raises(ValueError, match='several tokens, a, b; .* found c'):
         complete(model, None, 'float32', {}, files('--embeddings', [f'c={path}']))
+
+
+@pytest.mark.parametrize('name, prediction', [
+    ('sd20', 'v_prediction'), ('sd20_base', 'epsilon'), ('sd21', 'v_prediction'),
+    ('sd21_base', 'epsilon'), ('sdxl', None)])
+def test_recipes_of_2x_say_what_their_models_predict(name, prediction):
+    """Single files of 2.x do not; the recipe of the one is no recipe for the other."""
+    module = importlib.import_module(f'configs.{name}')
+    assert module.get_config().prediction == prediction

@@ -12,6 +12,7 @@ from diffusers.loaders import single_file_utils as converters
 from safetensors.torch import load_file
 
 import jaxsd
+from jaxsd.weights.reading import prediction
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'weights'))
 from tiny import flat, random_model, same  # noqa: E402
@@ -95,3 +96,18 @@ def test_single_file_converts_as_in_diffusers(version, tmp_path):
             module.config = type('Config', (), {'hidden_size': 12})
             found = converters.convert_open_clip_checkpoint(module, dict(checkpoint), prefix)
         assert_same({k.removeprefix('text_model.'): v for k, v in found.items()}, tensors)
+
+
+def test_the_output_tells_what_a_2x_model_predicts(tmp_path):
+    """A1111's is_using_v_parameterization_for_sd2 with diffusers' U-Net, around its -1."""
+    model = random_model('sd21')
+    jaxsd.save(model, tmp_path)
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / 'unet')
+    x = torch.ones((1, 4, 8, 8)) * 0.5
+    with torch.no_grad():
+        out = theirs(x, torch.asarray([999]), torch.ones((1, 2, 12)) * 0.5).sample
+    found, unet = float((out - x).mean()), model.params['unet']
+    for far, expected in ((0.01, 'epsilon'), (-0.01, 'v_prediction')):
+        bias = unet['conv_out']['bias'] - 1 - found + far
+        params = unet | {'conv_out': unet['conv_out'] | {'bias': bias}}
+        assert prediction(params, model.config.unet) == expected

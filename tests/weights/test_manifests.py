@@ -108,21 +108,74 @@ def test_sdxl_files_say_what_they_predict(keys, prediction, zero_snr, tmp_path):
     source = open_single(tmp_path / 'a.safetensors', None, False, None)
     schedule = source.config.schedule
     assert (schedule.prediction_type, schedule.rescale_betas_zero_snr) == (prediction, zero_snr)
-    assert source.mismatches() == {} and set(keys) < set(source.extras)
+    assert source.mismatches() == {} and not set(keys) & set(source.extras)
 
 
 def test_sd2_files_do_not_say_what_they_predict(tmp_path, caplog):
     sparse_file(tmp_path / 'a.safetensors', SINGLE['sd2'])
-    assert open_single(tmp_path / 'a.safetensors', None, False, None).config.version == 'sd21'
-    assert 'prediction_type=epsilon' in caplog.text
-    caplog.clear()
-    base = open_single(tmp_path / 'a.safetensors', None, False, 'epsilon').config
-    assert base == read_config('sd21_base')
-    v768 = open_single(tmp_path / 'a.safetensors', None, False, 'v_prediction').config
-    assert v768 == read_config('sd21')
-    base = open_single(tmp_path / 'a.safetensors', read_config('sd20_base'), False, None).config
-    assert base == read_config('sd20_base')
+    source = open_single(tmp_path / 'a.safetensors', None, False, None)
+    assert source.config.version == 'sd21' and source.untold
+    for kind, version in (('v_prediction', 'sd21'), ('epsilon', 'sd21_base')):
+        source.settle(kind)
+        assert source.config == read_config(version) and source.config.version == version
+        given = open_single(tmp_path / 'a.safetensors', None, False, kind)
+        assert given.config == read_config(version) and not given.untold
+    given = open_single(tmp_path / 'a.safetensors', read_config('sd20_base'), False, None)
+    assert given.config == read_config('sd20_base') and not given.untold
     assert not caplog.text
+
+
+@pytest.mark.parametrize('file, metadata, prediction, pixels', [
+    ('sdxl_base', {'modelspec.prediction_type': 'v'}, 'v_prediction', 1024),
+    ('sdxl_base', {'prediction_type': 'v_prediction'}, 'v_prediction', 1024),
+    ('sdxl_base', {'modelspec.predict_key': 'v'}, 'v_prediction', 1024),  # ComfyUI's word
+    ('sdxl_base', {'modelspec.prediction_type': 'epsilon'}, 'epsilon', 1024),
+    ('sd15_emaonly', {'modelspec.prediction_type': 'V', 'modelspec.resolution': '768x768'},
+     'v_prediction', 768),
+    ('sd2', {'modelspec.prediction_type': 'epsilon', 'modelspec.resolution': '512x512'},
+     'epsilon', 512),
+    ('sd2', {'modelspec.prediction_type': 'v', 'modelspec.resolution': '512x512'},
+     'v_prediction', 512),
+    ('sd2', {'modelspec.architecture': 'stable-diffusion-v2-512'}, 'epsilon', 512),
+    ('sd2', {'modelspec.architecture': 'stable-diffusion-v2-768-v'}, 'v_prediction', 768),
+])
+def test_headers_say_what_files_predict(file, metadata, prediction, pixels, tmp_path, caplog):
+    """As https://github.com/Stability-AI/ModelSpec and kohya's sai_model_spec write it."""
+    sparse_file(tmp_path / 'a.safetensors', SINGLE[file], metadata=metadata)
+    source = open_single(tmp_path / 'a.safetensors', None, False, None)
+    assert source.config.schedule.prediction_type == prediction and not source.untold
+    assert source.config.unet.sample_size * 8 == pixels
+    assert not caplog.text
+
+
+@pytest.mark.parametrize('given, marker, metadata, prediction, words', [
+    ('epsilon', True, {'modelspec.prediction_type': 'v'}, 'epsilon',
+     'epsilon, as given, though the tensor v_pred says v_prediction, the header\'s '
+     'modelspec.prediction_type says v_prediction'),
+    (None, True, {'modelspec.prediction_type': 'epsilon'}, 'v_prediction',
+     'v_prediction, as the tensor v_pred says, though the header\'s modelspec.prediction_type '
+     'says epsilon'),
+    (None, False, {'modelspec.prediction_type': 'v', 'prediction_type': 'epsilon'}, 'v_prediction',
+     'the header\'s prediction_type says epsilon'),
+    ('epsilon', False, {'modelspec.prediction_type': 'flow'}, 'epsilon', 'says flow'),
+    ('config', True, {}, 'epsilon', 'the tensor v_pred says v_prediction'),
+])
+def test_a_conflict_is_one_warning(given, marker, metadata, prediction, words, tmp_path, caplog):
+    """The order: what was given, tensors, the header."""
+    sparse_file(tmp_path / 'a.safetensors', SINGLE['sdxl_base'] | {'v_pred': [0]} if marker else
+                SINGLE['sdxl_base'], metadata=metadata)
+    config = read_config('sdxl') if given == 'config' else None
+    given = None if config else given
+    source = open_single(tmp_path / 'a.safetensors', config, False, given)
+    assert source.config.schedule.prediction_type == prediction
+    assert len(caplog.records) == 1 and words in caplog.text
+
+
+def test_a_prediction_type_that_is_not_implemented(tmp_path):
+    sparse_file(tmp_path / 'a.safetensors', SINGLE['sdxl_base'],
+                metadata={'modelspec.prediction_type': 'flow'})
+    with pytest.raises(ValueError, match="modelspec.prediction_type says 'flow'.*not implemented"):
+        open_single(tmp_path / 'a.safetensors', None, False, None)
 
 
 def test_depth_estimator():

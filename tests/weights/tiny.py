@@ -76,9 +76,9 @@ def same(a, b):
         and np.asarray(a[k]).tobytes() == np.asarray(b[k]).tobytes() for k in a)
 
 
-def sparse_file(path, shapes, kind='F32'):
+def sparse_file(path, shapes, kind='F32', metadata=None):
     """A safetensors file with these shapes whose data are a hole in the file."""
-    header, end = {}, 0
+    header, end = {'__metadata__': metadata} if metadata else {}, 0
     for name, shape in shapes.items():
         dtype = ('I64' if name.endswith('position_ids') else
                  'I32' if name.endswith('num_updates') else kind)
