@@ -55,7 +55,6 @@ def run():
     requests, bad, axes = plan()
     process, processes = _join()
     from jaxsd.batch import runner
-    from jaxsd.batch.folder import finished
     from jaxsd.batch.identity import fingerprint
     maker, identity, how = engine.build(engine.describe(), requests)
     if FLAGS.dry_run:
@@ -63,7 +62,7 @@ def run():
     folder = open_folder(identity.settings, how, axes, fingerprint(), process)
     keep_bad(folder, bad if process == 0 else ())
     _barrier('config')  # process 0 has cleaned up
-    done = finished(FLAGS.out)
+    done = finished(told=process == 0)
     _barrier('plan')  # nobody writes before all have read
     jobs = runner.jobs(maker, identity, requests, done)
     mine = runner.pack(jobs, maker.capacity)[process::processes]
@@ -79,7 +78,7 @@ def run():
 
 def plan():
     """What the flags ask for -> requests, entries that cannot be read, the grid's axes."""
-    from jaxsd.batch import plan
+    from jaxsd.batch import folder, plan
     defaults = {**fields(FLAGS.config), 'negative_prompt': FLAGS.negative_prompt,
                 'wildcards': FLAGS.wildcards}
     seeds, axes = plan.seeds(FLAGS.seeds), plan.grid(FLAGS.grid)
@@ -96,7 +95,23 @@ def plan():
         raise ValueError('no requests: expected --requests=FILE or --prompt="red apple"')
     if not FLAGS.out and not FLAGS.dry_run:
         raise ValueError("--out is missing: expected the run's folder, such as --out=runs/a")
+    if FLAGS.out:
+        folder.check(FLAGS.out)
     return plan.expand(items, seeds, axes), bad, axes
+
+
+def finished(told=True):
+    """The ids of the pictures that are there; what is damaged is told, and made again."""
+    from jaxsd.batch import folder
+    troubles = []
+    done = folder.finished(FLAGS.out, troubles)
+    for trouble in troubles[:5] if told else ():
+        print(trouble, file=sys.stderr)
+    if troubles and told:
+        print(f'{len(troubles)} damaged pictures and lines: what is missing is made again; '
+              f'python -m launch.verify {shlex.quote(FLAGS.out)} --repair forgets them',
+              file=sys.stderr)
+    return done
 
 
 def open_folder(settings, how, axes, fingerprint, process=0):
@@ -176,8 +191,7 @@ def _barrier(name):
 def _dry_run(maker, identity, requests, bad):
     """Print what there is to do, and what it takes -> exit code."""
     from jaxsd.batch import runner
-    from jaxsd.batch.folder import finished
-    done = finished(FLAGS.out) if FLAGS.out else set()
+    done = finished() if FLAGS.out else set()
     jobs = runner.jobs(maker, identity, requests, done)
     packed = runner.pack(jobs, maker.capacity)
     failing = [job for job in jobs if job.error is not None]

@@ -68,7 +68,7 @@ def run():
 
     from tqdm import tqdm
 
-    from jaxsd.batch import folder, gallery, runner
+    from jaxsd.batch import gallery, runner
     requests, bad, axes = batch.plan()
     ends = re.fullmatch(r'(\d+)(?:-(\d+))?', FLAGS.actors)
     fewest, most = (int(end or ends[1]) for end in ends.groups()) if ends else (0, 0)
@@ -78,7 +78,7 @@ def run():
     ray.init(FLAGS.address, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger('ray.data').setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is ours
-    done = folder.finished(FLAGS.out)
+    done = batch.finished()
     resources = {'num_cpus': FLAGS.cpus, 'num_gpus': FLAGS.gpus}
     packed, settings, how, prints = ray.get(
         ray.remote(**resources)(survey).remote(engine.describe(), requests, done))

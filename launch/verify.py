@@ -3,7 +3,13 @@
 python -m launch.verify runs/a --sample=16
 
 Prints a line for each picture that is not as its run's manifest says: its file, or what this
-machine makes of it. Exit codes: 0 all are equal, 1 some are not.
+machine makes of it; and for each damaged line of the manifest. Exit codes: 0 all are equal, 1 some
+are not.
+
+python -m launch.verify runs/a --repair
+
+Reads all pictures instead, makes none, and forgets those that are not as they were written, and
+damaged lines; the command of the run makes them again.
 """
 
 import os
@@ -22,6 +28,7 @@ def define_flags():
     """Not at import: other mains have flags of these names."""
     flags.DEFINE_string('sample', '16', 'How many pictures to make again, or all.')
     flags.DEFINE_integer('seed', 0, 'Which ones: other seeds take others.')
+    flags.DEFINE_boolean('repair', False, 'Forget damaged pictures and lines, and make none.')
 
 
 def run(path):
@@ -30,7 +37,11 @@ def run(path):
     from jaxsd.batch import folder, runner
     from jaxsd.run import Request, infotext
     config, path = folder.read_config(path), pathlib.Path(path)
-    records = sorted((r for r in folder.read(path).values() if 'file' in r), key=lambda r: r['id'])
+    if FLAGS.repair:
+        return _repair(path, config)
+    lines = []
+    records = sorted((r for r in folder.read(path, lines).values() if 'file' in r),
+                     key=lambda r: r['id'])
     if FLAGS.sample != 'all':
         if not FLAGS.sample.isdigit():
             raise ValueError(f'--sample={FLAGS.sample}: expected a whole number, or all')
@@ -42,13 +53,14 @@ def run(path):
         raise ValueError(f'{path}: no picture is there yet')
     wrong, requests, kept = [], [], []
     for record in records:
+        if damage := folder.damage(path, record, whole=True):
+            wrong.append(damage)
+            continue
         try:
-            if folder.pixels_of(path / record['file']) != record['pixels']:
-                raise ValueError('the file holds another picture than was written')
             requests.append(Request(**infotext.read(path / record['file']).fields))
             kept.append(record)
         except (ValueError, OSError) as error:
-            wrong.append((record, error))
+            wrong.append(f'{record["file"]}: {error}')
     maker, identity, _ = engine.build(config['how'], requests)
     changed = infotext.differences(infotext.read(path / kept[0]['file']).run) if kept else ''
     if changed:
@@ -62,13 +74,24 @@ def run(path):
         for job, image in zip(batch, found):
             record = kept[job.number]
             if isinstance(image, Exception):
-                wrong.append((record, image))
+                wrong.append(f'{record["file"]}: {image}')
             elif folder.pixels(image) != record['pixels']:
-                wrong.append((record, 'made again it is another picture'))
-    for record, error in wrong:
-        print(f'{record["file"]}: {error}')
+                wrong.append(f'{record["file"]}: made again it is another picture')
+    for line in lines + wrong:
+        print(line)
     print(f'{len(records) - len(wrong)} of {len(records)} pictures are equal to the bit')
-    return 1 if wrong else 0
+    return 1 if lines or wrong else 0
+
+
+def _repair(path, config):
+    from jaxsd.batch import folder, gallery
+    damaged = folder.repair(path)
+    for line in damaged:
+        print(line)
+    gallery.write(path)
+    print(f'{len(damaged)} damaged pictures and lines are forgotten'
+          + (f'; this makes them again: {config.get("command")}' if damaged else ''))
+    return 0
 
 
 def main(argv):

@@ -197,7 +197,7 @@ def write_whole(path, data, sync=False):
     """Write bytes so that a file of that name is there whole or not at all (a temporary file next
     to it, then a rename); sync: also after the machine lost power."""
     path = pathlib.Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='.', suffix='.tmp')
+    handle, temporary = tempfile.mkstemp('.tmp', f'.{path.name[:40]}.', path.parent)
     try:
         with os.fdopen(handle, 'wb') as file:
             file.write(data)

@@ -67,7 +67,8 @@ def test_a_torn_line_goes(tmp_path, torn):
     run.close()
     with open(tmp_path / 'manifest.jsonl', 'ab') as file:
         file.write(torn)
-    (tmp_path / 'pictures/ab/.torn.tmp').write_bytes(b'half')
+    for name in ('pictures/ab/.ab12.png.abcd_123.tmp', '.index.html.abcd_123.tmp'):
+        (tmp_path / name).write_bytes(b'half')
     assert folder.finished(tmp_path) == {'ab12'}
     run = folder.Folder(tmp_path, CONFIG)
     _add(run, 'cd34')
@@ -129,3 +130,127 @@ def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(f'{tmp_path}: expected the folder')):
         folder.read_config(tmp_path)
     assert folder.read(tmp_path / 'nowhere') == {}
+
+
+FOREIGN = {'manifest.jsonl': '{"audio": "a.wav"}\n{"audio": "b.w', 'index.html': '<p>mine</p>',
+           'pictures/holiday.jpg': 'x', 'thumbs/a': 'x', 'config.json': '{"hidden_size": 768}'}
+
+
+def _state(path):
+    return {name: (name.is_symlink(), name.read_bytes() if name.is_file() else None)
+            for name in path.rglob('*')}
+
+
+@pytest.mark.parametrize('name', FOREIGN)
+def test_a_folder_of_something_else_is_not_touched(tmp_path, name):
+    for other, text in {name: FOREIGN[name], '.notes.tmp': 'x', 'a/.draft.tmp': 'x'}.items():
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_text(text)
+    before = _state(tmp_path)
+    with pytest.raises(ValueError, match='give (another|a run)'):
+        folder.Folder(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match=name.split('/')[0]):
+        folder.check(tmp_path)
+    assert _state(tmp_path) == before
+
+
+@pytest.mark.parametrize('name', ['manifest.jsonl', 'config.json', 'index.html', 'pictures'])
+def test_links_are_not_followed(tmp_path, name):
+    other = tmp_path / 'other'
+    folder.Folder(other, CONFIG).close()
+    (other / 'pictures').mkdir()
+    (other / 'index.html').write_text('x')
+    (other / 'manifest.jsonl').write_text('{"torn": ')
+    run = tmp_path / 'run'
+    folder.Folder(run, CONFIG).close()
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(other / name)
+    before = _state(tmp_path)
+    with pytest.raises(ValueError, match=f'{name} is a link'):
+        folder.Folder(run, CONFIG)
+    assert _state(tmp_path) == before
+
+
+def test_files_beside_a_run_stay(tmp_path):
+    names = ('notes.txt', '.swap.tmp', 'a/.draft.tmp', 'pictures/ab/.mine.tmp', 'manifest-x.jsonl')
+    run = folder.Folder(tmp_path, CONFIG)
+    _add(run, 'ab12')
+    run.close()
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('mine')
+    folder.Folder(tmp_path, CONFIG).close()
+    assert all((tmp_path / name).read_text() == 'mine' for name in names)
+    assert folder.finished(tmp_path) == {'ab12'}
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def _empty(file):
+    file.write_bytes(b'')
+
+
+def _replace(file):
+    file.write_bytes(folder.encode(_image(9, seed=1), {})['file'])
+
+
+def _link(file):
+    file.rename(file.with_suffix('.other'))
+    file.symlink_to(file.with_suffix('.other'))
+
+
+@pytest.mark.parametrize('spoil', [_cut, _empty, _replace, _link, os.unlink])
+@pytest.mark.parametrize('name', ['file', 'thumb'])
+def test_what_is_not_as_it_was_written_is_made_again(tmp_path, spoil, name):
+    run, encoded = folder.Folder(tmp_path, CONFIG), folder.encode(_image(300), {})
+    run.add('ab12', encoded, {'request': {}})
+    _add(run, 'cd34')
+    spoil(tmp_path / folder.read(tmp_path)['ab12'][name])
+    troubles = []
+    assert folder.finished(tmp_path, troubles) == {'cd34'}
+    assert len(troubles) == 1 and 'ab12' in troubles[0]
+    run.add('ab12', encoded, {'request': {}})
+    run.close()
+    assert folder.finished(tmp_path) == {'ab12', 'cd34'} and not folder.repair(tmp_path)
+
+
+@pytest.mark.parametrize('line', [
+    b'\0' * 4096, b'{"id": "ab12"', b'\xff', b'[1]', b'{}', b'{"id": 7, "error": ""}', b'[' * 10**5,
+    b'{"id": "ab12"}', b'{"id": "ab12", "file": "pictures/ab/ab12.png"}',
+    b'{"id": "ab12", "error": "", "index": "a"}', b'{"id": "ab12", "error": "", "request": 1}',
+    b'{"id": "ab12", "file": "/etc/passwd", "pixels": ""}',
+    b'{"id": "ab12", "file": "//host/a.png", "pixels": ""}',
+    b'{"id": "../..", "file": "pictures/../../...png", "pixels": ""}',
+    b'{"id": "ab12", "error": "", "thumb": "https://host/"}'])
+def test_a_damaged_line_is_named_and_repaired(tmp_path, line):
+    run = folder.Folder(tmp_path, CONFIG)
+    for key in ('ab12', 'cd34', 'ef56'):
+        _add(run, key)
+    run.close()
+    file = tmp_path / 'manifest.jsonl'
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b'\n'.join([lines[0], line, lines[2], b'']))
+    troubles = []
+    assert folder.finished(tmp_path, troubles) == {'ab12', 'ef56'}
+    assert len(troubles) == 1 and troubles[0].startswith(f'{file}:2: ')
+    assert folder.repair(tmp_path) == troubles
+    assert file.read_bytes().splitlines() == [lines[0], lines[2]]
+    assert folder.repair(tmp_path) == []
+
+
+def test_repair_forgets_what_sizes_do_not_tell(tmp_path):
+    run = folder.Folder(tmp_path, CONFIG)
+    _add(run, 'ab12')
+    _add(run, 'cd34')
+    with pytest.raises(folder.Busy):
+        folder.repair(tmp_path)
+    run.close()
+    file = tmp_path / folder.read(tmp_path)['ab12']['file']
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+    assert folder.finished(tmp_path) == {'ab12', 'cd34'}
+    trouble, = folder.repair(tmp_path)
+    assert 'pictures/ab/ab12.png' in trouble and folder.finished(tmp_path) == {'cd34'}

@@ -189,6 +189,30 @@ def test_verify(tmp_path, few, cache):
     assert status == 1 and 'expected the folder of a run' in error
 
 
+def test_damage_is_told_and_made_again(tmp_path, few, cache):
+    """A picture that is cut, and a line of the manifest lost to a power failure."""
+    run = tmp_path / 'run'
+    shutil.copytree(few[0], run)
+    cut, lost, *_ = folder.read(run).values()
+    os.truncate(run / cut['file'], 100)
+    file = run / 'manifest.jsonl'
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[1] = b'\0' * (len(lines[1]) - 1) + b'\n'
+    file.write_bytes(b''.join(lines))
+    status, _, error = _batch(run, *FEW, **cache)
+    assert status == 0 and '10 pictures are there, 2 to make' in error, error
+    assert f'{cut["file"]}: 100 bytes, expected {cut["file_bytes"]}' in error
+    assert 'manifest.jsonl:2: damaged' in error and '--repair' in error
+    assert _hashes(run) == few[1]
+    (run / lost['file']).write_bytes(b'')
+    status, out, error = run_main('-m', 'launch.verify', run, '--repair')
+    assert status == 0 and 'manifest.jsonl:2: damaged' in out, error
+    assert f'{lost["file"]}: 0 bytes' in out and '2 damaged pictures and lines' in out
+    assert folder.finished(run) == set(few[1]) - {lost['id']}
+    status, _, error = _batch(run, *FEW, **cache)
+    assert status == 0 and 'damaged' not in error and _hashes(run) == few[1]
+
+
 def test_a_picture_of_a_run_is_made_again_from_its_file(tmp_path, few, cache):
     record = next(iter(folder.read(few[0]).values()))
     status, out, error = run_main('-m', 'launch.generate', f'--from={few[0] / record["file"]}',
@@ -225,6 +249,15 @@ def test_dry_run(tmp_path):
     assert '500 pictures in 63 microbatches of 8; 750 model calls' in out
     assert 'TFLOP' in out and 'GiB on each device' in out
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_folder_of_something_else_is_refused_first(tmp_path):
+    (tmp_path / 'index.html').write_text('mine')
+    (tmp_path / '.mine.tmp').write_text('mine')
+    status, _, error = _batch(tmp_path, '--prompt=a', '--config.checkpoint=nowhere')
+    assert status == 1 and 'holds index.html' in error and len(error.strip().splitlines()) == 1
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        'index.html': 'mine', '.mine.tmp': 'mine'}
 
 
 @pytest.mark.parametrize('flags, words', [
