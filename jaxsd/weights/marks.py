@@ -76,7 +76,7 @@ def with_markers(config, file):
         edm = ('sigma_min', 'sigma_max', 'sigma_data')
         change = {name: getattr(ScheduleConfig, name) for name in edm} | {
             'edm': True, 'prediction_type': 'epsilon'}
-        mean, std = ([float(v) for v in found[name].ravel()] for name in ('edm_mean', 'edm_std'))
+        mean, std = (list(map(_float, found[name].ravel())) for name in ('edm_mean', 'edm_std'))
         try:
             vae = dataclasses.replace(vae, scaling_factor=0.5, latents_mean=mean, latents_std=std)
         except ValueError as error:
@@ -96,7 +96,12 @@ def _number(file, name, found):
     if found[name].size != 1:
         raise ValueError(f'{file.path}: {name}: expected one number, found shape '
                          f'{list(found[name].shape)}')
-    return float(found[name].ravel()[0])
+    return _float(found[name].ravel()[0])
+
+
+def _float(number):
+    """A float32 as the decimal that it stands for: 0.002, not 0.0020000000949949026."""
+    return float(str(number))
 
 
 def predictions(file):
@@ -163,8 +168,9 @@ def read_entry(file):
         for name in ('max_noise_level', 'aesthetic', 'zero_negative'):
             if type(getattr(config, name)) is not type(getattr(ModelConfig, name)):
                 raise ValueError(f'{name}={getattr(config, name)!r:.100}')
-        if config.unet is None or config.vae is None or config.schedule is None:
-            raise ValueError('has no unet, vae or schedule')
+        if (None in (config.unet, config.vae, config.schedule) or config.controlnets
+                or not 0 <= config.max_noise_level < 1000):
+            raise ValueError('no unet, vae or schedule, or a max_noise_level beyond 0 to 999')
         return config
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError,
             RecursionError) as error:

@@ -1,6 +1,5 @@
 """Files as they are shared: pickles, two copies of the U-Net, parts left out, strays, float8."""
 
-import dataclasses
 import itertools
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_manifests import SINGLE
 from test_pickles import packed
-from tiny import flat, random_model, random_params, same, sparse_file, tiny_config
+from tiny import flat, random_model, random_params, same, small_config, sparse_file
 
 import jaxsd
 from jaxsd.models.spec import spec
@@ -306,27 +305,19 @@ def test_fuzzed_headers(tmp_path):
     assert peak < 2 * (tmp_path / 'whole.safetensors').stat().st_size
 
 
-def small(version):
-    """`tiny_config` with a U-Net that compiles in seconds."""
-    config = tiny_config(version)
-    return config.replace(unet=dataclasses.replace(
-        config.unet, block_out_channels=(8, 16), heads=(2, 2), transformer_layers=(1, 0),
-        only_cross_attention=(False, False), layers_per_block=1))
-
-
 @pytest.mark.parametrize('bias, dtype, version', [
     (-0.4, 'float32', 'sd21_base'), (-0.6, 'float16', 'sd21')])
 def test_the_output_tells_what_a_2x_model_predicts(bias, dtype, version, tmp_path, monkeypatch):
     """As A1111's is_using_v_parameterization_for_sd2: of an input of 0.5 everywhere, v is where the
     mean of (output - input) is below -1."""
-    monkeypatch.setattr(reading, 'read_config', small)
+    monkeypatch.setattr(reading, 'read_config', small_config)
     monkeypatch.setattr(reading, 'CANDIDATES', ('sd15', 'sd21'))
-    config, rng, path = small('sd21'), np.random.default_rng(0), tmp_path / 'a.safetensors'
+    config, rng, path = small_config('sd21'), np.random.default_rng(0), tmp_path / 'a.safetensors'
     params = {part: random_params(rng, shapes) for part, shapes in spec(config).items()}
     out = params['unet']['conv_out']
     params['unet']['conv_out'] = {'weight': 0 * out['weight'], 'bias': 0 * out['bias'] + bias}
     jaxsd.save(jaxsd.Model(config, params), path, 'single-file')
     save_file({k: a for k, a in load_file(path).items() if k != 'v_pred'}, path)  # no header too
-    assert jaxsd.load(path, dtype).config == small(version)
+    assert jaxsd.load(path, dtype).config == small_config(version)
     for kind, given in (('v_prediction', 'sd21'), ('epsilon', 'sd21_base')):
-        assert jaxsd.load(path, dtype, prediction_type=kind).config == small(given)
+        assert jaxsd.load(path, dtype, prediction_type=kind).config == small_config(given)
