@@ -94,8 +94,8 @@ def guarded(run):
             return run()
         except (ValueError, OSError, ImportError) as error:
             fail(error)
-        except RuntimeError as error:  # XLA's: most often memory
-            fail(str(error).strip().splitlines()[0])
+        except (RuntimeError, MemoryError) as error:  # XLA's: most often memory
+            fail((str(error).strip() or 'out of memory').splitlines()[0])
         except KeyboardInterrupt:
             fail('interrupted', 130)
 

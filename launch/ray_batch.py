@@ -43,9 +43,9 @@ class Maker:
         jobs = pickle.loads(row['jobs'])
         found = []
         for work, part in runner.begin(self.engine, jobs):
-            images = work.images() if isinstance(work, runner.Work) else [work]
             found += [(job, image if isinstance(image, Exception) else
-                       runner.encode(job, image, self.how)) for job, image in zip(part, images)]
+                       runner.encode(job, image, self.how))
+                      for job, image in zip(part, runner.fetch(work, part))]
         return [{'made': pickle.dumps(pair)} for pair in found]
 
 

@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -15,6 +16,7 @@ from jaxsd.run.infotext import tuples
 from jaxsd.run.request import MAX_SEED, PROMPTS, Control, Request
 from jaxsd.sampling.choice import one_of
 
+MAX_PICTURES = 10**6  # of a plan, which takes 2 GB of memory; beyond is a slip
 BOM = b'\xef\xbb\xbf'
 PATHS = ('image', 'mask', 'depth')  # relative to the file that names them
 TEXTS = (*PROMPTS, *PATHS, 'sampler', 'schedule', 'aspect')  # of a CSV, taken as they stand
@@ -69,6 +71,12 @@ def expand(items, seeds, grid):
 
     An item that names a seed has that one alone. Raises ValueError for what no Request can have.
     """
+    points = math.prod(map(len, grid.values()))
+    count = points * sum(len(seeds) if item.fields.get('seed', -1) == -1 else 1 for item in items)
+    if count > MAX_PICTURES:
+        raise ValueError(f'{len(items)} requests times {points} points of the grid times '
+                         f'{len(seeds)} seeds: {count} pictures, expected at most {MAX_PICTURES}; '
+                         'share them out over several runs')
     requests = []
     for item in items:
         own = item.fields.get('seed', -1)
@@ -123,8 +131,11 @@ def seeds(text):
         if not first <= last <= MAX_SEED:
             raise ValueError(f'--seeds={text}: expected whole numbers from 0 to 2^64 - 1 and '
                              'ranges of them, for example 0-99 or 1,5,10-12')
-        found += range(first, last + 1)
-    return found
+        found.append(range(first, last + 1))
+        if (count := sum(part.stop - part.start for part in found)) > MAX_PICTURES:
+            raise ValueError(f'--seeds={text}: {count} seeds, expected at most {MAX_PICTURES}; '
+                             'share them out over several runs')
+    return [*itertools.chain(*found)]
 
 
 def _checked(fields, defaults, folder, column):

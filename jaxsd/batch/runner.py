@@ -43,10 +43,21 @@ def jobs(engine, identity, requests, done=frozenset()):
                 if like not in surveys:
                     surveys[like] = engine.survey(request)
                 found[key] = Job(number, key, request, *surveys[like])
-        except (ValueError, OSError) as error:
+        except Exception as error:
             key = identity.unmade(asked)
-            found.setdefault(key, Job(number, key, asked, error=error))
+            found.setdefault(key, Job(number, key, asked, error=_own(error)))
     return list(found.values())
+
+
+def _own(error):
+    """What one job came to, in a line. Raises anything else, which stops the run."""
+    text = str(error).strip().partition('\n')[0]
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:  # the host's, the device's
+        return MemoryError(f'out of memory ({text or "of the host"}): make it smaller, or fewer at '
+                           'once, --microbatch=1')
+    if not isinstance(error, (ValueError, OSError)):
+        raise error
+    return error
 
 
 def pack(some, size):
@@ -79,10 +90,19 @@ def begin(engine, batch, lane=0):
         return [(batch[0].error, batch)]
     try:
         return [(engine.start([job.request for job in batch], batch[0].kind, lane), batch)]
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        error = _own(error)
         if len(batch) == 1:
             return [(error, batch)]
         return [pair for job in batch for pair in begin(engine, [job], lane)]
+
+
+def fetch(work, batch):
+    """A Work and its jobs, of `begin` -> for each its picture, or the error that it came to."""
+    try:
+        return work.images() if isinstance(work, Work) else [work]
+    except Exception as error:
+        return [_own(error)] * len(batch)
 
 
 def encode(job, image, how):
@@ -117,7 +137,7 @@ class Runner:
 
     def run(self, packed):
         """Make microbatches of jobs -> (pictures made, jobs failed). Raises what stopped it: the
-        OSError of a full disk, the RuntimeError of a device out of memory."""
+        OSError of a full disk, the RuntimeError of a broken device."""
         waiting = collections.deque(packed)
         with (concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as writers,
               concurrent.futures.ThreadPoolExecutor(self.engine.lanes) as pool):
@@ -151,7 +171,7 @@ class Runner:
     def _keep(self, work, batch, writing, writers):
         """Fetch a microbatch and have its pictures written, when those of the last one are ->
         futures."""
-        found = work.images() if isinstance(work, Work) else [work]
+        found = fetch(work, batch)
         _all_done(writing)
         return [writers.submit(self._write, job, image) for job, image in zip(batch, found)]
 

@@ -17,6 +17,8 @@ from jaxsd.sampling.guidance_options import check, per_step
 
 MAX_SEED = 2**64 - 1
 MAX_STEPS, MAX_SIDE, MAX_BLUR = 10_000, 2**16, 2**10  # beyond is a slip, and fills memory
+MAX_PIXELS = 2**26  # 8192x8192
+MAX_DRAWN = 2**32  # pixels times steps times noise_batch's size, of which noise is drawn at once
 
 
 RESIZE = ('crop', 'pad', 'stretch')
@@ -130,6 +132,8 @@ class Request:
         if not isinstance(self.schedule, str):
             plain = (os.fspath(self.schedule) if isinstance(self.schedule, os.PathLike)
                      else tuple(map(float, self.schedule)))
+            if len(plain) > MAX_STEPS + 1:
+                raise ValueError(f'schedule: {len(plain)} levels, expected at most {MAX_STEPS + 1}')
             object.__setattr__(self, 'schedule', plain)
         for name in ('sampler_options', 'schedule_options'):
             if not isinstance(getattr(self, name), Mapping):
@@ -151,6 +155,7 @@ class Request:
         one_of('noise', self.noise, NOISES)
         _integer('clip_skip', self.clip_skip, 1, 100)
         self._check_noise_batch()
+        self._check_memory(self.width or 1, self.height or 1)
         object.__setattr__(self, 'adapters', _weights(self.adapters))
         for name in ('original_size', 'crop', 'target_size'):
             value = getattr(self, name)
@@ -199,6 +204,18 @@ class Request:
             raise ValueError(f'controls: {names} names a ControlNet twice; give it a second name '
                              'in model.controlnets')
         object.__setattr__(self, 'controls', tuple(self.controls))
+
+    def _check_memory(self, width, height):
+        """What sides, steps and the noise of a batch come to together."""
+        if width * height > MAX_PIXELS:
+            raise ValueError(f'{width}x{height}: expected at most {MAX_PIXELS} pixels, such as '
+                             f'{math.isqrt(MAX_PIXELS)}x{math.isqrt(MAX_PIXELS)}')
+        size = self.noise_batch[1] if self.noise == 'torch' else 1
+        if self.noise != 'threefry' and width * height * self.steps * size > MAX_DRAWN:
+            raise ValueError(
+                f'noise={self.noise!r}: {width}x{height} pixels times {self.steps} steps times '
+                f'{size}, the size of noise_batch: expected at most {MAX_DRAWN}, as all of its '
+                'noise is drawn beforehand; noise=threefry needs no memory')
 
     def _check_noise_batch(self):
         batch = self.noise_batch

@@ -16,6 +16,8 @@ from .tables import (
     within,
 )
 
+MAX_LEVELS = 10_000  # of one of restart's rules, all times together; beyond is a slip
+
 
 @table
 def heun(sigmas, s_churn=0.0, s_tmin=0.0, s_tmax=np.inf, s_noise=1.0):
@@ -91,11 +93,13 @@ def _restarts(sigmas, restart_list):
     try:
         rules = [(float(low), int(levels), int(times), float(high))
                  for low, (levels, times, high) in dict(restart_list or {}).items()]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rules = [(0, 0, 0, 0)]
-    if not all(0 <= low < high and levels > 1 and times > 0 for low, levels, times, high in rules):
+    if not all(0 <= low < high and levels > 1 and times > 0 and levels * times <= MAX_LEVELS
+               for low, levels, times, high in rules):
         raise ValueError(f'restart_list={restart_list}: expected {{sigma_min: (levels, times, '
-                         'sigma_max)} with sigma_min < sigma_max, levels > 1, times > 0')
+                         'sigma_max)} with sigma_min < sigma_max, levels > 1, times > 0, and at '
+                         f'most {MAX_LEVELS} levels times times')
     again = {_nearest(sigmas, low): rule for low, *rule in rules}
     return sigmas, {i: rule for i, rule in again.items() if _nearest(sigmas, rule[2]) < i}
 

@@ -13,7 +13,8 @@ from mains import ROOT, run_code
 
 import jaxsd
 from jaxsd import Request
-from jaxsd.batch import cost, plan, runner, sharded
+from jaxsd.batch import cost, folder, plan, runner, sharded
+from jaxsd.batch import engine as batch_engine
 from jaxsd.batch.engine import Engine
 from jaxsd.batch.identity import Identity
 from jaxsd.models import spec, unet, vae
@@ -147,6 +148,41 @@ def test_wrong_values_stop_nothing(engine, tmp_path):
     assert len(items) + len(bad) == len(lines) > 3000
     assert len(bad) > 1000 and 10 < len(failed) < len(jobs)
     assert not [text for text in (*failed, *(each.error for each in bad)) if '\n' in text]
+
+
+@pytest.mark.parametrize('where', ['resolve', 'survey', 'start', 'images'])
+@pytest.mark.parametrize('error', [
+    MemoryError(), MemoryError('Unable to allocate 7.45 GiB'),
+    jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nAt:')])
+def test_a_job_that_fills_memory_fails_alone(tiny_model, tmp_path, monkeypatch, where, error):
+    """Of the host or of the device; two good ones beside it are made."""
+    engine = Engine(tiny_model('sd1'), microbatch=3, at_once=1)
+    method = getattr(Engine if where != 'images' else batch_engine.Work, where)
+
+    def full(self, *arguments):
+        requests = self.requests if where == 'images' else arguments[0]
+        if any(r.width == 72 for r in (requests if isinstance(requests, list) else [requests])):
+            raise error
+        return method(self, *arguments)
+
+    monkeypatch.setattr(Engine if where != 'images' else batch_engine.Work, where, full)
+    requests = [Request('a', seed=i, steps=1, width=width) for i, width in enumerate((64, 72, 64))]
+    identity = Identity(engine.nets[0][0], microbatch=3)
+    run = folder.Folder(tmp_path, {'settings': {}})
+    packed = runner.pack(runner.jobs(engine, identity, requests), 3)
+    assert runner.Runner(engine, run, {}).run(packed) == (2, 1)
+    told, = (r['error'] for r in folder.read(tmp_path).values() if 'error' in r)
+    assert told.startswith('out of memory (') and '\n' not in told
+    run.close()
+
+
+def test_other_errors_stop_the_run(engine, monkeypatch):
+    def broken(self, request):
+        raise TypeError('a mistake in the code')
+
+    monkeypatch.setattr(Engine, 'survey', broken)
+    with pytest.raises(TypeError, match='a mistake'):
+        runner.jobs(engine, Identity(engine.nets[0][0], microbatch=3), [Request('a')])
 
 
 def test_ids(tiny_model, tmp_path):

@@ -138,6 +138,22 @@ def test_a_bad_point_of_a_grid_is_named():
                     plan.grid(['steps=0', 'sampler=euler']))
 
 
+@pytest.mark.parametrize('text, count', [
+    ('0-99999999999', 10**11), ('0-18446744073709551615', 2**64), ('0-999999,7', 10**6 + 1)])
+def test_more_seeds_than_memory_holds(text, count):
+    with pytest.raises(ValueError, match=f'{text}: {count} seeds, expected at most 1000000'):
+        plan.seeds(text)
+
+
+def test_more_pictures_than_memory_holds():
+    """Each factor is small; requests with a seed of their own are not multiplied by seeds."""
+    items = [plan.Item({'prompt': 'a'}, 'x:1'), plan.Item({'prompt': 'b', 'seed': 5}, 'x:2')]
+    axes = {'steps': list(range(1, 1001)), 'guidance': list(range(1, 101))}
+    with pytest.raises(ValueError, match='2 requests times 100000 points of the grid times 10 '
+                       'seeds: 1100000 pictures, expected at most 1000000'):
+        plan.expand(items, plan.seeds('0-9'), axes)
+
+
 @pytest.mark.parametrize('text', ['', 'a', '3-1', '-1', '1,,2', str(2**64)])
 def test_bad_seeds(text):
     with pytest.raises(ValueError, match='expected whole numbers from 0'):

@@ -17,6 +17,12 @@ from jaxsd.run.request import MAX_SEED, Request, resolve
     (dict(prompt=None), 'prompt=None: expected a string'),
     (dict(steps=10**9), 'steps=1000000000: expected a whole number between 1 and 10000'),
     (dict(width=2**70), 'width=.* between 1 and 65536'),
+    (dict(width=65536, height=65536), '65536x65536: expected at most 67108864 pixels'),
+    (dict(width=8192, height=8200), '8192x8200: expected at most'),
+    (dict(noise='torch', noise_batch=(0, 10**10)), 'noise_batch: expected at most 4294967296'),
+    (dict(noise='torch', noise_batch=(0, 10**6), width=64, height=64), '64x64 pixels times 25 ste'),
+    (dict(noise='philox', width=8192, height=8192, steps=100), "noise='philox': 8192x8192"),
+    (dict(schedule=[20000.0 - i for i in range(10002)]), 'schedule: 10002 levels, expected at mo'),
     (dict(clip_skip=2**70), 'clip_skip=.* between 1 and 100'),
     (dict(mask_blur=1e30), 'mask_blur=1e.30: expected a number from 0 to 1024'),
     (dict(only_masked=2**70), 'only_masked=.* between 0 and 65536'),
@@ -32,6 +38,14 @@ def test_refused(fields, message):
         Request(**fields)
 
 
+def test_large_requests_that_have_room():
+    Request(width=8192, height=8192)
+    Request(width=65536, height=1024)
+    Request(width=512, height=512, steps=10_000, noise='torch')
+    Request(width=1024, height=1024, noise='torch', noise_batch=(3, 64))
+    Request(width=1024, height=1024, noise_batch=(3, 10**6))  # threefry draws one
+
+
 def test_resolve_fills_in_size_and_seed():
     first, second, third = resolve(
         [Request(), Request(), Request(seed=MAX_SEED, width=72)], TINY['sd1'])
@@ -43,5 +57,7 @@ def test_resolve_fills_in_size_and_seed():
 def test_resolve_refuses_sizes_between_latents():
     with pytest.raises(ValueError, match='height=100: expected a multiple of 8.*96 or 104'):
         resolve([Request(height=100)], TINY['sd1'])
+    with pytest.raises(ValueError, match='64x64 pixels times 25 steps times 1000000'):
+        resolve([Request(noise='torch', noise_batch=(0, 10**6))], TINY['sd1'])
     with pytest.raises(ValueError, match='expected a list'):
         resolve(Request(), TINY['sd1'])

@@ -351,6 +351,9 @@ def test_noise_of_seeds_is_one_path_without_gaps(name):
     ('tcd', {}, 'config=None: expected the ScheduleConfig of the model'),
     ('tcd', {'config': CONFIG, 'gamma': 1.5}, 'gamma=1.5: expected a number from 0 to 1'),
     ('restart', {'restart_list': {2.0: (4, 1, 1.0)}}, 'expected .*sigma_min < sigma_max'),
+    ('restart', {'restart_list': {0.1: (10**9, 1, 2.0)}}, 'at most 10000 levels times times'),
+    ('restart', {'restart_list': {0.1: (101, 100, 2.0)}}, 'at most 10000 levels times times'),
+    ('restart', {'restart_list': {0.1: (np.inf, 1, 2.0)}}, 'expected .*sigma_min < sigma_max'),
     ('restart', {'restart_list': {0.1: (1, 1, 2.0)}}, 'levels > 1'),
     ('restart', {'restart_list': {0.1: 3}}, r'expected {sigma_min: \(levels, times, sigma_max\)}'),
 ])
