@@ -1,6 +1,7 @@
 """What a run shall make: requests from files, times seeds, times a grid of their fields."""
 
 import ast
+import codecs
 import csv
 import functools
 import io
@@ -17,7 +18,7 @@ from jaxsd.run.request import MAX_SEED, PROMPTS, Control, Request
 from jaxsd.sampling.choice import one_of
 
 MAX_PICTURES = 10**6  # of a plan, which takes 2 GB of memory; beyond is a slip
-BOM = b'\xef\xbb\xbf'
+DELIMITERS = ',;\t'  # of a CSV; spreadsheets write the others where commas are decimal points
 PATHS = ('image', 'mask', 'depth')  # relative to the file that names them
 TEXTS = (*PROMPTS, *PATHS, 'sampler', 'schedule', 'aspect')  # of a CSV, taken as they stand
 
@@ -47,7 +48,8 @@ def read(path, defaults):
     """Read a file of requests -> (a list of Item, a list of Bad).
 
     path: .jsonl (an object of Request's fields on each line), .csv (their names in the first line)
-    or .txt (a prompt on each line). defaults: fields that entries leave open.
+    or .txt (a prompt on each line), in UTF-8, or in UTF-16 with its byte order mark.
+    defaults: fields that entries leave open.
     Controls are objects of Control's fields; their hints are taken as they are.
     Raises OSError, and ValueError for another kind of file.
     """
@@ -56,7 +58,7 @@ def read(path, defaults):
     if path.suffix.lower() not in readers:
         raise ValueError(f'{path}: expected a file that ends in {", ".join(readers)}')
     items, bad = [], []
-    for number, found, column in readers[path.suffix.lower()](path.read_bytes()):
+    for number, found, column in readers[path.suffix.lower()](_utf8(path)):
         if not isinstance(found, _Wrong):
             found = _checked(found, defaults, path.parent, column)
         if isinstance(found, _Wrong):
@@ -118,7 +120,7 @@ def _values(text):
         nodes = ast.parse(f'[{text}]', mode='eval').body.elts
         return [node.id if isinstance(node, ast.Name) and node.id not in ('None',)
                 else ast.literal_eval(node) for node in nodes]
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return [word.strip() for word in text.split(',')]
 
 
@@ -168,13 +170,29 @@ def _control(given, folder):
     return Control(**{**given, 'image': os.path.join(folder, given['image'])})
 
 
+def _utf8(path):
+    """A file's bytes in UTF-8, without a byte order mark."""
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # Excel's 'Unicode text'
+        try:
+            data = data.decode('utf-16').encode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f'{path}: its byte order mark says UTF-16, and bytes {error.start} to '
+                             f'{error.end} are none; save it as UTF-8') from None
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if b'\0' in data[:4]:
+        raise ValueError(f'{path} begins with zero bytes: expected UTF-8, or UTF-16 with its byte '
+                         'order mark; save it as UTF-8')
+    return data
+
+
 # Readers: bytes -> for each entry the number of its line, its fields or _Wrong, and in which
 # column a field stands, from 0.
 
 
 def _lines(data):
     """The lines that are not empty; _Wrong for those that are no text."""
-    for number, line in enumerate(data.removeprefix(BOM).split(b'\n'), 1):
+    for number, line in enumerate(data.split(b'\n'), 1):
         try:
             text = line.decode().strip('\r')
         except UnicodeDecodeError as error:
@@ -224,9 +242,23 @@ def _object(line):
     return wrong[0] if wrong else found
 
 
+def _rows(text, delimiter):
+    return csv.reader(io.StringIO(text, newline=''), delimiter=delimiter)
+
+
+def _names(text, delimiter):
+    """The names in a CSV's head, after Excel's `sep=;`, with one of the delimiters."""
+    try:
+        return next(([name.strip() for name in row] for row in _rows(text, delimiter)
+                     if any(map(str.strip, row)) and not row[0].startswith('sep=')), [])
+    except csv.Error:
+        return []
+
+
 def _csv(data):
-    text = data.removeprefix(BOM).decode(errors='surrogateescape')
-    rows, names = csv.reader(io.StringIO(text, newline='')), None
+    text = data.decode(errors='surrogateescape')
+    known = [len(set(_names(text, d)) & set(Request.__dataclass_fields__)) for d in DELIMITERS]
+    rows, names = _rows(text, DELIMITERS[known.index(max(known))]), None
     while True:
         try:
             row = next(rows, None)
@@ -235,7 +267,7 @@ def _csv(data):
             continue
         if row is None:
             return
-        if not any(cell.strip() for cell in row):
+        if not any(cell.strip() for cell in row) or names is None and row[0].startswith('sep='):
             continue
         wrong, head = None, names is None
         if broken := [i for i, cell in enumerate(row) if re.search('[\udc80-\udcff]', cell)]:
@@ -251,6 +283,10 @@ def _csv(data):
             if head:
                 return  # nobody knows what stands below
         elif not head:
-            cells = {name: cell for name, cell in zip(names, row) if cell.strip()}
-            yield rows.line_num, {name: cell if name in TEXTS else _values(cell)[0]
-                                  for name, cell in cells.items()}, names.index
+            cells = {name: [cell] if name in TEXTS else _values(cell)
+                     for name, cell in zip(names, row) if cell.strip()}
+            several = [i for i, name in enumerate(names) if len(cells.get(name, [0])) > 1]
+            yield rows.line_num, _Wrong(several[0] + 1, (
+                f'{names[several[0]]}: {row[several[0]]!r}: expected one value: a number as 7.5, '
+                'a list as (7, 5)')) if several else {
+                    name: values[0] for name, values in cells.items()}, names.index

@@ -1,5 +1,7 @@
 """Files of requests, grids and seeds; and what is said of those that cannot be read."""
 
+import csv
+import io
 import json
 
 import pytest
@@ -97,6 +99,54 @@ def test_csv_of_another_encoding_or_with_a_field_twice(tmp_path):
     assert not items and bad.source == 'a.csv:1:2'
     items, (bad,) = _read(tmp_path, 'a.csv', 'prompt,steps,prompt\na,7,b\n')
     assert not items and bad == ('a.csv:1:3', "'prompt' stands there twice")
+
+
+EXCEL = [['prompt', 'steps', 'guidance', 'crop'],
+         ['caf\u00e9; "au lait", \u6f22', '7', '4.5', ''],
+         ['a\tb', '12', '', '(8, 0)']]
+
+
+def _table(delimiter, head=''):
+    """As Python's csv module, and Excel with a European locale, write EXCEL."""
+    text = io.StringIO(newline='')
+    csv.writer(text, delimiter=delimiter).writerows(EXCEL)
+    return head + text.getvalue()
+
+
+@pytest.mark.parametrize('delimiter, head', [
+    (',', ''), (';', ''), ('\t', ''), (';', 'sep=;\r\n'), (',', 'sep=,\r\n'), (';', '\r\n')])
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-16-be'])
+def test_csv_as_spreadsheets_write_it(tmp_path, delimiter, head, encoding):
+    text = _table(delimiter, head)
+    mark = '\ufeff' if encoding == 'utf-16-be' else ''
+    items, bad = _read(tmp_path, 'a.csv', (mark + text).encode(encoding))
+    assert not bad and [item.fields for item in items] == [
+        {'prompt': EXCEL[1][0], 'steps': 7, 'guidance': 4.5},
+        {'prompt': 'a\tb', 'steps': 12, 'crop': (8, 0)}]
+    assert items[0].source == f'a.csv:{2 + bool(head)}'
+
+
+def test_csv_with_decimal_commas_or_an_unknown_field(tmp_path):
+    (item,), (bad,) = _read(tmp_path, 'a.csv', 'prompt;guidance\na;7,5\nb;7.5\n')
+    assert item.fields == {'prompt': 'b', 'guidance': 7.5}
+    assert bad == ('a.csv:2:2', "guidance: '7,5': expected one value: a number as 7.5, a list as "
+                   '(7, 5)')
+    items, (bad,) = _read(tmp_path, 'a.csv', 'prompt;stesp\na;7\n')
+    assert not items and bad.source == 'a.csv:2:2' and "did you mean 'steps'" in bad.error
+    (bad,) = _read(tmp_path, 'a.csv', 'steps\n' + '-' * 10**5 + '1')[1]
+    assert bad.source == 'a.csv:2:1'
+
+
+def test_other_encodings_of_utf16(tmp_path):
+    for name in ('a.jsonl', 'a.txt'):
+        text = '{"prompt": "\u6f22"}' if name == 'a.jsonl' else '\u6f22\r\n'
+        (item,), bad = _read(tmp_path, name, text.encode('utf-16'))
+        assert item.fields == {'prompt': '\u6f22'} and not bad
+    with pytest.raises(ValueError, match=r'a\.csv: its byte order mark.*save it as UTF-8'):
+        _read(tmp_path, 'a.csv', 'prompt\na'.encode('utf-16')[:-1])
+    for encoding in ('utf-16-le', 'utf-16-be', 'utf-32'):
+        with pytest.raises(ValueError, match=r'a\.csv begins with zero bytes.*save it as UTF-8'):
+            _read(tmp_path, 'a.csv', 'prompt\na'.encode(encoding))
 
 
 def test_text_is_prompts(tmp_path):
