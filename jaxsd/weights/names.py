@@ -4,6 +4,7 @@ jaxsd names tensors as a diffusers folder does. `places` says for each of them w
 keeps it; reading looks a place up and writing fills it, so one table serves both directions.
 """
 
+import collections
 import re
 from typing import NamedTuple
 
@@ -30,16 +31,47 @@ class Place(NamedTuple):
         return (3 * shape[0], *shape[1:]) if self.how else shape
 
 
-def places(config, shapes):
-    """{component: {folder name: Place}} for a ModelConfig and its models.spec.spec."""
-    return {part: network_places(part, getattr(config, part), shapes[part], prefix)
+def places(config, shapes, stored=()):
+    """{component: {folder name: Place}} for a ModelConfig and its models.spec.spec.
+
+    stored: the names in a file; a Place is then the first of its tensor's spellings that is there.
+    """
+    return {part: network_places(part, getattr(config, part), shapes[part], prefix, stored)
             for part, prefix in prefixes(config).items()}
 
 
-def network_places(part, config, shapes, prefix=''):
+def network_places(part, config, shapes, prefix='', stored=()):
     """{folder name: Place} of one network: a ModelConfig's component, or another."""
-    rules = _RULES[part](config)
-    return {name: _place(name, rules, prefix, part, shape) for name, shape in shapes.items()}
+    rules, found, missing, seen = _RULES[part](config), {}, [], collections.Counter()
+    for name, shape in shapes.items():
+        place = found[name] = _place(name, rules, prefix, part, shape)
+        if stored and place.name not in stored:
+            others = list(_spellings(name, prefix, part, shape, place))
+            which = next((i for i, other in enumerate(others) if other.name in stored), None)
+            if which is None:
+                missing.append((name, others))
+            else:
+                seen[which] += 1
+                found[name] = others[which]
+    if seen and seen.most_common(1)[0][1] > len(shapes) / 2:  # it is missing under that spelling
+        found |= {name: others[seen.most_common(1)[0][0]] for name, others in missing}
+    return found
+
+
+def _spellings(name, prefix, part, shape, place):
+    """The other Places where files keep a tensor: under the folder's name, text encoders under the
+    names of transformers or OpenCLIP, and all of that where the other one's would stand."""
+    starts = [prefix]
+    if part in TEXT_ENCODERS:
+        stage = re.sub(r'(model|transformer)\.$', '', prefix)
+        starts = [stage + 'transformer.', stage + 'model.']
+    for start in starts:
+        yield place._replace(name=start + place.name.removeprefix(prefix))
+        if part in TEXT_ENCODERS:
+            yield _place(name, _OPENCLIP, start, part, shape)
+        yield Place(start + name)
+    if prefix:
+        yield Place(f'{part}.{name}')
 
 
 def prefixes(config):
@@ -73,7 +105,8 @@ def is_extra(name, config):
               if getattr(config, part, None)]
     if name.startswith('depth_model.') and not getattr(config, 'depth_estimator', None):
         return True
-    last = re.fullmatch(r'cond_stage_model\.model\.transformer\.resblocks\.(\d+)\..*', name)
+    last = re.fullmatch(r'cond_stage_model\.(?:model|transformer)\.(?:transformer\.resblocks'
+                        r'|text_model\.encoder\.layers)\.(\d+)\..*', name)
     return is_buffer(name) or bool(last and layers and int(last[1]) == layers[0])
 
 
@@ -102,32 +135,58 @@ def in_folder(part, name):
     """A tensor's name as current diffusers folders have it, from any that was ever in use."""
     if part in TEXT_ENCODERS and not name.startswith(('text_model.', 'text_projection.')):
         return f'text_model.{name}'  # transformers >= 5 writes CLIPTextModel without its prefix
-    if part == 'vae':  # before diffusers 0.18
-        for old, new in (('query', 'to_q'), ('key', 'to_k'), ('value', 'to_v'),
-                         ('proj_attn', 'to_out.0')):
-            name = name.replace(f'attentions.0.{old}.', f'attentions.0.{new}.')
+    if part == 'vae':
+        return re.sub(r'(mid_block\.attentions\.0|mid\.attn_1)\.([a-z_]+(?:\.0)?)\.(?=weight|bias)',
+                      lambda m: f'{m[1]}.{_attention(m[1], m[2])}.', name)
     return name
 
 
+# The VAE's attention in folders, and its spellings before diffusers 0.18 and in single files.
+_ATTENTION = {'to_q': ('query', 'q'), 'to_k': ('key', 'k'), 'to_v': ('value', 'v'),
+              'to_out.0': ('proj_attn', 'proj_out', 'to_out'), 'group_norm': ('norm',)}
+_IN_FOLDER = {old: new for new, olds in _ATTENTION.items() for old in (new, *olds)}
+_IN_SINGLE = {'to_q': 'q', 'to_k': 'k', 'to_v': 'v', 'to_out.0': 'proj_out', 'group_norm': 'norm'}
+
+
+def _attention(block, layer):
+    """A layer's name in a VAE's attention block as that block's own layout has it."""
+    new = _IN_FOLDER.get(layer, layer)
+    return _IN_SINGLE.get(new, new) if block == 'mid.attn_1' else new
+
+
 def in_single(name):
-    """A tensor's name as the released single files have it; some 1.x files lack `text_model.`,
-    and a U-Net alone, as ComfyUI keeps it, its prefix."""
+    """A tensor's name as the released single files have it; some 1.x files lack `text_model.`, a
+    U-Net alone, as ComfyUI keeps it, its prefix; a VAE's attention has the names of any time."""
     name = re.sub(r'^(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.',
                   r'\1text_model.\2.', name)
-    return re.sub(r'^((in|out)put_blocks|middle_block|time_embed|label_emb|out)\.',
-                  r'model.diffusion_model.\g<0>', name)
+    if name.startswith(('first_stage_model.', 'vae.')):
+        name = in_folder('vae', name)
+    return re.sub(
+        r'^((in|out)put_blocks|middle_block|time_embed|label_emb|out|down_blocks|up_blocks|mid_block'
+        r'|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding|class_embedding)\.',
+        r'model.diffusion_model.\g<0>', name)
 
 
-# Schedule buffers, also those of an upscaler's small picture; the EMA's two counters; position_ids;
-# the parts of OpenCLIP that 2.x does not use (nor SDXL the
-# logit_scale); the classes that MiDaS' transformer was trained on; the discriminator that some
-# VAEs were trained with; what ComfyUI scales TAESD's latents by.
+def renamed(names, rename):
+    """{rename(name): name}; what would be there twice keeps a name that no model has."""
+    found = {}
+    for name in names:
+        new = rename(name)
+        found[f'{name} (a second time)' if new in found else new] = name
+    return found
+
+
+# Schedule buffers, also those of an upscaler's small picture; counters of training and of the EMA;
+# position_ids; a text encoder's logit_scale, and its text_projection where the model has none, as
+# ComfyUI and others save them; the classes that MiDaS' transformer was trained on; the
+# discriminator that some VAEs were trained with; what ComfyUI scales TAESD's latents by.
 _EXTRA = re.compile(
     r'betas|(?:\w+_)?alphas_cumprod(?:_prev)?|posterior_\w+|logvar|lvlb_weights|scale_factor'
-    r'|model_ema\.(?:decay|num_updates)|denoiser\..*|.*\.position_ids'
-    r'|cond_stage_model\.model\.text_projection|.*\.model\.logit_scale'
-    r'|(?:depth_model\.model\.)?pretrained\.model\.head\..*|loss\..*|vae_scale|vae_shift'
-    r'|low_scale_model\..*')
+    r'|(?:global_)?step|epoch|iteration|model_ema\.(?:decay|num_updates)|denoiser\..*'
+    r'|.*\.position_ids|(?:cond_stage_model|conditioner\.embedders\.\d)\.(?:(?:model|transformer)\.)*'
+    r'(?:logit_scale|text_projection(?:\.weight)?|attn_mask)'
+    r'|(?:depth_model\.model\.)?pretrained\.model\.head\..*|(?:first_stage_model\.)?loss\..*'
+    r'|first_stage_model\.model_ema\..*|vae_scale|vae_shift|low_scale_model\..*')
 
 # What files are, by what a name in them starts with; the first that fits, so that a ControlNet is
 # seen beside the whole model that its first version came with.
@@ -142,8 +201,8 @@ _TELLTALES = {
     r'(first_stage_model\.)?(encoder|decoder)\.|taesd_': ('a VAE', 'load_vae'),
     r'(adapter\.)?body\.': ('a T2I-Adapter', 'load_t2i_adapter'),
     r'(depth_model\.model\.)?pretrained\.|dpt\.': ('a depth estimator', 'load_depth_estimator'),
-    r'input_blocks\.': ('a U-Net', 'load'),
-    r'down_blocks\.': ("a U-Net in diffusers' names", ''),
+    r'(input|down)_blocks\.': ('a U-Net', 'load'),
+    r'unet\.conv_in\.': ('a whole checkpoint', 'load'),
 }
 
 _OPENCLIP = [

@@ -20,7 +20,7 @@ from jaxsd.weights import hub, names
 from jaxsd.weights.configs import write_network_config
 from jaxsd.weights.files import as_dtype, component_files, open_tensors, printable
 from jaxsd.weights.model import Network
-from jaxsd.weights.reading import Source
+from jaxsd.weights.reading import Source, network_tensors, squeeze
 from jaxsd.weights.writing import check, replacing_folder, write_component
 
 
@@ -134,25 +134,24 @@ def _open_folder(kind, folder, config, half):
         raise FileNotFoundError(f'{folder}: has no config.json and no {kind}/config.json; expected '
                                 f'the folder of a {KINDS[kind].what} or of a whole model')
     config = config or read_network_config(inside, KINDS[kind].classes)
-    return _source(kind, inside, config, _tensors(kind, component_files(inside, half)),
-                   _folder_places(config))
+    tensors = network_tensors(kind, component_files(inside, half))
+    return _source(kind, inside, config, tensors, _places(kind, config, '', tensors))
 
 
 def _open_file(kind, path, config):
     """As the config and the layout, of all that are possible, that most tensors agree with."""
     what, _, released, prefixes = KINDS[kind]
-    tensors = _tensors(kind, [open_tensors(path)])
+    tensors = network_tensors(kind, [open_tensors(path)])
     if all(name[0].isdigit() for name in tensors):
         tensors = _taesd(path)
     shapes = {name: file.shapes[inner] for name, (file, inner) in tensors.items()}
-    options = [(c, prefix, places) for c in ([config] if config else released())
-               for prefix, places in [('', _folder_places(c)), *(
-                   (p, names.network_places(kind, c, spec.names(c), p)) for p in prefixes)]]
+    options = [(c, prefix, _places(kind, c, prefix, shapes))
+               for c in ([config] if config else released()) for prefix in prefixes]
 
     def agreement(option):
         expected = spec.names(option[0])
-        same = sum(shapes.get(place.name) == place.shape(expected[name])
-                   for name, place in option[2].items())
+        same = sum(squeeze(shapes[place.name]) == squeeze(place.shape(expected[name]))
+                   for name, place in option[2].items() if place.name in shapes)
         return same / len(expected)
 
     best = max(options, key=agreement)
@@ -162,19 +161,10 @@ def _open_file(kind, path, config):
             f'{", ".join(list(shapes)[:3])} it is {names.kind(shapes)[0]}; give a {what}, or '
             'config= for one of other sizes'))
     config, prefix, places = best
+    used = {place.name for place in places.values()}
     return _source(kind, path, config, {
-        name: where for name, where in tensors.items() if name.startswith(prefix)
+        name: where for name, where in tensors.items() if (name in used or name.startswith(prefix))
         and not names.is_extra(name.removeprefix(prefix), config)}, places)
-
-
-def _tensors(kind, files):
-    """{name: (file, name in it)}, as `Source` takes them."""
-    found = {}
-    for file in files:
-        for inner in file.shapes:
-            name = names.in_folder(kind, inner)
-            found[f'{inner} (a second time)' if name in found else name] = file, inner
-    return found
 
 
 def _taesd(path):
@@ -186,8 +176,8 @@ def _taesd(path):
     return found
 
 
-def _folder_places(config):
-    return {name: names.Place(name) for name in spec.names(config)}
+def _places(kind, config, prefix, stored):
+    return names.network_places(kind, config, spec.names(config), prefix, stored)
 
 
 def _source(kind, path, config, tensors, places):

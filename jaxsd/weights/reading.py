@@ -171,7 +171,7 @@ class Source:
         for name in expected.keys() & self.tensors.keys():
             shape, (file, inner) = expected[name], self.tensors[name]
             found, dtype = file.shapes[inner], file.dtypes[inner]
-            if _squeeze(found) != _squeeze(shape):
+            if squeeze(found) != squeeze(shape):
                 problems['mis-shaped'][name] = f' (expected {list(shape)}, found {list(found)})'
             elif dtype.kind in 'iub':
                 problems['not floating point'][name] = f' (found {dtype})'
@@ -213,13 +213,9 @@ def open_folder(folder, config, half, prediction_type):
         (config.schedule.prediction_type, 'its scheduler_config.json')])
     shapes, tensors, places = spec(config), {}, {}
     for part, expected in shapes.items():
-        for file in component_files(folder / part, half):
-            for inner in file.shapes:
-                name = names.in_folder(part, inner)
-                if f'{part}/{name}' in tensors:
-                    name = f'{inner} (a second time)'
-                if not name.endswith('.position_ids'):  # a constant that older versions saved
-                    tensors[f'{part}/{name}'] = file, inner
+        found = network_tensors(part, component_files(folder / part, half))
+        tensors |= {f'{part}/{name}': where for name, where in found.items()
+                    if not name.endswith('.position_ids')}  # a constant that older versions saved
         places[part] = {name: names.Place(f'{part}/{name}') for name in expected}
     extras = []
     if (folder / 'extras.safetensors').exists():
@@ -246,10 +242,11 @@ def open_single(path, config, half, prediction_type, ema=False):
         config = marks.with_markers(config, file)
         untold = untold and not config.schedule.edm
     config = _given(path, config, prediction_type, said)
-    tensors = {names.in_single(name): (file, name) for name in file.shapes
-               if not names.is_ema(name) and name not in marks.MARKERS}
+    tensors = {name: (file, inner) for name, inner in names.renamed(
+        (name for name in file.shapes if not names.is_ema(name) and name not in marks.MARKERS),
+        names.in_single).items()}
     shapes = spec(config)
-    places = names.places(config, shapes)
+    places = names.places(config, shapes, tensors)
     if ema:
         averaged = {place.name: names.ema(place.name) for place in places['unet'].values()}
         if not any(name in file.shapes for name in averaged.values()):
@@ -260,8 +257,19 @@ def open_single(path, config, half, prediction_type, ema=False):
     elif averaged := sum(map(names.is_ema, file.shapes)):
         log.warning('%s: ignoring model_ema.*, the averaged copy of the U-Net (%d tensors); '
                     'ema=True reads it instead', path, averaged)
-    extras = [name for name in tensors if names.is_extra(name, config)]
+    used = {place.name for table in places.values() for place in table.values()}
+    extras = [name for name in tensors if name not in used and names.is_extra(name, config)]
     return Source(path, config, shapes, tensors, places, extras, untold, size)
+
+
+def network_tensors(part, files):
+    """{a tensor's name in a current folder: (file, name in it)} of one component's files."""
+    where = {}
+    for file in files:
+        found = names.renamed(file.shapes, lambda name: names.in_folder(part, name))
+        where |= {f'{inner} (a second time)' if name in where else name: (file, inner)
+                  for name, inner in found.items()}
+    return where
 
 
 def _given(path, config, prediction_type, said):
@@ -285,13 +293,13 @@ def _detect(file, prediction_type=None, size=None):
     """
     _refuse_others(file.path, file.shapes)
 
-    stored = {names.in_single(name): shape for name, shape in file.shapes.items()}
+    stored = {names.in_single(name): squeeze(shape) for name, shape in file.shapes.items()}
 
     def agreement(version):
         config = read_config(version).replace(depth_estimator=None)  # a file may lack it
         shapes = spec(config)
-        expected = {place.name: place.shape(shapes[part][name])
-                    for part, table in names.places(config, shapes).items()
+        expected = {place.name: squeeze(place.shape(shapes[part][name]))
+                    for part, table in names.places(config, shapes, stored).items()
                     for name, place in table.items()}
         same = sum(stored.get(name) == shape for name, shape in expected.items())
         return same / len(expected)
@@ -355,7 +363,7 @@ def _refuse_others(path, found):
             f'{path}: is {what}, by its tensor {name}; expected a whole model; {use}'))
 
 
-def _squeeze(shape):
+def squeeze(shape):
     """A linear layer may be kept as a 1x1 convolution, or the other way round."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 

@@ -175,7 +175,6 @@ def test_missing_path_and_unknown_model(tmp_path):
     ('a ControlNet', 'load_controlnet', FOLDERS['controlnet_sdxl']),
     ('a T2I-Adapter', 'load_t2i_adapter', names(T2IAdapterConfig())),
     ('a depth estimator', 'load_depth_estimator', FOLDERS['sd2_depth_depth_estimator']),
-    ("a U-Net in diffusers' names", None, FOLDERS['sd15_unet']),
     ('a text encoder', None, FOLDERS['sd15_text_encoder']),
     ('a text encoder', None, {k.removeprefix('text_model.'): v  # as transformers 5 writes it
                               for k, v in FOLDERS['sd15_text_encoder'].items()}),

@@ -8,13 +8,14 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import traverse_util
 from safetensors.numpy import load_file, save_file
-from test_manifests import SINGLE
+from test_manifests import FOLDERS, SINGLE
 from test_pickles import packed
 from tiny import flat, random_model, random_params, same, small_config, sparse_file
 
 import jaxsd
-from jaxsd.models.spec import spec
+from jaxsd.models.spec import from_jax, spec
 from jaxsd.weights import names, reading
 from jaxsd.weights.files import open_tensors
 from jaxsd.weights.reading import open_single
@@ -163,6 +164,87 @@ def test_released_unets_alone(name, version, tmp_path):
     source = open_single(tmp_path / 'a.safetensors', None, True, None)
     assert source.config.version == version and 'unet' not in source.absent()
     assert source.mismatches().keys() <= {'missing'}
+
+
+def test_a_unet_alone_in_diffusers_names(model, saved, tmp_path):
+    """As diffusers saves them, without the folder's config.json."""
+    path = shutil.copy(saved[0] / 'unet' / 'diffusion_pytorch_model.safetensors', tmp_path)
+    found = jaxsd.load(path, config=model.config, base=saved[0])
+    assert same(flat(found.params), flat(model.params))
+    for name, version in (('sd15_unet', 'sd15'), ('sdxl_base_unet', 'sdxl')):
+        sparse_file(tmp_path / 'a.safetensors', FOLDERS[name], 'F16')
+        source = open_single(tmp_path / 'a.safetensors', None, True, None)
+        assert source.config.version == version and source.mismatches().keys() == {'missing'}
+        assert source.absent() == [part for part in source.places if part != 'unet']
+
+
+@pytest.mark.parametrize('version', ['sd15', 'sd21', 'sdxl', 'sdxl_refiner'])
+@pytest.mark.parametrize('seed', range(3))
+def test_any_mixture_of_known_spellings(version, seed, tmp_path):
+    """Every tensor under one of the names that files have for it, whatever the others have."""
+    config, rng, tensors = small_config(version), np.random.default_rng(seed), {}
+    model = jaxsd.Model(config, {part: random_params(rng, s) for part, s in spec(config).items()})
+    prefixes = names.prefixes(config)
+    for part, shapes in spec(config).items():
+        arrays = traverse_util.flatten_dict(model.params[part], sep='.')
+        for name, place in names.network_places(part, getattr(config, part), shapes,
+                                                prefixes[part]).items():
+            options = [p for p in (place, *names._spellings(name, prefixes[part], part,
+                                                            shapes[name], place))
+                       if p.how not in ('q', 'k', 'v')]  # fused: the three are one
+            place = options[rng.integers(len(options))]
+            if part == 'vae':
+                for block, new in (('mid.attn_1', 'q'), ('mid_block.attentions.0', 'to_q')):
+                    old = rng.choice(['to_q', 'query', 'q'])
+                    place = place._replace(name=place.name.replace(f'{block}.{new}.',
+                                                                   f'{block}.{old}.'))
+            array = from_jax(name, np.asarray(arrays[name]))
+            array = array.T if place.how == 'T' else array.reshape(place.shape(array.shape))
+            tensors[place.name] = np.ascontiguousarray(array)
+    save_file(tensors, tmp_path / 'a.safetensors')
+    found = jaxsd.load(tmp_path / 'a.safetensors', config=config)
+    assert same(flat(found.params), flat(model.params))
+    vae = jaxsd.load_vae(tmp_path / 'a.safetensors', config=config.vae)
+    assert same(flat(vae.params), flat(model.params['vae']))
+
+
+@pytest.mark.parametrize('old, new', [
+    ('q', 'to_q'), ('q', 'query'), ('k', 'to_k'), ('v', 'value'), ('proj_out', 'to_out.0'),
+    ('proj_out', 'proj_attn'), ('norm', 'group_norm')])
+def test_a_vaes_attention_under_the_names_of_folders(old, new, model, saved, tmp_path):
+    """What converters wrote after diffusers renamed its layers."""
+    def rename(name, block):
+        return name.replace(f'{block}.{old}.', f'{block}.{new}.')
+    tensors = {rename(k, 'mid.attn_1'): a for k, a in saved[1].items()}
+    assert tensors.keys() != saved[1].keys()
+    save_file(tensors, tmp_path / 'a.safetensors')
+    found = jaxsd.load(tmp_path / 'a.safetensors', config=model.config)
+    assert same(flat(found.params), flat(model.params))
+    tensors |= {k: a for k, a in saved[1].items() if f'attn_1.{old}.bias' in k}
+    save_file(tensors, tmp_path / 'a.safetensors')
+    assert '2 unexpected: ' in fails(tmp_path / 'a.safetensors', config=model.config)
+
+
+# {file: tensors that ComfyUI and trainers leave in files of that version}, and their shapes.
+LEFT = {
+    'sd15_emaonly': {'cond_stage_model.logit_scale': [], 'cond_stage_model.text_projection':
+                     [768, 768], 'cond_stage_model.transformer.text_projection.weight': [768, 768],
+                     'global_step': [], 'first_stage_model.loss.logvar': []},
+    'sd2': {'cond_stage_model.logit_scale': [], 'cond_stage_model.model.text_projection.weight':
+            [1024, 1024], 'cond_stage_model.transformer.logit_scale': []},
+    'sdxl_base': {'conditioner.embedders.0.logit_scale': [], 'epoch': [],
+                  'conditioner.embedders.0.text_projection': [768, 768],
+                  'conditioner.embedders.0.transformer.text_projection.weight': [768, 768],
+                  'conditioner.embedders.1.logit_scale': []},
+    'sdxl_refiner': {'conditioner.embedders.0.logit_scale': [], 'global_step': []},
+}
+
+
+@pytest.mark.parametrize('name', LEFT)
+def test_what_other_programs_leave_in_checkpoints(name, tmp_path):
+    sparse_file(tmp_path / 'a.safetensors', SINGLE[name] | LEFT[name], 'F16')
+    source = open_single(tmp_path / 'a.safetensors', None, True, None)
+    assert source.mismatches() == {} and LEFT[name].keys() <= set(source.extras)
 
 
 def test_a_base_of_another_version(tmp_path):
