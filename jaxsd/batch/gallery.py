@@ -30,7 +30,7 @@ def write(path):
         'path': path.as_posix(),
         'written': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         'command': config.pop('command', ''),
-        'axes': list(config.pop('grid', None) or ()),
+        'axes': [*axes] if isinstance(axes := config.pop('grid', None), dict) else [],
         'config': _flat(config),
         'count': len(rows),
         'columns': [_column(name, [row.get(name) for row in rows]) for name in names],

@@ -77,6 +77,25 @@ def test_page_holds_no_foreign_code(tmp_path):
     assert not re.search(r'(src|href|url)\s*[=(]\s*["\']?(https?:)?//', text)
 
 
+@pytest.mark.parametrize('file', [
+    '//host/a.png', '/etc/a.png', 'https://host/a.png', '\\\\host\\a.png', '../a.png',
+    'javascript:hacked=1', 'pictures/../../a.png', 'pictures/00/other.png', 7, None])
+@pytest.mark.parametrize('name', ['file', 'thumb'])
+def test_links_lead_to_the_pictures_of_the_run(tmp_path, name, file):
+    """Whatever a manifest from elsewhere says."""
+    good, bad = make_record(0), make_record(1) | {name: file}
+    make_run(tmp_path, [good])
+    page = gallery.write(make_run(tmp_path, [bad], pictures=False))
+    assert _cells(page, 'file') == [good['file']] and _cells(page, 'id') == [good['id']]
+
+
+def test_a_key_that_leaves_the_folder(tmp_path):
+    for key in ('../../x', '//host', 'a b', ''):
+        record = make_record(1) | {'id': key, 'file': f'pictures/{key[:2]}/{key}.png'}
+        page = gallery.write(make_run(tmp_path, [record], pictures=False))
+        assert not _data(page)['count']
+
+
 def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
     page = gallery.write(make_run(tmp_path, [make_record(0)]))
     before, names = page.read_bytes(), sorted(os.listdir(tmp_path))
