@@ -24,6 +24,8 @@ from typing import NamedTuple
 from jaxsd.prompt.emphasis import READERS, Segment
 
 DEEPEST = 64
+LONGEST = 2**15  # characters of a prompt
+CHANGES = 2**20  # characters of a prompt times the steps at which it changes
 ADAPTERS = ('lora', 'lyco')
 
 
@@ -81,15 +83,21 @@ def plan(text, steps, weighting='a1111', negative=False):
     divided by 1.1; comfy: `(a)` and `(a:1.3)`, where an inner weight replaces an outer one; none:
     letters; plain: everything is letters, AND, schedules and tags too.
     negative: tags and AND are letters, as in A1111's negative prompts.
-    Raises ValueError for an adapter's tag without a name or with a weight that is no number.
+    Raises ValueError for an adapter's tag without a name or with a weight that is no number, and
+    for a text that is too long, or that is long and changes at many steps.
     """
+    check_length(text)
     if weighting == 'plain':
         return Plan((Part(1.0, ((steps, (Segment(text, 1.0),)),)),), ())
     tree = Prompt((), (Term(_schedules(text), ''),)) if negative else parse(text)
     read = functools.cache(READERS[weighting])
-    parts = []
+    parts, changes = [], 0
     for nodes, weight in tree.terms:
         ends = sorted({steps} | {end for end in _ends(nodes, steps) if end >= 1})
+        changes += len(ends) * len(_source(nodes))
+        if changes > CHANGES:
+            raise ValueError(f'prompt: {len(text)} characters that change at {len(ends)} steps: '
+                             f'expected a product of at most {CHANGES}')
         parts.append(Part(float(weight.replace(':', '').strip() or 1), tuple(
             (end, read(''.join(_at(nodes, end, steps)))) for end in ends)))
     ignored = sorted({kind for _, kind, _ in tree.tags} - {*ADAPTERS})
@@ -98,6 +106,12 @@ def plan(text, steps, weighting='a1111', negative=False):
                       f'known: {", ".join(ADAPTERS)}', stacklevel=2)
     return Plan(tuple(parts), tuple(_adapter(kind, arguments) for _, kind, arguments in tree.tags
                                     if kind in ADAPTERS))
+
+
+def check_length(text):
+    """Raises ValueError for a prompt of more than LONGEST characters."""
+    if len(text) > LONGEST:
+        raise ValueError(f'prompt: {len(text)} characters: expected at most {LONGEST}')
 
 
 def parse(text):
@@ -116,6 +130,12 @@ def parse(text):
     return Prompt(tuple(tags), tuple(terms))
 
 
+def change_tags(text, change):
+    """The text with its tags replaced: change(match of TAG) -> text."""
+    end = text.rfind('>') + 1
+    return TAG.sub(change, text[:end]) + text[end:]
+
+
 def write(tree):
     """The tree -> the text that it was parsed from."""
     text = 'AND'.join(_source(nodes) + weight for nodes, weight in tree.terms)
@@ -124,7 +144,7 @@ def write(tree):
     return text
 
 
-TAG = re.compile(r'<(\w+):([^>]+)>')
+TAG = re.compile(r'<(\w++):([^>]+)>')
 WEIGHT = re.compile(r':\s*[-+]?(?:\d++\.?|\d*+\.\d++)\s*$')
 
 
@@ -142,7 +162,7 @@ def _adapter(kind, arguments):
     text = named.get('te', weights[0] if weights else '1')
     unet = named.get('unet', weights[1] if len(weights) > 1 else text)
     for weight in (unet, text):
-        if not re.fullmatch(r'\s*[-+]?(\d+\.?\d*|\.\d+)\s*', weight):
+        if not re.fullmatch(r'\s*[-+]?(\d++\.?\d*|\.\d+)\s*', weight):
             raise ValueError(f'prompt: <{kind}:{arguments}>: expected <{kind}:name:weight> with a '
                              f'number such as 0.8, found {weight!r}')
     return name, float(unet), float(text)
@@ -288,13 +308,14 @@ def _last(when, steps):
 
 def _ends(nodes, steps):
     """The steps, counted from 1, after which the text may change."""
+    if any(isinstance(node, Alternate) for node in nodes):
+        return set(range(1, steps + 1))
+    ends = set()
     for node in nodes:
         if isinstance(node, Switch):
-            yield _last(node.when, steps)
-            yield from _ends((node.before or ()) + node.after, steps)
-        elif isinstance(node, Alternate):
-            yield from range(1, steps + 1)
-            yield from _ends(sum(node.options, ()), steps)
+            ends |= {_last(node.when, steps)}
+            ends |= _ends((node.before or ()) + node.after, steps)
+    return ends
 
 
 def _at(nodes, step, steps):

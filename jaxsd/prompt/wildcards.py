@@ -5,7 +5,8 @@ at most once, `{2$$a|b|c}`, `{1-2$$a|b|c}`, joined by `, ` or as in `{2$$ and $$
 a line of NAME.txt, `__colours/*__`, a line of any file that matches; all of these in each other,
 and in the files. An option that is a wildcard alone stands for its lines where several are chosen.
 Letters are: what follows a backslash (which stays), braces without `|` or `$$`, braces that are
-unbalanced, and `|` within square brackets, which is A1111's alternation.
+unbalanced, `|` within square brackets, which is A1111's alternation, and `__` in a tag,
+`<lora:my__style__v2:1>`, or where no wildcards are given.
 """
 
 import bisect
@@ -16,13 +17,15 @@ import os
 import pathlib
 import random
 import re
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxsd.prompt.grammar import Nodes, lalr
+from jaxsd.prompt.grammar import LONGEST, Nodes, change_tags, check_length, lalr
 from jaxsd.sampling.choice import unknown
 
 MOST = 10_000  # choices in one prompt; a wildcard that names itself makes more
+DRAWN = 10**6  # options that all choices of a prompt are drawn from
 
 GRAMMAR = """
 start: nodes
@@ -66,30 +69,36 @@ def expand(text, seed, wildcards=None):
 
     wildcards: a folder of NAME.txt, an option a line (# starts a comment, `2::` gives odds), or a
     mapping {name: options}. Nothing outside of the folder is read.
-    Raises ValueError for an unknown or empty wildcard, and for one that names itself without end;
-    FileNotFoundError for a folder that is not there.
+    None: `__name__` stays as it is, with a warning.
+    Raises ValueError for an unknown or empty wildcard, for one that names itself without end, and
+    for texts that are too long; FileNotFoundError for a folder that is not there.
     """
+    check_length(text)
     if '{' not in text and '__' not in text:
         return text
     rng = random.Random(seed)
     lines = functools.cache(functools.partial(_lines, wildcards))
-    done, made = [], 0
+    done, made, length, drawn = [], 0, 0, 0
     todo = [Line(text)]  # the first comes last
     while todo:
         node = todo.pop()
         if isinstance(node, str):
             done.append(node)
+            length += len(node)
+            if length > LONGEST:
+                raise ValueError(f'prompt: its choices make more than {LONGEST} characters')
             continue
         made += 1
         if made > MOST:
             raise ValueError(f'prompt: more than {MOST} choices; does a wildcard name itself?')
         if isinstance(node, Line):
-            nodes = _parser()(node.text)
-        elif isinstance(node, Wildcard):
-            nodes = _pick(rng, Choice(lines(node.name)))
-        else:
-            nodes = _pick(rng, _flat(node, lines))
-        todo += reversed(nodes)
+            check_length(node.text)
+            todo += reversed(_parser()(node.text))
+            continue
+        choice = _flat(node, lines) if isinstance(node, Choice) else Choice(lines(node.name))
+        drawn += len(choice.options) * min(choice.high, len(choice.options))
+        _check_drawn(drawn)
+        todo += reversed(_pick(rng, choice))
     return ''.join(done)
 
 
@@ -102,7 +111,13 @@ def _flat(choice, lines):
         alone = len(nodes) == 1 and isinstance(nodes[0], Wildcard)
         options += [(odds * share, line) for share, line in lines(nodes[0].name)] if alone else [
             (odds, nodes)]
+        _check_drawn(len(options))
     return choice._replace(options=tuple(options))
+
+
+def _check_drawn(count):
+    if count > DRAWN:
+        raise ValueError(f'prompt: its choices are made among more than {DRAWN} options')
 
 
 def _pick(rng, choice):
@@ -122,8 +137,8 @@ def _pick(rng, choice):
 def _lines(wildcards, name):
     """((odds, (Line,)), ...) of all wildcards that a name with *, ? matches."""
     if wildcards is None:
-        raise ValueError(f'prompt: __{name}__ stands for a wildcard and none are given; '
-                         'expected wildcards=, a folder of NAME.txt or a mapping')
+        warnings.warn('prompt: __NAME__ stays as it is: no wildcards are given', stacklevel=2)
+        return ((1.0, (f'__{name}__',)),)
     known = wildcards if isinstance(wildcards, Mapping) else _files(wildcards)
     found = sorted(key for key in known if fnmatch.fnmatchcase(key, name))
     if not found:
@@ -170,8 +185,8 @@ class _Tree(Nodes):
 
     @staticmethod
     def choice(children):
-        options = tuple((float(re.search(f'{ODDS}$', mark)[1] or 1), nodes)
-                        for mark, nodes in zip(children[::2], children[1::2]))
+        odds = [re.match(ODDS, mark[max(mark.rfind('$$') + 2, 1):])[1] for mark in children[::2]]
+        options = tuple((float(odd or 1), nodes) for odd, nodes in zip(odds, children[1::2]))
         count = COUNT.match(children[0])
         if not count:
             return Choice(options)
@@ -187,7 +202,7 @@ def _parser():
 
 def _terminals(text):
     """The terminals of GRAMMAR; LETTERS: braces that are no choice, and bars that are A1111's."""
-    tokens = list(TOKEN.finditer(text))
+    tokens = list(TOKEN.finditer(change_tags(text, lambda tag: tag[0].replace('_', '-'))))
     roles = ['NAME' if token['NAME'] else 'LETTERS' for token in tokens]
     groups, braces = [], 0  # what is open: lists of tokens, the first the bracket, the others bars
     for i, token in enumerate(tokens):
@@ -201,10 +216,10 @@ def _terminals(text):
         elif token['_CLOSE'] and braces:
             bars = []
             while tokens[groups[-1][0]][0] == '[':
-                bars = groups.pop()[1:] + bars
+                bars += groups.pop()[1:]
             start, *others = groups.pop()
             braces -= 1
             if others or bars or '$$' in tokens[start][0]:
                 for n in (start, *others, *bars, i):
                     roles[n] = tokens[n].lastgroup
-    return zip(roles, [token[0] for token in tokens])
+    return zip(roles, [text[slice(*token.span())] for token in tokens])

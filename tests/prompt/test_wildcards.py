@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from jaxsd.prompt import wildcards
+from jaxsd.prompt import grammar, wildcards
 from jaxsd.prompt.wildcards import expand
 
 LISTS = {'animal': ['cat', 'dog', '3::{big|small} horse'], 'colours/warm': ['red', 'orange'],
@@ -92,7 +92,6 @@ def test_a_folder(tmp_path):
 @pytest.mark.parametrize('text, lists, message', [
     ('__anmal__', LISTS, "unknown wildcard 'anmal': did you mean 'animal'"),
     ('__animal__', {}, "unknown wildcard 'animal': there are none"),
-    ('__animal__', None, 'none are given; expected wildcards='),
     ('__animal__', ['cat'], 'expected a folder or a mapping'),
     ('__animal__', {'animal': 'cat'}, 'expected a list of strings'),
     ('__empty__', LISTS, 'found none in empty'), ('__loop__', LISTS, 'more than 10000 choices'),
@@ -101,6 +100,35 @@ def test_errors_are_one_clear_line(text, lists, message):
     with pytest.raises(ValueError, match=message) as caught:
         expand(text, 0, lists)
     assert '\n' not in str(caught.value)
+
+
+def test_two_lines_are_letters_in_tags_and_without_wildcards():
+    """Names of LoRA files have them (`my__style__v2`); A1111 without an extension has no other."""
+    tag = '<lora:my__animal__v2:0.8>'
+    assert expand(f'{tag} a __colours/cold__', 0, LISTS) == f'{tag} a blue'
+    assert set(_counts(f'{{{tag}|__colours/cold__}}', 50)) == {tag, 'blue'}
+    assert set(_counts('<lora:a__b__c:{0.5|1}>', 50)) == {'<lora:a__b__c:0.5>', '<lora:a__b__c:1>'}
+    assert expand('a < b __colours/cold__ > c', 0, LISTS) == 'a < b blue > c'
+    with pytest.warns(UserWarning, match='no wildcards are given'):
+        assert expand('a __dunder__ {b|b}', 0) == 'a __dunder__ b'
+    with pytest.warns(UserWarning, match='no wildcards are given'):
+        assert expand('{2$$ and $$__a__|__a__}', 0) == '__a__ and __a__'
+    assert expand(f'{tag} a_b____', 0) == f'{tag} a_b____'  # without a warning
+
+
+@pytest.mark.parametrize('text, lists, message', [
+    ('a' * 10**6, None, 'prompt: 1000000 characters: expected at most 32768'),
+    ('__a__', {'a': ['a' * 10**6]}, 'prompt: 1000000 characters'),
+    ('__a__' * 6000, {'a': ['a' * 30000]}, 'make more than 32768 characters'),
+    ('{2$$__a__|__a__}' * 100, {'a': ['b'] * 10**5}, 'among more than 1000000 options'),
+    ('{1-9999$$' + '__a__|' * 5000 + '}', {'a': ['b'] * 10**5}, 'among more than 1000000'),
+    ('__a__' * 6000, {'a': ['b'] * 10**5}, 'among more than 1000000'),
+    ('{9999$$__a__}', {'a': ['b'] * 10**5}, 'among more than 1000000')])
+def test_what_would_fill_memory_or_take_long_is_refused(text, lists, message):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=message):
+        expand(text, 0, lists)
+    assert time.perf_counter() - start < 10  # measured: 1
 
 
 def test_any_text_expands():
@@ -115,9 +143,12 @@ def test_any_text_expands():
 
 
 @pytest.mark.parametrize('piece', ['{', '}', '{|', '[|', '{a|b}', '{[|}', '__', '_', '\\', '{1$$',
-                                   '__a', '{9999$$a|'])
+                                   '__a', '{9999$$a|', 'a', ' ', '__x__', '<a:', '<a:_>',
+                                   '{1$$ $$', '{1$$' + ' ' * 15_000 + 'x$$2::a|b}'])
 def test_no_text_takes_long(piece):
-    text = piece * (10_000 // len(piece)) + '}' * 100
+    with pytest.raises(ValueError, match='characters: expected at most'):
+        wildcards.expand((piece * (10**6 // len(piece) + 1))[:10**6], 0, {'a': ['b']})
+    text = piece * ((grammar.LONGEST - 100) // len(piece)) + '}' * 100
     start = time.perf_counter()
     try:
         wildcards.expand(text, 0, {'a': ['b']})
