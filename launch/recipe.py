@@ -17,7 +17,7 @@ def recipe(checkpoint, size, **changes):
     config = ConfigDict(dict(
         checkpoint=str(checkpoint),
         dtype='auto',  # float32 on CPU, bfloat16 on accelerators
-        prediction=placeholder(str),  # epsilon or v_prediction, where the file cannot tell
+        prediction=placeholder(str),  # epsilon or v_prediction, whatever the file says
         base=placeholder(str),  # a model whose VAE or text encoders serve where a file has none
         ema=False,  # the averaged weights of a file that holds both
         width=size or placeholder(int),
