@@ -61,6 +61,8 @@ def test_inspect_released_files(tmp_path, monkeypatch):
     sparse_file(tmp_path / 'xl.safetensors', SINGLE['sdxl_base'] | {'v_pred': [0]}, 'F16')
     found = described(tmp_path / 'xl.safetensors')
     assert (found['version'], found['prediction type']) == ('sdxl', 'v_prediction')
+    sparse_file(tmp_path / 'v2.safetensors', SINGLE['sd2'], 'F16')
+    assert described(tmp_path / 'v2.safetensors')['prediction type'].startswith('not said')
 
 
 def test_inspect_folders_and_pickles(checkpoint, tmp_path):

@@ -114,6 +114,14 @@ def test_the_header_is_written_and_read(xl, tmp_path):
     assert jaxsd.load(tmp_path / 'mine.safetensors').config == config
 
 
+def test_what_is_given_replaces_what_a_folder_says(xl, tmp_path, caplog):
+    jaxsd.save(xl, tmp_path / 'model')
+    for given, warnings in (('epsilon', 0), (None, 0), ('v_prediction', 1)):
+        found = jaxsd.load(tmp_path / 'model', prediction_type=given).config
+        assert found == xl.config.with_prediction(given or 'epsilon')
+        assert caplog.text.count('its scheduler_config.json says epsilon') == warnings
+
+
 @pytest.mark.parametrize('version', versions())
 def test_every_version_is_in_its_header(version):
     config = read_config(version)

@@ -36,7 +36,7 @@ def medium_config():
     config = read_config('sdxl')
     unet = dataclasses.replace(config.unet, block_out_channels=(96, 192, 384),
                                transformer_layers=(0, 2, 2), mid_transformer_layers=2,
-                               cross_attention_dim=512)
+                               heads=(3, 6, 12), cross_attention_dim=512)
     text = dataclasses.replace(config.text_encoder_2, vocab_size=9999, num_hidden_layers=3)
     return config.replace(unet=unet, text_encoder=text, text_encoder_2=text, version='custom')
 
