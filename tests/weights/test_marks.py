@@ -116,9 +116,9 @@ def test_the_header_is_written_and_read(xl, tmp_path):
 
 def test_what_is_given_replaces_what_a_folder_says(xl, tmp_path, caplog):
     jaxsd.save(xl, tmp_path / 'model')
-    for given, warnings in (('epsilon', 0), (None, 0), ('v_prediction', 1)):
-        found = jaxsd.load(tmp_path / 'model', prediction_type=given).config
-        assert found == xl.config.with_prediction(given or 'epsilon')
+    for kind, warnings in (('epsilon', 0), (None, 0), ('v_prediction', 1)):
+        found = jaxsd.load(tmp_path / 'model', prediction_type=kind).config
+        assert found == xl.config.with_prediction(kind or 'epsilon')
         assert caplog.text.count('its scheduler_config.json says epsilon') == warnings
 
 
