@@ -263,6 +263,8 @@ def test_a_folder_of_something_else_is_refused_first(tmp_path):
 @pytest.mark.parametrize('flags, words', [
     ((), 'no requests: expected --requests=FILE'),
     (('--prompt=a', '--seeds=x'), '--seeds=x: expected'),
+    (('--prompt=a', '--seeds=0-99999999999'), '100000000000 seeds, expected at most 1000000'),
+    (('--prompt=a', '--config.width=65536', '--config.height=65536'), '65536x65536: expected at'),
     (('--prompt=a', '--grid=stesp=3'), "did you mean 'steps'"),
     (('--requests=nothing.jsonl',), 'nothing.jsonl')])
 def test_wrong_flags_are_told_in_one_line(tmp_path, flags, words):
