@@ -66,13 +66,7 @@ def _block(p, cfg, x, keep=None):
     h = layer_norm(p['layer_norm1'], x, cfg.layer_norm_eps)
     a, heads = p['self_attn'], cfg.num_attention_heads
     qkv = [linear(a[name], h) for name in ('q_proj', 'k_proj', 'v_proj')]
-    if keep is None:
-        h = attention(*qkv, heads, causal=True)
-    else:
-        h = jax.nn.dot_product_attention(
-            *(y.reshape(*y.shape[:2], heads, -1) for y in qkv), mask=keep[:, None, None],
-            is_causal=True).reshape(x.shape)
-    x = x + linear(a['out_proj'], h)
+    x = x + linear(a['out_proj'], attention(*qkv, heads, causal=True, keep=keep))
     h = layer_norm(p['layer_norm2'], x, cfg.layer_norm_eps)
     h = linear(p['mlp']['fc1'], h)
     return x + linear(p['mlp']['fc2'], ACTIVATIONS[cfg.hidden_act](h))

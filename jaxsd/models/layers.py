@@ -168,23 +168,29 @@ def group_norm(p, x, groups, eps):
     return (f * scale + (bias - centre * scale)).astype(x.dtype)
 
 
-def attention(q, k, v, heads, causal=False):
+def attention(q, k, v, heads, causal=False, keep=None):
     """Multi-head attention; q [B,T,C], k and v [B,S,C] -> [B,T,C] (Vaswani et al. 2017).
 
-    GPU in 16 bits: cuDNN's fused kernel. Else all scores at once where they are few (128 x 128 on
-    CPU, 1 GiB elsewhere); many are computed a head and a block of queries at a time (lax.map): a
-    score matrix that stays in the cache is several times faster on CPU, and bounds the memory.
+    keep: bool [B,S], the keys to be seen beside `causal`; None: all. GPU in 16 bits without keep:
+    cuDNN's fused kernel. CPU in float16: in float32, as XLA lacks its scores there (it widens
+    other products itself). Else all scores at once where they are few (128 x 128 on CPU, 1 GiB
+    elsewhere); many are computed a head and a block of queries at a time (lax.map): a score matrix
+    that stays in the cache is several times faster on CPU, and bounds the memory.
     """
     B, T, C = q.shape
     S, D = k.shape[1], C // heads
-    q, k, v = (a.reshape(B, -1, heads, D) for a in (q, k, v))  # [B,T,N,D]
     cpu = jax.default_backend() == 'cpu'
+    if cpu and q.dtype == jnp.float16:
+        wide = (a.astype(jnp.float32) for a in (q, k, v))
+        return attention(*wide, heads, causal, keep).astype(q.dtype)
+    q, k, v = (a.reshape(B, -1, heads, D) for a in (q, k, v))  # [B,T,N,D]
     fused = (jax.default_backend() == 'gpu' and q.dtype in (jnp.float16, jnp.bfloat16)
-             and D % 8 == 0 and D <= 256)
+             and keep is None and D % 8 == 0 and D <= 256)
     few = T * S <= 128 * 128 if cpu else B * heads * T * S <= 2**28
-    if fused or few and (causal or not cpu):
+    if fused or keep is not None or few and (causal or not cpu):
         return jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, implementation='cudnn' if fused else 'xla').reshape(B, T, C)
+            q, k, v, mask=None if keep is None else keep[:, None, None], is_causal=causal,
+            implementation='cudnn' if fused else 'xla').reshape(B, T, C)
     if causal:
         raise ValueError(f'causal attention over {T} tokens: expected at most 128 x 128 scores')
     q, k, v = (a.swapaxes(1, 2) for a in (q / math.sqrt(D), k, v))  # [B,N,T,D]

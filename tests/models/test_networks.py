@@ -124,3 +124,17 @@ def test_odd_sizes_come_back_in_their_size():
 def test_configs_hash_and_compare():
     assert hash(TINY['sd1']) == hash(dataclasses.replace(TINY['sd1']))
     assert dataclasses.replace(UNetConfig(), in_channels=9) != UNetConfig()
+
+
+@pytest.mark.parametrize('keys, causal, masked', [
+    (32, False, False), (32, True, False), (32, True, True), (1024, False, False)])
+def test_attention_in_float16_is_as_in_float32(keys, causal, masked):
+    """Though a CPU has no float16 scores of its own; large values do not overflow on the way."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 16)) * scale, jnp.float16)
+               for n, scale in ((32, 1), (keys, 1), (keys, 100)))
+    keep = jnp.asarray(rng.random((2, keys)) > 0.3).at[:, 0].set(True) if masked else None
+    half = layers.attention(q, k, v, 2, causal, keep)
+    exact = layers.attention(*(a.astype(jnp.float32) for a in (q, k, v)), 2, causal, keep)
+    assert half.dtype == jnp.float16
+    np.testing.assert_allclose(half, exact, rtol=1e-3, atol=0.05)

@@ -148,6 +148,17 @@ def test_noise_can_be_given(tiny_model):
                 jaxsd.generate(model, [request])) <= 1
 
 
+@pytest.mark.parametrize('family', ['sd1', 'sdxl'])
+def test_float16_draws_what_float32_does(tiny_model, family):
+    """With the same values in both; a CPU widens what it cannot compute in 16 bits."""
+    model, request = tiny_model(family), Request('a (red:1.2) cat', seed=7, steps=4, guidance=2)
+    half = jax.tree.map(lambda a: a.astype(jnp.float16), model.params)
+    full = jax.tree.map(lambda a: a.astype(jnp.float32), half)
+    found, expected = (jaxsd.generate(model.replace(params=p), [request]) for p in (half, full))
+    assert _far(found, expected) <= 4
+    assert np.abs(found.astype(int) - expected.astype(int)).mean() < 0.5
+
+
 def test_nan_in_weights_is_reported(tiny_model):
     model = tiny_model('sd1')
     params = {**model.params, 'unet': jax.tree.map(lambda a: a * jnp.nan, model.params['unet'])}
