@@ -9,6 +9,7 @@ SIGTERM what runs is finished.
 import os
 import pathlib
 import signal
+import socket
 import sys
 
 from absl import app, flags
@@ -29,6 +30,8 @@ def define_flags():
     flags.DEFINE_string('api_key', None, 'What clients must send, as a Bearer token or as the '
                         'password of Basic; better given as JAXSD_API_KEY, which ps does not show.')
     flags.DEFINE_boolean('insecure', False, 'Let everybody in who reaches --host, without a key.')
+    flags.DEFINE_list('hosts', [], 'Further names that clients call this machine by, for servers '
+                      'without a key.')
     flags.DEFINE_float('linger_ms', 10, 'Milliseconds that a free device waits for more pictures '
                        'where some are to be expected.', 0, 1000)
     flags.DEFINE_integer('queue', 64, 'Pictures that may wait; beyond, 429.', 1)
@@ -48,23 +51,31 @@ def run():
     key = FLAGS.api_key or os.environ.get('JAXSD_API_KEY')
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's chatter
     try:
-        from jaxsd.serve.door import LOOPBACK
+        from jaxsd.serve.middleware import LOOPBACK
         from jaxsd.serve.server import Server
     except ModuleNotFoundError as error:
         raise ImportError(f'{error.name} is missing: pip install "jaxsd[serve]"') from None
     from jaxsd.serve.a1111 import Limits
     from jaxsd.serve.app import Service, Settings
     from jaxsd.serve.metrics import Metrics
-    if FLAGS.host not in LOOPBACK and not (key or FLAGS.insecure):
+    local = FLAGS.host in LOOPBACK
+    if not local and not (key or FLAGS.insecure):
         raise ValueError(f'--host={FLAGS.host}: expected --api_key, or JAXSD_API_KEY, for a server '
                          'that others can reach; --insecure does without')
     if FLAGS.max_batch > FLAGS.queue:
         raise ValueError(f'--max_batch={FLAGS.max_batch}: expected at most --queue={FLAGS.queue}')
+    hosts = None  # a web page that leads a browser here does not know the key
+    if local or not key:
+        hosts = tuple(name.lower() for name in (*LOOPBACK, *FLAGS.hosts, *(
+            () if local else (socket.gethostname(), socket.getfqdn()))))
+    if not local and not key:
+        print(f'warning: without a key, everybody who reaches {FLAGS.host} may use this server',
+              file=sys.stderr)
     settings = Settings(
         defaults={**fields(recipe), 'wildcards': FLAGS.wildcards},
         limits=Limits(FLAGS.max_pixels, FLAGS.max_steps, FLAGS.max_batch), key=key or None,
         body=FLAGS.max_body, timeout=FLAGS.timeout, read=FLAGS.read_timeout,
-        loopback=FLAGS.host in LOOPBACK, connections=FLAGS.queue + 64)
+        hosts=hosts, addresses=not local, connections=FLAGS.queue + 64)
     metrics = Metrics(FLAGS.microbatch)
     service = Service(settings, metrics, lambda: _load(metrics))
     server = Server(service, FLAGS.host, FLAGS.port)

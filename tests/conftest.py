@@ -169,3 +169,20 @@ def visit(window, big_gallery):
     yield visit
     errors = [entry for entry in window.get_log('browser') if entry['level'] == 'SEVERE']
     assert not errors
+
+
+@pytest.fixture(scope='session')
+def many_scans():
+    """The bytes of a progressive JPEG of which one scan stands there 4,000 times."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+    file = io.BytesIO()
+    array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(array).resize((512, 512)).save(file, 'JPEG', progressive=True, quality=20)
+    data = file.getvalue()
+    starts = [i for i in range(len(data)) if data[i:i + 2] == b'\xff\xda']
+    scan = data[starts[-1]:-2]  # up to the end of the image
+    assert len(scan) < 5000
+    return data[:-2] + scan * 4000 + data[-2:]

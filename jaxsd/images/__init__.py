@@ -12,8 +12,8 @@ from jaxsd.images.fitting import (
 )
 from jaxsd.images.pose import Person, Pose, draw_pose, read_pose
 from jaxsd.images.preprocess import PREPROCESSORS, canny, depth, hint, scribble, tile
-from jaxsd.images.reading import read, read_gray
+from jaxsd.images.reading import read, read_bytes, read_gray, read_texts
 
 __all__ = ['PREPROCESSORS', 'Person', 'Pose', 'box', 'canny', 'check_sizes', 'cover', 'depth',
-           'downsample', 'draw_pose', 'feather', 'fit', 'hint', 'pad', 'paste', 'read', 'read_gray',
-           'read_pose', 'scribble', 'tile']
+           'downsample', 'draw_pose', 'feather', 'fit', 'hint', 'pad', 'paste', 'read',
+           'read_bytes', 'read_gray', 'read_pose', 'read_texts', 'scribble', 'tile']

@@ -1,6 +1,7 @@
 """Pictures and gray maps from anything that Pillow reads, and from arrays."""
 
 import contextlib
+import io
 import os
 import re
 import struct
@@ -10,7 +11,10 @@ import zlib
 import numpy as np
 
 LUMA = np.array([19595, 38470, 7471], np.float32) / 65536  # ITU-R BT.601 as Pillow has it: sum 1
+FORMATS = ('PNG', 'JPEG', 'WEBP')  # read from bytes: some others of Pillow's readers start programs
+SCANS = 200  # of a JPEG; encoders write a dozen, and each one costs as much as the whole picture
 SCALES = {np.dtype(bool): 1, np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
+ONES = [np.float32(1) / np.float32(white) for white in (255, 65535)]
 
 
 def read(source):
@@ -31,11 +35,47 @@ def read_gray(source):
     """The luminance of a picture, float32 [H,W] in [0,1], for masks and depth maps.
 
     Sources and errors are those of `read`. All 16 bits of a deep image are kept. Transparency lies
-    over black: in a mask drawn on a transparent layer what is not painted is not masked.
+    over black: in a mask drawn on a transparent layer what is not painted is not masked. Whole
+    numbers that are all 0 or 1 are taken for black and white.
     """
     colour, alpha = _planes(source)
     colour = colour * alpha
+    top = colour.max(initial=0)
+    if top in ONES and np.isin(colour, (0, top)).all():
+        colour = colour / top
     return colour[..., 0] if colour.shape[2] == 1 else colour @ LUMA
+
+
+def read_bytes(data, name, most, gray=False):
+    """`read`, or `read_gray`, of the bytes of a PNG, JPEG or WebP file.
+
+    name: what errors call it. most: pixels; a larger picture is never decoded. Raises ValueError.
+    """
+    return (read_gray if gray else read)(_open_bytes(data, name, most))
+
+
+def read_texts(data, name, most):
+    """The texts in such a file -> {keyword: text}, and EXIF's user comment as it is, or None."""
+    image = _open_bytes(data, name, most)
+    with _one_line(name):
+        _check_scans(image, name)
+        image.load()  # PNG: text may stand behind the pixels
+        texts = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+        return texts, image.getexif().get_ifd(0x8769).get(0x9286)
+
+
+def _open_bytes(data, name, most):
+    from PIL import Image
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # Pillow's own limit is another
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception:  # whatever its readers raise for bytes that somebody made up
+        raise ValueError(f'{name}: expected a picture, {", ".join(FORMATS)}; found {len(data)} '
+                         'bytes that are none') from None
+    if (pixels := image.width * image.height) > most:
+        raise ValueError(f'{name} has {pixels} pixels: expected at most {most}')
+    return image
 
 
 def _planes(source):
@@ -90,6 +130,7 @@ def _decode(image, name):
     if limit is not None and pixels > limit:
         raise _bomb(name, pixels)
     with _one_line(name):
+        _check_scans(image, name)
         image.load()
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I;16'):
@@ -100,6 +141,19 @@ def _decode(image, name):
         straight = image.convert('LA') if image.mode == 'La' else image  # no way to RGBA at once
         return np.asarray(straight.convert('RGBA'))
     return np.asarray(image.convert('L' if image.mode in ('1', 'L') else 'RGB'))
+
+
+def _check_scans(image, name):
+    """ValueError for a JPEG of so many scans that its decoding takes minutes."""
+    file = getattr(image, 'fp', None)
+    if image.format not in ('JPEG', 'MPO') or file is None:
+        return
+    at = file.tell()
+    file.seek(0)
+    scans = file.read().count(b'\xff\xda')  # never inside of a scan, whose FF are followed by 00
+    file.seek(at)
+    if scans > SCANS:
+        raise ValueError(f'it has {scans} scans, expected at most {SCANS}')
 
 
 def _gray(values, name):

@@ -6,12 +6,8 @@ Pure functions: nothing here opens a file, and no text of a request is ever take
 import base64
 import binascii
 import difflib
-import io
 import json
 import re
-import struct
-import warnings
-import zlib
 from inspect import signature
 from typing import NamedTuple
 
@@ -25,11 +21,16 @@ from jaxsd.sampling import SAMPLERS, SCHEDULES
 from jaxsd.sampling.choice import choose, one_of, unknown
 from jaxsd.serve.schemas import Img2Img, Neutral
 
-FORMATS = ('PNG', 'JPEG', 'WEBP')  # of Pillow's readers: some others start programs
 AUTOMATIC = infotext.AUTOMATIC | dict.fromkeys(infotext.BY_TIMESTEPS, 'ddim_uniform')
+# modules/sd_samplers_kdiffusion.py, sd_samplers_timesteps.py; others are k_ and k-diffusion's name.
+ALIASES = {'euler_a': 'euler_ancestral', 'dpm_2_a': 'dpm_2_ancestral', 'dpm_ad': 'dpm_adaptive',
+           'dpmpp_2s_a': 'dpmpp_2s_ancestral', 'dpmpp_2m_sde_heun': 'dpm++ 2m sde heun',
+           'ddim_cfgpp': 'ddim cfg++'}
 RESIZE = ('stretch', 'crop', 'pad')  # by resize_mode
 FILLS = ('edge', 'original', 'latent', 'latent')  # by inpainting_fill: there noise and nothing
 CHURN = {'s_churn': 0, 's_tmin': 0, 's_tmax': 0, 's_noise': 1}  # A1111's defaults, left to samplers
+
+LEAST = 1e-6  # denoising_strength 0 is one step too in A1111
 
 class Limits(NamedTuple):
     """What one request may ask for. pixels: width times height; of a picture sent, 4 times that."""
@@ -61,11 +62,12 @@ def brief(value):
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 
-def requests(body, defaults, limits, model='', vae='', refiner=''):
+def requests(body, defaults, limits, model='', vae='', refiner='', read=images.read_bytes):
     """A Body -> its Requests, with seeds that count up.
 
     defaults: arguments of Request, for what the body leaves open. model, vae, refiner: the names
-    of what is loaded. Raises ValueError for what is wrong or too much.
+    of what is loaded. read: decodes pictures, as images.read_bytes does. Raises ValueError for what
+    is wrong or too much.
     """
     given = {**defaults, 'prompt': body.prompt or '', 'negative_prompt': body.negative_prompt or ''}
     given |= {ours: getattr(body, theirs) for ours, theirs in (
@@ -84,9 +86,10 @@ def requests(body, defaults, limits, model='', vae='', refiner=''):
         if value > most:
             raise ValueError(f'{name}={value}: expected at most {most}')
     if isinstance(body, Img2Img):
-        given |= _pictures(body, limits)
+        given |= _pictures(body, limits, read)
+        given['schedule_options'] = {'convention': 'a1111', **(given.get('schedule_options') or {})}
     seed = -1 if body.seed is None else body.seed
-    seed = random_seed() if seed == -1 else seed
+    seed = random_seed() if seed == -1 else seed % (MAX_SEED + 1)  # as torch has negative ones
     first = Request(**given)
     return [first.replace(seed=(seed + i) % (MAX_SEED + 1)) for i in range(count)]
 
@@ -101,7 +104,7 @@ def _walk(body, defaults):
                  'schedule_options': {}, 'sampler_options': {}}
         if sampler == defaults.get('sampler'):
             found['sampler_options'] = defaults.get('sampler_options') or {}
-        if 'sde heun' in name.lower():
+        if 'sde heun' in _unaliased(name.lower()):
             found['sampler_options'] = {'solver_type': 'heun'}
     if body.scheduler and body.scheduler.lower() == 'automatic':
         sampler = found.get('sampler', defaults.get('sampler'))
@@ -118,7 +121,7 @@ def _walk(body, defaults):
 
 def _sampler(name):
     """A sampler's name -> ours, and that of the schedule that an old name holds, or None."""
-    low = name.lower()
+    low = _unaliased(name.lower())
     if low in infotext.SAMPLER_NAMES:
         return infotext.SAMPLER_NAMES[low], None
     for end, schedule in infotext.SCHEDULE_NAMES.items():
@@ -130,6 +133,17 @@ def _sampler(name):
     raise ValueError(f'unknown sampler {brief(name)}: did you mean '
                      f'{next(k for k in known if k.lower() == near[0])!r}? '
                      f'Known: {", ".join(known)}')
+
+
+def _unaliased(name):
+    """A1111's aliases ('k_euler_a', 'k_dpmpp_2m_ka') -> names that are known."""
+    if name in ALIASES:
+        return ALIASES[name]
+    base = name.removeprefix('k_')
+    plain = base.removesuffix('_ka')
+    if base == name or plain not in ALIASES and plain not in SAMPLERS:
+        return name
+    return f'{ALIASES.get(plain, plain)}{" karras" if plain != base else ""}'
 
 
 def _settings(settings, model, vae):
@@ -160,14 +174,16 @@ def _refiner(body, refiner):
     return {} if body.refiner_switch_at is None else {'switch': body.refiner_switch_at}
 
 
-def _pictures(body, limits):
+def _pictures(body, limits, read):
     """init_images, mask and what is done with them -> arguments of Request."""
-    found = {'image': images.read(decode(body.init_images[0], 'init_images.0', limits)),
-             'strength': 0.75 if body.denoising_strength is None else body.denoising_strength,
+    strength = 0.75 if body.denoising_strength is None else body.denoising_strength
+    image = decode(body.init_images[0], 'init_images.0')
+    found = {'image': read(image, 'init_images.0', 4 * limits.pixels),
+             'strength': max(strength, LEAST),
              'resize': RESIZE[body.resize_mode or 0]}
-    if body.mask is None:
+    if not body.mask:
         return found
-    mask = images.read_gray(decode(body.mask, 'mask', limits))
+    mask = read(decode(body.mask, 'mask'), 'mask', 4 * limits.pixels, gray=True)
     blurs = {blur for blur in (body.mask_blur_x, body.mask_blur_y) if blur is not None}
     if len(blurs) > 1 and body.mask_blur is None:
         raise ValueError(f'mask_blur_x={body.mask_blur_x}, mask_blur_y={body.mask_blur_y}: '
@@ -179,28 +195,14 @@ def _pictures(body, limits):
         body.inpaint_full_res_padding or 0, 'fill': FILLS[body.inpainting_fill or 0]}
 
 
-def decode(text, name, limits):
-    """base64 or a data: URL -> a PIL.Image, opened but not decoded, of not too many pixels.
-
-    Raises ValueError.
-    """
-    from PIL import Image
+def decode(text, name):
+    """base64 or a data: URL -> bytes. Raises ValueError."""
     head = re.match(r'\s*data:[\w/+.-]{0,64}(;[\w=.-]{0,64}){0,4},', text[:512])
     try:
-        data = base64.b64decode(re.sub(r'\s', '', text[head.end() if head else 0:]), validate=True)
+        return base64.b64decode(re.sub(r'\s', '', text[head.end() if head else 0:]), validate=True)
     except (binascii.Error, ValueError):
         raise ValueError(f'{name}: expected a picture as base64 or a data: URL (no file and no '
                          f'address is read), found {brief(text)}') from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # Pillow's own limit is far above ours
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception:  # whatever its readers raise for bytes that somebody made up
-        raise ValueError(f'{name}: expected a picture, {", ".join(FORMATS)}, of base64; found '
-                         f'{len(data)} bytes that are none') from None
-    if (pixels := image.width * image.height) > 4 * limits.pixels:
-        raise ValueError(f'{name} has {pixels} pixels: expected at most {4 * limits.pixels}')
-    return image
 
 
 def answer(body, found, texts, model=''):
@@ -233,15 +235,12 @@ def answer(body, found, texts, model=''):
             'parameters': body.model_dump() | hidden, 'info': json.dumps(info, ensure_ascii=False)}
 
 
-def png_info(text, limits):
-    """A picture as base64 -> the text that it carries: (info, items, parameters)."""
-    image = decode(text, 'image', limits)
-    try:
-        image.load()  # PNG: text may stand behind the pixels
-        items = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-        comment = image.getexif().get_ifd(0x8769).get(0x9286)
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-        raise ValueError(f'image is damaged or cut off: {error}') from None
+def png_info(text, limits, read=images.read_texts):
+    """A picture as base64 -> the text that it carries: (info, items, parameters).
+
+    read: finds it, as images.read_texts does.
+    """
+    items, comment = read(decode(text, 'image'), 'image', 4 * limits.pixels)
     if comment and 'parameters' not in items:
         items['parameters'] = infotext.comment(comment)
     info = items.pop('parameters', '')

@@ -2,22 +2,33 @@
 
 import asyncio
 import concurrent.futures
+import functools
 import json
+import multiprocessing
 import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import fastapi
 import numpy as np
+import pebble
 import prometheus_client
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from jaxsd import images
 from jaxsd.run import canvas, picture, texts
 from jaxsd.run.request import Request
 from jaxsd.serve import a1111, schemas
 from jaxsd.serve.batcher import Batcher, Busy, Stopped
-from jaxsd.serve.door import Door, Gone, Refused, read_body, refusal
+from jaxsd.serve.middleware import (
+    LOOPBACK,
+    Disconnected,
+    HTTPError,
+    Middleware,
+    error_response,
+    read_body,
+)
 
 PARTS = 8  # prompts joined by AND, the negative one too: each is one more picture for the U-Net
 TEXTS = 128  # blocks of 75 tokens that a picture's text encoders read, of all texts of all steps
@@ -28,9 +39,10 @@ class Settings(NamedTuple):
 
     defaults: arguments of Request. key: None lets everybody in. body: bytes. timeout: seconds for
     a request, queueing included. read: seconds for its head, for its body, and to take the answer.
+    decode: seconds to decode a picture that is sent.
     connections: at once; more are turned away with 503.
-    loopback: answer to names of this machine only, which keeps out web pages that a browser here
-    shows (DNS rebinding).
+    hosts: names that requests may call this server by, which keeps out web pages that have led a
+    browser here (DNS rebinding); None: any. addresses: any IP address too, which no page can fake.
     """
 
     defaults: Mapping[str, Any]
@@ -39,7 +51,9 @@ class Settings(NamedTuple):
     body: int = 2**24
     timeout: float = 300
     read: float = 30
-    loopback: bool = True
+    decode: float = 10
+    hosts: tuple | None = LOOPBACK
+    addresses: bool = False
     connections: int = 128
 
 
@@ -63,7 +77,11 @@ class Service:
         self.settings, self.metrics = settings, metrics
         self.loaded = self.failed = None
         self.tasks = {}  # {force_task_id: Job}
+        # Requests with pictures have threads of their own, and pictures are decoded in processes
+        # that end when the time is up: made-up ones keep nobody else waiting.
         self.pool = concurrent.futures.ThreadPoolExecutor(4, 'prepare')
+        self.picture_pool = concurrent.futures.ThreadPoolExecutor(4, 'pictures')
+        self.decoders = pebble.ProcessPool(2, context=multiprocessing.get_context('spawn'))
         threading.Thread(target=self._load, args=[load], daemon=True).start()
 
     def _load(self, load):
@@ -90,13 +108,28 @@ class Service:
         """Begin no more; returns when what runs is done."""
         if self.loaded is not None:
             self.loaded.batcher.stop()
+        self.decoders.stop()
+
+    def decode(self, read, data, name, *args, **options):
+        """read(data, name, ...), of jaxsd.images, in a process that has settings.decode seconds."""
+        try:
+            return self.decoders.schedule(read, [data, name, *args], options,
+                                          timeout=self.settings.decode).result()
+        except concurrent.futures.TimeoutError:
+            raise ValueError(f'{name}: could not be decoded in {self.settings.decode:g} s'
+                             ) from None
+        except pebble.ProcessExpired:
+            raise ValueError(f'{name}: could not be decoded') from None
+        except (concurrent.futures.CancelledError, RuntimeError):
+            raise Stopped('the server stops') from None
 
     def prepare(self, loaded, model, data):
         """A body's bytes -> it, its Requests, and their Job. Milliseconds: off the event loop."""
         settings, batcher = self.settings, loaded.batcher
         body = a1111.parse(model, data)
         requests = batcher.engine.resolve(a1111.requests(
-            body, settings.defaults, settings.limits, loaded.model, loaded.vae, loaded.refiner))
+            body, settings.defaults, settings.limits, loaded.model, loaded.vae, loaded.refiner,
+            functools.partial(self.decode, images.read_bytes)))
         requests = [r.replace(wildcards=None) for r in requests]  # they have had their say
         for request in requests:
             _check(request, settings.limits, batcher.engine.nets[0][0])
@@ -151,15 +184,15 @@ def _raise_failed(found):
             raise error
         if isinstance(error, Exception):
             line = str(error).strip().partition('\n')[0] or type(error).__name__
-            raise Refused(500, 'failed', f'the picture could not be made: {line}')
+            raise HTTPError(500, 'failed', f'the picture could not be made: {line}')
 
 
 def build(service):
     """A Service -> its ASGI application."""
     app = fastapi.FastAPI(title='jaxsd', docs_url=None, redoc_url=None)
-    for kind in (Refused, Gone, Stopped, Busy, ValueError, RecursionError, RequestValidationError,
-                 HTTPException, Exception):
-        app.add_exception_handler(kind, refusal)
+    for kind in (HTTPError, Disconnected, Stopped, Busy, ValueError, RecursionError,
+                 RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, error_response)
     settings = service.settings
 
     def errors(*codes):
@@ -176,7 +209,8 @@ def build(service):
         data = await read_body(request, settings)
         until = loop.time() + settings.timeout
         gone = asyncio.ensure_future(_hung_up(request))
-        prepared = loop.run_in_executor(service.pool, service.prepare, loaded, model, data)
+        pool = service.picture_pool if model is schemas.Img2Img else service.pool
+        prepared = loop.run_in_executor(pool, service.prepare, loaded, model, data)
         try:
             body, requests, job = await _first(prepared, gone, until)
             found = await _first(asyncio.wrap_future(job.future), gone, until)
@@ -203,9 +237,10 @@ def build(service):
               openapi_extra=reads(schemas.PngInfoBody))
     async def png_info(request: fastapi.Request):
         def read(data):
-            return a1111.png_info(a1111.parse(schemas.PngInfoBody, data).image, settings.limits)
+            return a1111.png_info(a1111.parse(schemas.PngInfoBody, data).image, settings.limits,
+                                  functools.partial(service.decode, images.read_texts))
         data = await read_body(request, settings)
-        found = await asyncio.get_running_loop().run_in_executor(service.pool, read, data)
+        found = await asyncio.get_running_loop().run_in_executor(service.picture_pool, read, data)
         return dict(zip(schemas.PngInfo.model_fields, found))
 
     @app.post('/sdapi/v1/interrupt', responses=errors(404, 413),
@@ -214,7 +249,7 @@ def build(service):
         name = a1111.parse(schemas.InterruptBody, await read_body(request, settings)).force_task_id
         job = service.tasks.get(name)
         if job is None or not service.loaded.batcher.cancel(job):
-            raise Refused(404, 'not_found', f'force_task_id={a1111.brief(name)}: no such task')
+            raise HTTPError(404, 'not_found', f'force_task_id={a1111.brief(name)}: no such task')
         return {}
 
     @app.get('/sdapi/v1/progress', responses=errors(422, 503))
@@ -255,7 +290,7 @@ def build(service):
         return fastapi.Response(prometheus_client.generate_latest(service.metrics.registry),
                                 media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    return Door(app, service)
+    return Middleware(app, service)
 
 
 async def _hung_up(request):
@@ -268,9 +303,9 @@ async def _first(future, gone, until):
     left = until - asyncio.get_running_loop().time()
     await asyncio.wait({future, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
     if future.cancelled():
-        raise Refused(409, 'interrupted', 'the task was interrupted')
+        raise HTTPError(409, 'interrupted', 'the task was interrupted')
     if future.done():
         return future.result()
     if gone.done():
-        raise Gone
-    raise Refused(504, 'timeout', 'the pictures were not there in time')
+        raise Disconnected
+    raise HTTPError(504, 'timeout', 'the pictures were not there in time')

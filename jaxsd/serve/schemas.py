@@ -25,7 +25,7 @@ class Neutral(BaseModel):
 
     model_config = STRICT
 
-    styles: Nothing | None = None
+    styles: list[Literal['', 'None']] | None = None
     script_name: Literal[''] | None = None
     script_args: Nothing | None = None
     alwayson_scripts: NoScripts | None = None
@@ -49,7 +49,7 @@ class Body(Neutral):
 
     prompt: Prompt | None = ''
     negative_prompt: Prompt | None = ''
-    seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] | None = -1
+    seed: Annotated[int, Field(ge=-2**63, le=MAX_SEED)] | None = -1
     steps: Annotated[int, Field(ge=1)] | None = None
     cfg_scale: float | None = None
     width: Side | None = None

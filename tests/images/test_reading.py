@@ -1,6 +1,7 @@
 """Any mode, size and type that Pillow reads, and one clear error for what is no picture."""
 
 import io
+import time
 import warnings
 
 import numpy as np
@@ -240,3 +241,31 @@ def test_bombs_without_a_limit(tmp_path, monkeypatch):
 ])
 def test_bad_sources(source, message):
     fails(message, source)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_not_decoded(many_scans, tmp_path):
+    (tmp_path / 'a.jpg').write_bytes(many_scans)
+    began = time.monotonic()
+    for read in (lambda: images.read(tmp_path / 'a.jpg'),
+                 lambda: images.read(Image.open(io.BytesIO(many_scans))),
+                 lambda: images.read_bytes(many_scans, 'it', 2**20),
+                 lambda: images.read_texts(many_scans, 'it', 2**20)):
+        with pytest.raises(ValueError, match='has 40.. scans, expected at most 200'):
+            read()
+    assert time.monotonic() - began < 3  # decoded it takes 15 s and more, each time
+    file = io.BytesIO()
+    Image.fromarray(pixels(shape=(64, 64, 3))).save(file, 'JPEG', progressive=True)
+    assert images.read_bytes(file.getvalue(), 'it', 2**20).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize('one, dtype', [(1, np.uint8), (1, np.uint16), (255, np.uint8)])
+def test_masks_of_zeros_and_ones(one, dtype):
+    """numpy masks are often 0 and 1 where pictures are 0 and 255."""
+    mask = np.zeros((4, 6), dtype)
+    mask[:, 3:] = one
+    expected = np.float32(mask > 0)
+    np.testing.assert_array_equal(images.read_gray(mask), expected)
+    if dtype == np.uint8:
+        np.testing.assert_array_equal(images.read_gray(Image.fromarray(mask)), expected)
+    dark = np.array([[0, 1, 2]], np.uint8)  # not a mask of two values
+    np.testing.assert_allclose(images.read_gray(dark), dark / np.float32(255))

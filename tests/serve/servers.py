@@ -77,6 +77,16 @@ def service(engine, identity, queue=16, load=None, **settings):
     return found
 
 
+def slow(data, name, *_):
+    """A picture that takes a minute to decode."""
+    time.sleep(60)
+
+
+def ending(data, name, *_):
+    """A picture at which the decoder dies."""
+    os._exit(3)
+
+
 @contextlib.contextmanager
 def listening(found):
     """A Service behind uvicorn in a thread -> its address."""

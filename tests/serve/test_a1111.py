@@ -11,6 +11,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 from servers import DEFAULTS
 
+from jaxsd import sampling
+from jaxsd.config import ScheduleConfig
 from jaxsd.serve import a1111, schemas
 
 LIMITS = a1111.Limits(pixels=2**14, steps=50, batch=8)
@@ -106,6 +108,49 @@ def test_pictures_and_masks():
         2, None, 'latent')
 
 
+def test_what_a1111_takes_as_unset_or_by_another_name():
+    first, second = read(seed=-2, styles=['', 'None'], n_iter=2)
+    assert (first.seed, second.seed) == (2**64 - 2, 2**64 - 1)  # torch.manual_seed(-2)
+    [r] = read(schemas.Img2Img, init_images=[png()], mask='', styles=[''])
+    assert r.mask is None
+
+
+@pytest.mark.parametrize('name, sampler, schedule', [
+    # modules/sd_samplers_kdiffusion.py and sd_samplers_timesteps.py, today's and those of 1.5
+    ('k_euler_a', 'euler_ancestral', 'normal'), ('k_euler', 'euler', 'normal'),
+    ('k_euler_ancestral', 'euler_ancestral', 'normal'), ('k_lms', 'lms', 'normal'),
+    ('k_heun', 'heun', 'normal'), ('k_dpm_2', 'dpm_2', 'karras'),
+    ('k_dpm_2_a', 'dpm_2_ancestral', 'karras'), ('k_dpm_fast', 'dpm_fast', 'normal'),
+    ('k_dpm_ad', 'dpm_adaptive', 'normal'), ('k_dpmpp_2s_a', 'dpmpp_2s_ancestral', 'karras'),
+    ('k_dpmpp_2m', 'dpmpp_2m', 'karras'), ('k_dpmpp_sde', 'dpmpp_sde', 'karras'),
+    ('k_dpmpp_2m_ka', 'dpmpp_2m', 'karras'), ('k_lms_ka', 'lms', 'karras'),
+    ('k_dpm_2_a_ka', 'dpm_2_ancestral', 'karras'), ('K_Euler_A', 'euler_ancestral', 'normal'),
+    ('k_dpmpp_2m_sde', 'dpmpp_2m_sde', 'exponential'), ('k_lcm', 'lcm', 'normal'),
+    ('ddim_cfgpp', 'euler_cfg_pp', 'normal'), ('ddim', 'ddim', 'ddim_uniform'),
+    ('plms', 'plms', 'ddim_uniform'), ('unipc', 'unipc', 'ddim_uniform'),
+    ('restart', 'restart', 'karras')])
+def test_aliases_of_samplers(name, sampler, schedule):
+    [r] = read(sampler_name=name)
+    assert (r.sampler, r.schedule) == (sampler, schedule)
+
+
+def test_the_alias_of_heun():
+    [r] = read(sampler_name='k_dpmpp_2m_sde_heun')
+    assert (r.sampler, r.sampler_options) == ('dpmpp_2m_sde', {'solver_type': 'heun'})
+
+
+@pytest.mark.parametrize('steps, strength, calls', [(20, 0.01, 1), (20, 0.0, 1), (20, 0.75, 16),
+                                                    (20, 1.0, 20), (50, 0.5, 26)])
+def test_img2img_walks_as_many_steps_as_there(steps, strength, calls):
+    """modules/sd_samplers_common.py (setup_img2img_steps): int(min(strength, 0.999) steps) + 1."""
+    [r] = read(schemas.Img2Img, init_images=[png()], steps=steps, denoising_strength=strength,
+               sampler_name='Euler')
+    assert r.schedule_options == {'convention': 'a1111'}
+    levels = sampling.schedule(r.schedule, r.steps, ScheduleConfig(), denoise=r.strength,
+                               **r.schedule_options)
+    assert len(levels) - 1 == calls
+
+
 def wide(width, height):
     """A PNG that says it is so large, and holds nothing of it."""
     def chunk(kind, data):
@@ -129,7 +174,7 @@ EPS = base64.b64encode(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n').dec
     ({'scheduler': '/etc/x.json'}, "unknown scheduler '/etc/x.json'"),
     ({'scheduler': '14.6,7,1,0'}, 'unknown scheduler'),
     ({'scheduler': ['karras']}, 'scheduler: .*valid string'),
-    ({'seed': 2**64}, 'seed'), ({'seed': -2}, 'seed'), ({'seed': 1.5}, 'seed'),
+    ({'seed': 2**64}, 'seed'), ({'seed': -2**63 - 1}, 'seed'), ({'seed': 1.5}, 'seed'),
     ({'seed': True}, 'seed'), ({'steps': '4'}, "steps: .*valid integer, found '4'"),
     ({'steps': 51}, 'steps=51: expected at most 50'), ({'steps': 0}, 'steps'),
     ({'cfg_scale': float('nan')}, 'cfg_scale: .*finite'),
@@ -138,7 +183,7 @@ EPS = base64.b64encode(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n').dec
     ({'batch_size': 3, 'n_iter': 3}, r'batch_size \* n_iter=9: expected at most 8'),
     ({'prompt': 'a' * 4001}, 'prompt: .*at most 4000'), ({'prompt': 3}, 'prompt'),
     ({'subseed_strength': 0.1}, 'subseed_strength: .*0.1: this is not supported here'),
-    ({'styles': ['a']}, 'styles: .*not supported'),
+    ({'styles': ['a']}, r'styles\.0: .*not supported'),
     ({'enable_hr': True}, 'enable_hr: .*not supported'), ({'save_images': True}, 'save_images'),
     ({'alwayson_scripts': {'controlnet': {}}}, 'alwayson_scripts'),
     ({'tiling': True}, 'tiling'), ({'script_name': 'x'}, 'script_name'),
@@ -161,7 +206,7 @@ def test_wrong_fields_are_one_clear_line(fields, message):
 @pytest.mark.parametrize('text, message', [
     ('/etc/passwd', 'no file and no address is read'), ('/etc/passwdd', 'bytes that are none'),
     ('file:///etc/passwd', 'no file'), ('http://127.0.0.1/x.png', 'no file'),
-    ('data:image/png;base64,/etc/hosts', 'no file'), ('', 'bytes that are none'),
+    ('data:image/png;base64,/etc/hosts', 'no file'), ('AAAA', 'bytes that are none'),
     ('data:text/html;base64,AAAA', 'bytes that are none'), ('\xff\u2603', 'no file'),
     ('A' * 999, 'no file'), (EPS, 'bytes that are none'), (wide(60000, 60000), 'that are none'),
     (wide(300, 300), '90000 pixels: expected at most 65536'), (CUT, 'damaged or cut off')])

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import hmac
+import ipaddress
 import time
 
 import fastapi
@@ -18,7 +19,7 @@ LOOPBACK = ('127.0.0.1', '::1', 'localhost')
 OPEN = ('/healthz',)  # without a key
 
 
-class Refused(Exception):
+class HTTPError(Exception):
     """An answer that is none: status, a word for programs, a line for people."""
 
     def __init__(self, status, error, detail, **headers):
@@ -26,7 +27,7 @@ class Refused(Exception):
         self.status, self.error, self.headers = status, error, headers
 
 
-class Gone(Exception):
+class Disconnected(Exception):
     """The client has hung up."""
 
 
@@ -34,7 +35,7 @@ async def read_body(request, settings):
     """The body's bytes, counted as they come, whatever the head says of their number."""
     kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
     if kind != 'application/json':  # which no web page can send to another host unasked
-        raise Refused(415, 'unsupported', f'content-type {brief(kind)}: expected '
+        raise HTTPError(415, 'unsupported', f'content-type {brief(kind)}: expected '
                       'application/json')
     size, parts = 0, []
     try:
@@ -46,27 +47,27 @@ async def read_body(request, settings):
                 elif size > 4 * settings.body:  # up to here, so that clients hear the answer
                     break
     except TimeoutError:
-        raise Refused(408, 'slow', f'the body took longer than {settings.read:g} s',
+        raise HTTPError(408, 'slow', f'the body took longer than {settings.read:g} s',
                       connection='close') from None
     except ClientDisconnect:
-        raise Gone from None
+        raise Disconnected from None
     if size > settings.body:
-        raise Refused(413, 'too_large', f'the body has more than {settings.body} bytes',
+        raise HTTPError(413, 'too_large', f'the body has more than {settings.body} bytes',
                       connection='close')
     return b''.join(parts)
 
 
-async def refusal(request, error):
+async def error_response(request, error):
     """An exception as an answer: {"detail": a line, "error": a word}."""
     status, word, headers = 422, 'invalid', {}
     detail = ' '.join(str(error).split())
-    if isinstance(error, Refused):
+    if isinstance(error, HTTPError):
         status, word, headers = error.status, error.error, error.headers
     elif isinstance(error, Busy):
         status, word, headers = 429, 'busy', {'retry-after': str(error.seconds)}
     elif isinstance(error, Stopped):
         status, word, headers = 503, 'unavailable', {'retry-after': '5'}
-    elif isinstance(error, Gone):  # nobody hears it
+    elif isinstance(error, Disconnected):  # nobody hears it
         status, word = 499, 'gone'
     elif isinstance(error, HTTPException):
         status, word, headers = error.status_code, 'http', dict(error.headers or {})
@@ -81,7 +82,7 @@ async def refusal(request, error):
     return fastapi.responses.JSONResponse({'detail': detail, 'error': word}, status, headers)
 
 
-class Door:
+class Middleware:
     """Who may come in, and how it went: ASGI around all routes."""
 
     def __init__(self, app, service):
@@ -102,7 +103,7 @@ class Door:
 
         try:
             refused = self._refused(scope, dict(scope['headers']))
-            answer = await refusal(None, refused) if refused else self.app
+            answer = await error_response(None, refused) if refused else self.app
             await answer(scope, receive, tell)
         finally:
             metrics, route = self.service.metrics, getattr(scope.get('route'), 'path', 'other')
@@ -111,12 +112,14 @@ class Door:
 
     def _refused(self, scope, headers):
         """Why not, or None."""
-        if self.service.settings.loopback:
+        settings = self.service.settings
+        if settings.hosts is not None:
             host = headers.get(b'host', b'').decode('latin-1')
             name, _, port = host.rpartition(':')
-            if (name if port.isdigit() else host).strip('[]').lower() not in LOOPBACK:
-                return Refused(403, 'forbidden', f'host {brief(host)}: expected a name of this '
-                               'machine')
+            name = (name if port.isdigit() else host).strip('[]').lower()
+            if name not in settings.hosts and not (settings.addresses and _is_address(name)):
+                return HTTPError(403, 'forbidden', f'host {brief(host)}: expected a name of this '
+                               'machine, or one that --hosts lists')
         if self.key is None or scope['path'] in OPEN:
             return None
         kind, _, given = headers.get(b'authorization', b'').partition(b' ')
@@ -127,5 +130,12 @@ class Door:
                 given = b''
         if kind.lower() in (b'basic', b'bearer') and hmac.compare_digest(given, self.key):
             return None
-        return Refused(401, 'unauthorized', 'expected the API key, as a Bearer token or as the '
+        return HTTPError(401, 'unauthorized', 'expected the API key, as a Bearer token or as the '
                        'password of Basic', **{'www-authenticate': 'Basic realm="jaxsd"'})
+
+
+def _is_address(name):
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
