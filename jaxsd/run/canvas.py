@@ -162,7 +162,8 @@ def arrays(model, requests, canvases, sigmas, rows, prompts):
                                   images.downsample(c.mask, factor)[..., None] for c in canvases])
         found['by_strength'] = np.array([r.mask_mode == 'strength' for r in requests])
         found['strength'] = _over_rows(
-            [r.strength * (1 - _fractions(levels)) for r, levels in zip(requests, sigmas)],
+            [max(r.strength, 1e-6) * (1 - _fractions(levels))  # above 0: black is never painted
+             for r, levels in zip(requests, sigmas)],
             sigmas, rows, 'mask_mode=strength', found['by_strength'])
     if what == 'depth':
         found['extra'] = _depths(model, requests, canvases, cell)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsd import sampling
 from jaxsd.run import canvas, texts
-from jaxsd.run.inputs import Inputs, inputs, networks, padded
+from jaxsd.run.inputs import Inputs, inputs, networks, padded, walks
 from jaxsd.run.request import resolve
 from jaxsd.run.walk import decode, stage
 from jaxsd.weights.model import Network
@@ -74,7 +74,7 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None,
 def batches(model, requests, refiner=None):
     """The resolved requests that `generate` makes together: arrays of their indices."""
     nets = [model] if refiner is None else [model, refiner]
-    kinds = [(r.sampler == 'dpm_adaptive' and r.strength > 0,  # it has no table
+    kinds = [(r.sampler == 'dpm_adaptive' and walks(r),  # it has no table
               *(texts.count(net, r) for net in nets)) for r in requests]
     return [np.flatnonzero([found == kind for found in kinds]) for kind in sorted(set(kinds))]
 

@@ -120,16 +120,21 @@ def networks(model, data):
         controlnets=tuple((name, net.config) for name, net in nets.items()))
 
 
+def walks(request):
+    """Whether a resolved request has steps: at strength 0 one by A1111's convention, else none."""
+    return request.strength > 0 or request.schedule_options.get('convention') == 'a1111'
+
+
 def _plan(request, schedule, stage=None):
     """A request's sigmas, the one that its stage starts from, and the stage's table, with A1111's
     habit for the samplers that need it."""
     options = dict(request.schedule_options)
     if request.sampler in sampling.DISCARD_PENULTIMATE['a1111']:
         options.setdefault('discard_penultimate', True)
-    if 0 < request.strength < 1:
+    if request.strength < 1:
         options = {'convention': 'diffusers', **options, 'denoise': request.strength}
     sigmas = part = np.zeros(1)
-    if request.strength > 0:
+    if walks(request):
         sigmas = part = sampling.schedule(request.schedule, request.steps, schedule, **options)
     if stage is not None:
         # As diffusers' denoising_end: a fraction of the timesteps trained on, not of the steps.

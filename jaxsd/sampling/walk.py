@@ -22,12 +22,14 @@ DISCARD_PENULTIMATE = {
 # How a walk starts part-way (image to image):
 # (steps, denoise) -> steps of the whole schedule, and how many of its last ones are walked.
 # ComfyUI: KSampler and BasicScheduler. diffusers: StableDiffusionImg2ImgPipeline.get_timesteps.
-# A1111: modules/sd_samplers_common.py (setup_img2img_steps), always one more than diffusers.
+# A1111: modules/sd_samplers_common.py (setup_img2img_steps), always one more than diffusers, so
+# that it walks one at 0.
 CONVENTIONS = {
-    'comfyui': lambda steps, denoise: (int(steps / denoise), steps),
+    'comfyui': lambda steps, denoise: (int(steps / denoise), steps) if denoise else (steps, 0),
     'diffusers': lambda steps, denoise: (steps, int(steps * denoise)),
     'a1111': lambda steps, denoise: (steps, int(steps * min(denoise, 0.999)) + 1),
 }
+MAX_TOTAL = 10_000  # steps of the whole schedule under ComfyUI's convention: its widgets' most
 
 
 def known_schedule(name):
@@ -55,8 +57,8 @@ def schedule(name, steps, config, final=None, discard_penultimate=False, denoise
     ends as it says.
     discard_penultimate: make one step more and drop the last sigma before the final one
     (see DISCARD_PENULTIMATE for who does so when).
-    denoise: the part of the noise to walk, above 0 to 1, from a picture with noise of sigmas[0]
-    added. Under convention 'comfyui' the last `steps` of int(steps / denoise) steps; under
+    denoise: the part of the noise to walk, up to 1, from a picture with noise of sigmas[0] added.
+    Under convention 'comfyui' the last `steps` of int(steps / denoise) steps, 10,000 at most; under
     'diffusers' the last int(steps * denoise) of `steps`, so that fewer come back; 'a1111' one more.
     rescale_betas_zero_snr: replaces config's. options: those of the schedule's function.
     Raises ValueError for an unknown name or option, or steps that the model cannot give.
@@ -91,12 +93,14 @@ def _part(steps, count, denoise, convention):
     """Check them -> steps of the whole schedule, and how many of its last ones are kept."""
     if not 1 <= number('steps', steps) <= count or steps != int(steps):
         raise ValueError(f'steps={steps}: expected a whole number from 1 to {count}')
-    if not 0 < number('denoise', denoise) <= 1:
-        raise ValueError(f'denoise={denoise}: expected a number above 0, at most 1')
-    total, kept = choose('convention', convention, CONVENTIONS)(int(steps), denoise)
-    if total > count or kept < 1:
-        raise ValueError(f'steps={steps} at denoise={denoise} are {kept} of {total} steps by the '
-                         f'convention {convention!r}: expected at least 1, and {count} at most')
+    if not 0 <= number('denoise', denoise) <= 1:
+        raise ValueError(f'denoise={denoise}: expected a number from 0 to 1')
+    total, kept = choose('convention', convention, CONVENTIONS)(int(steps), float(denoise))
+    if total > max(count, MAX_TOTAL) or kept < 1:
+        raise ValueError(
+            f'steps={steps} at denoise={denoise} (the strength) are {kept} of {total} steps by the '
+            f'convention {convention!r}: expected at least 1, and {MAX_TOTAL} at most; change '
+            "steps or strength, or take the convention 'a1111', which walks 1 at least")
     return total, kept
 
 

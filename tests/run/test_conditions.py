@@ -9,10 +9,11 @@ from PIL import Image
 from test_generate import _far, compilations, on_devices
 
 import jaxsd
-from jaxsd import Control, Preview, Request
+from jaxsd import Control, Preview, Request, sampling
 from jaxsd.config import ControlNetConfig, DPTConfig, ScheduleConfig, T2IAdapterConfig
 from jaxsd.models import shapes, spec
 from jaxsd.run import decode, encode
+from jaxsd.run.inputs import inputs
 from jaxsd.run.request import BUCKETS, bucket, resolve
 from jaxsd.weights import Network
 
@@ -67,6 +68,25 @@ def test_strength_0_is_the_round_trip_and_1_is_text_to_image(tiny_model):
     assert _far(images[0], np.asarray(round_trip(model.params))[0]) <= 1
     assert _far(images[2], jaxsd.generate(model, [text])[0]) <= 1
     assert min(_far(images[1], images[0]), _far(images[1], images[2])) > 5
+
+
+@pytest.mark.parametrize('convention, steps, strength, calls', [
+    ('a1111', 20, 0.01, 1), ('a1111', 20, 0.0, 1), ('a1111', 20, 0.5, 11),
+    ('comfyui', 200, 0.05, 200), ('comfyui', 20, 0.0, 0), ('diffusers', 20, 0.05, 1)])
+def test_steps_of_small_strengths(tiny_model, convention, steps, strength, calls):
+    """As many as there: A1111's setup_img2img_steps, ComfyUI's KSampler, diffusers' get_timesteps.
+    """
+    model = tiny_model('sd1')
+    request = Request('cat', seed=1, steps=steps, image=PICTURE, strength=strength,
+                      sampler='euler', schedule_options={'convention': convention})
+    rows = inputs(model, resolve([request], model.config)).rows
+    assert sampling.calls(rows) == calls
+
+
+def test_a_strength_of_no_steps_names_the_fields(tiny_model):
+    request = Request('cat', steps=20, image=PICTURE, strength=0.01)
+    with pytest.raises(ValueError, match="steps=20 .*strength.* are 0 of 20 steps.*'a1111'"):
+        jaxsd.generate(tiny_model('sd1'), [request])
 
 
 # All of them paint on PICTURE; strengths, masks, modes, fills, samplers and conventions differ.

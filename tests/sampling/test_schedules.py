@@ -145,9 +145,21 @@ def test_part_of_the_way(name, part):
                 np.testing.assert_array_equal(walk, whole[steps - count:])
 
 
+@pytest.mark.parametrize('name', ['normal', 'karras', 'exponential', 'sgm_uniform', 'kl_optimal'])
+def test_more_steps_than_timesteps(name):
+    """ComfyUI walks 200 steps at denoise 0.05: the last 200 of 4000 (comfy/samplers.py)."""
+    walk = sampling.schedule(name, 200, CONFIG, denoise=0.05)
+    np.testing.assert_array_equal(walk, np.append(sampling.SCHEDULES[name](4000, CONFIG), 0)[-201:])
+    assert len(walk) == 201 and walk[0] < 1
+
+
 def test_conventions_by_hand():
     assert {name: rule(20, 0.6) for name, rule in sampling.CONVENTIONS.items()} == {
         'comfyui': (33, 20), 'diffusers': (20, 12), 'a1111': (20, 13)}
+    assert {name: rule(20, 0.01) for name, rule in sampling.CONVENTIONS.items()} == {
+        'comfyui': (2000, 20), 'diffusers': (20, 0), 'a1111': (20, 1)}
+    assert {name: rule(20, 0.0)[1] for name, rule in sampling.CONVENTIONS.items()} == {
+        'comfyui': 0, 'diffusers': 0, 'a1111': 1}
     assert {name: rule(20, 1.0) for name, rule in sampling.CONVENTIONS.items()} == dict.fromkeys(
         sampling.CONVENTIONS, (20, 20))
 
@@ -346,12 +358,14 @@ def test_gits():
     (('lcm', 4), {'original_inference_steps': 2000}, 'from steps=4 to 1000'),
     (('normal', 10), {'final': 'one'}, "unknown final 'one'"),
     (('normal', 10), {'final': 'sigma_min'}, 'do not strictly decrease'),
-    (('normal', 10), {'denoise': 0}, 'denoise=0: expected a number above 0, at most 1'),
+    (('normal', 10), {'denoise': 0}, r'steps=10 at denoise=0 \(the strength\) are 0 of 10'),
     (('normal', 10), {'denoise': 1.5}, 'denoise=1.5'),
     (('normal', 10), {'denoise': math.nan}, 'denoise=nan'),
     (('normal', 10), {'denoise': 0.5, 'convention': 'comfy'}, "convention 'comfy'.*'comfyui'"),
     (('normal', 10), {'denoise': 0.05, 'convention': 'diffusers'}, 'are 0 of 10 steps'),
-    (('normal', 10), {'denoise': 0.005}, 'are 10 of 2000 steps'),
+    (('normal', 10), {'denoise': 0.0005}, 'are 10 of 20000 steps'),
+    (('normal', 10), {'denoise': 1e-300}, 'expected at least 1, and 10000 at most; change'),
+    (('simple', 200), {'denoise': 0.05}, 'do not strictly decrease'),  # repeated in ComfyUI
     (('9,3,0', 3), {}, 'steps=3: the list of sigmas has 2 steps'),
     (('9,3,3', 2), {}, "schedule '9,3,3': the sigmas must be finite and strictly decrease"),
     (('9,x', 1), {}, "schedule '9,x': expected sigmas"),
