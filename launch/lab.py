@@ -10,6 +10,7 @@ All take --config, --checkpoint and the recipe's fields; `python -m launch.lab s
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -22,7 +23,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from launch import generate, plain_errors
-from launch.recipe import fields, load, options
+from launch.recipe import check_length, fields, load, options, shorten
 
 FLAGS = flags.FLAGS
 DATA = pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'data'
@@ -95,13 +96,20 @@ def settings(text, known):
     """'euler, unipc(order=3)' or 'all' -> [(name, options)]."""
     if text.strip() == 'all':
         return [(name, {}) for name in known]
+    check_length(text)
+    commas, depth = [-1], 0
+    for mark in re.finditer(r'[(),]', text):
+        depth += (mark[0] == '(') - (mark[0] == ')')
+        if mark[0] == ',' and depth == 0:
+            commas.append(mark.start())
     found = []
-    for word in re.split(r',(?![^()]*\))', text):
-        match = re.fullmatch(r'\s*([^()]+?)\s*(?:\((.*)\))?\s*', word)
-        if match is None:
-            raise ValueError(f'{word.strip()!r} in {text!r}: expected a name, or a name with '
+    for start, end in itertools.pairwise([*commas, len(text)]):
+        word = text[start + 1:end].strip()
+        name, bracket, inner = word.partition('(')
+        if not name.strip() or ')' in name or bracket and not inner.endswith(')'):
+            raise ValueError(f'{shorten(word)} in {shorten(text)}: expected a name, or a name with '
                              'options such as "unipc(order=3)"')
-        found.append((match[1], options(match[2] or '')))
+        found.append((name.strip(), options(inner.removesuffix(')'))))
     return found
 
 

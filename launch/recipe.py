@@ -7,6 +7,9 @@ import pathlib
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+LONGEST = 2**16  # characters of options
+NO_LITERAL = (SyntaxError, ValueError, RecursionError, MemoryError)  # the last: nested too deeply
+
 
 def recipe(checkpoint, size, **changes):
     """A generation recipe as a locked ConfigDict; every field is a flag, `--config.steps=30`.
@@ -105,6 +108,7 @@ def options(text):
 
     Raises ValueError for anything but names with literal values.
     """
+    check_length(text)
     try:
         call = ast.parse(f'dict({text})', mode='eval').body
         names = [word.arg for word in call.keywords]
@@ -113,22 +117,34 @@ def options(text):
             raise ValueError
         return {word.arg: word.value.id if isinstance(word.value, ast.Name)
                 else ast.literal_eval(word.value) for word in call.keywords}
-    except (AttributeError, SyntaxError, ValueError):
-        raise ValueError(f'options {text!r}: expected names with values, for example '
+    except (AttributeError, *NO_LITERAL):
+        raise ValueError(f'options {shorten(text)}: expected names with values, for example '
                          '"order=3, solver_type=heun"') from None
+
+
+def check_length(text):
+    """Raises ValueError for options of more than LONGEST characters."""
+    if len(text) > LONGEST:
+        raise ValueError(f'options {shorten(text)}: expected at most {LONGEST} characters')
+
+
+def shorten(text):
+    """A text as an error tells it."""
+    return repr(text) if len(text) <= 200 else f'{text[:200]!r}... ({len(text)} characters)'
 
 
 def words(flag, text):
     """'net=a/b, scale=0.5' -> a dict; values that are no Python literals are strings, paths too."""
+    check_length(text)
     found = {}
     for part in text.split(','):
         name, equals, value = (piece.strip() for piece in part.partition('='))
         if not equals or not name.isidentifier() or name in found:
-            raise ValueError(f'{flag}="{text}": expected names with values, for example '
+            raise ValueError(f'{flag}={shorten(text)}: expected names with values, for example '
                              '"net=PATH, image=PATH, scale=0.5"')
         try:
             found[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
+        except NO_LITERAL:
             found[name] = value
     return found
 

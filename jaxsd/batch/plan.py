@@ -17,6 +17,7 @@ from jaxsd.run.infotext import tuples
 from jaxsd.run.request import MAX_SEED, PROMPTS, Control, Request
 from jaxsd.sampling.choice import one_of
 
+LONGEST = 2**17  # characters of an axis or of seeds, as of csv's cells
 MAX_PICTURES = 10**6  # of a plan, which takes 2 GB of memory; beyond is a slip
 DELIMITERS = ',;\t'  # of a CSV; spreadsheets write the others where commas are decimal points
 PATHS = ('image', 'mask', 'depth')  # relative to the file that names them
@@ -101,6 +102,7 @@ def grid(texts):
     """
     found = {}
     for text in texts:
+        _check_length('--grid', text)
         name, equals, values = (part.strip() for part in text.partition('='))
         if not equals or not values:
             raise ValueError(f'--grid={text}: expected a field and its values, for example '
@@ -112,6 +114,12 @@ def grid(texts):
             raise ValueError(f'--grid={text}: {name} has its values already')
         found[name] = _values(values)
     return found
+
+
+def _check_length(flag, text):
+    if len(text) > LONGEST:
+        raise ValueError(f'{flag}={text[:40]}...: {len(text)} characters, expected at most '
+                         f'{LONGEST}')
 
 
 def _values(text):
@@ -126,7 +134,8 @@ def _values(text):
 
 def seeds(text):
     """'7', '0-99' or '1,5,10-12' -> a list of seeds. Raises ValueError for anything else."""
-    found = []
+    _check_length('--seeds', str(text))
+    found, count = [], 0
     for part in str(text).split(','):
         ends = re.fullmatch(r'\s*(\d+)\s*(?:-\s*(\d+)\s*)?', part)
         first, last = (int(end or ends[1]) for end in ends.groups()) if ends else (1, 0)
@@ -134,7 +143,8 @@ def seeds(text):
             raise ValueError(f'--seeds={text}: expected whole numbers from 0 to 2^64 - 1 and '
                              'ranges of them, for example 0-99 or 1,5,10-12')
         found.append(range(first, last + 1))
-        if (count := sum(part.stop - part.start for part in found)) > MAX_PICTURES:
+        count += last + 1 - first
+        if count > MAX_PICTURES:
             raise ValueError(f'--seeds={text}: {count} seeds, expected at most {MAX_PICTURES}; '
                              'share them out over several runs')
     return [*itertools.chain(*found)]
@@ -224,8 +234,9 @@ def _object(line):
 
     def once(pairs):
         names = [name for name, _ in pairs]
-        wrong.extend(_Wrong(_place(line, name) + 1, f'{name!r} stands there twice')
-                     for name in names if names.count(name) > 1)
+        if twice := _twice(names):
+            name = names[twice[0]]
+            wrong.append(_Wrong(_place(line, name) + 1, f'{name!r} stands there twice'))
         return dict(pairs)
 
     def refuse(word):
@@ -240,6 +251,12 @@ def _object(line):
     if not isinstance(found, dict):
         return _Wrong(1, f'expected an object such as {{"prompt": "red apple"}}, found {line[:40]}')
     return wrong[0] if wrong else found
+
+
+def _twice(names):
+    """The places of names that stand there before."""
+    first = {}
+    return [i for i, name in enumerate(names) if name and first.setdefault(name, i) != i]
 
 
 def _rows(text, delimiter):
@@ -274,7 +291,7 @@ def _csv(data):
             wrong = _Wrong(broken[0] + 1, f'{row[broken[0]]!a} is no UTF-8')
         elif head:
             names = [name.strip() for name in row]
-            if twice := [i for i, name in enumerate(names) if name and name in names[:i]]:
+            if twice := _twice(names):
                 wrong = _Wrong(twice[0] + 1, f'{names[twice[0]]!r} stands there twice')
         elif len(row) > len(names):
             wrong = _Wrong(len(names) + 1, f'{len(row)} cells, expected at most {len(names)}')

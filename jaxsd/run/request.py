@@ -305,7 +305,7 @@ def bucket(aspect):
 
     Raises ValueError for what is no ratio, and for one that no size comes near.
     """
-    numbers = re.fullmatch(r'(\d+\.?\d*)[:x](\d+\.?\d*)', str(aspect))
+    numbers = re.fullmatch(r'(\d++\.?\d*+)[:x](\d++\.?\d*+)', str(aspect))
     width, height = map(float, numbers.groups()) if numbers else (0, 1)
     if not height / 4 <= width <= 4 * height or not height:
         raise ValueError(f'aspect={aspect!r}: expected width:height, such as 16:9, from 1:4 to 4:1')

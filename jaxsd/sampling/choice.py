@@ -8,9 +8,10 @@ import numbers
 
 def unknown(what, name, known):
     """A ValueError that names the nearest of what is known, and lists all or, of many, a few."""
+    name = str(name)[:200]
     if not known:
         return ValueError(f'unknown {what} {name!r}: there are none')
-    near = difflib.get_close_matches(str(name), list(known), n=10, cutoff=0.0)
+    near = difflib.get_close_matches(name, list(known), n=10, cutoff=0.0)
     listed = (f'Known: {", ".join(known)}' if len(known) <= 100
               else f'The nearest of {len(known)}: {", ".join(near)}')
     return ValueError(f'unknown {what} {name!r}: did you mean {near[0]!r}? {listed}')

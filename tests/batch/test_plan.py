@@ -1,8 +1,10 @@
 """Files of requests, grids and seeds; and what is said of those that cannot be read."""
 
+import contextlib
 import csv
 import io
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -202,6 +204,22 @@ def test_more_pictures_than_memory_holds():
     with pytest.raises(ValueError, match='2 requests times 100000 points of the grid times 10 '
                        'seeds: 1100000 pictures, expected at most 1000000'):
         plan.expand(items, plan.seeds('0-9'), axes)
+
+
+@pytest.mark.parametrize('piece', ['a', ' ', '(', '[', '{', '"', ',', ';', '\t', 'a,', '()', '-',
+                                   '1', '1,', '"a":1,', '{"a":', '[1],', 'a='])
+def test_a_megabyte_of_anything_is_read_in_linear_time(piece):
+    text = (piece * 10**6)[:10**6]
+    start = time.perf_counter()
+    for head in ('', 'prompt,steps\n', 'prompt\n"', '{', '{"prompt": "'):
+        for reader in (plan._text, plan._json, plan._csv):
+            list(reader(f'{head}{text}'.encode()))
+    for reader in (plan.seeds, lambda text: plan.grid([f'steps={text}'])):
+        with contextlib.suppress(ValueError):
+            reader(text[:plan.LONGEST - 10])
+        with pytest.raises(ValueError, match='characters, expected at most'):
+            reader(text)
+    assert time.perf_counter() - start < 20  # measured: 2 at most
 
 
 @pytest.mark.parametrize('text', ['', 'a', '3-1', '-1', '1,,2', str(2**64)])

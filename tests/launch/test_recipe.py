@@ -1,12 +1,16 @@
 """Options on the command line."""
 
+import contextlib
 import importlib
+import time
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from launch.recipe import complete, fields, files, options, recipe
+from jaxsd.run import request
+from launch.lab import settings
+from launch.recipe import complete, fields, files, options, recipe, words
 
 
 def test_options_are_written_like_arguments():
@@ -23,6 +27,34 @@ def test_what_is_no_option(text):
     with pytest.raises(ValueError, match='expected names with values, for example') as error:
         options(text)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('piece', ['a', ' ', '(', '[', '{', '()', '-', '"', ',', '=', 'a=1,', 'a=(',
+                                   'a,', ')', '1', '\\'])
+def test_any_text_is_read_in_linear_time(piece):
+    """Options, nested more deeply than Python reads, and more of them than a person writes."""
+    start = time.perf_counter()
+    for read in (options, lambda text: words('--control', text),
+                 lambda text: settings(text, ()), request.bucket):
+        for size in (10**6, 60_000, 300):
+            for before in ('', 'a=', 'a(', '1:'):
+                text = before + (piece * size)[:size]
+                with contextlib.suppress(ValueError):
+                    found = read(text)
+                    assert read is not options or 'a' in found or not text.strip()
+    for read in (options, lambda text: words('--control', text), lambda text: settings(text, ())):
+        with pytest.raises(ValueError, match=r'\(1000000 characters\): expected at most 65536'):
+            read((piece * 10**6)[:10**6])
+    assert time.perf_counter() - start < 20  # measured: 2
+
+
+def test_settings_of_the_lab():
+    assert settings('euler, unipc(order=3, x=(1, (2, 3))) ,heun()', ()) == [
+        ('euler', {}), ('unipc', {'order': 3, 'x': (1, (2, 3))}), ('heun', {})]
+    assert settings('all', ['a', 'b']) == [('a', {}), ('b', {})]
+    for text in ('', 'a,,b', '(order=3)', 'a(b=1', 'a)', 'a(b=1) c', 'a(b=1))'):
+        with pytest.raises(ValueError, match='expected'):
+            settings(text, ())
 
 
 def test_only_the_fields_that_were_given():
