@@ -16,6 +16,7 @@ import warnings
 from absl import app, flags
 from ml_collections import config_flags
 
+from launch import printable
 from launch.recipe import complete, fields, files, load, words
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -34,6 +35,8 @@ def define_flags():
     define_model_flags()
     flags.DEFINE_string('from', None, 'A picture to make again from what its file says, written '
                         'here or by stable-diffusion-webui; other flags change what they name.')
+    flags.DEFINE_boolean('trust', False, 'The picture of --from may name files, folders and Hub '
+                         'models; else those stand in flags.')
     flags.DEFINE_multi_string('prompt', None, 'What to draw; repeat for several pictures.')
     flags.DEFINE_string('negative_prompt', '', 'What to keep out of the pictures.')
     flags.DEFINE_string('prompt_2', None, "SDXL: another prompt for its second text encoder.")
@@ -144,7 +147,7 @@ def run():
         _note(notes)
     _check_adapters(requests, adapters)
     model, named = complete(model, requests, dtype, adapters, embeddings, device, FLAGS.strays)
-    print(f'{name}: {model.config.version}, {dtype}, on {devices} '
+    print(f'{printable(name)}: {model.config.version}, {dtype}, on {devices} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
 
     start = time.perf_counter()
@@ -165,10 +168,7 @@ def run():
             _note(['made beside pictures of another kind: the last bits may differ'])
         images, requests = images[:1], requests[:1]
     sizes = sorted({f'{image.shape[1]}x{image.shape[0]}' for image in images})
-    parts = '' if microbatch else (
-        f' (compilation {bar.compilation:.1f} s, sampling {bar.sampling:.1f} s: '
-        f'{bar.rate:.2f} steps/s, decoding {bar.decoding:.1f} s)')
-    print(f'{len(images)} picture(s) of {", ".join(sizes)} in {took:.1f} s{parts}')
+    print(f'{len(images)} picture(s) of {", ".join(sizes)} in {took:.1f} s{bar.parts()}')
 
     made = {**{name: recipe[name] for name in RECIPE},
             **{name: FLAGS[name].value for name in GIVEN if FLAGS[name].value}, **named,
@@ -188,6 +188,7 @@ def _past(recipe):
     from jaxsd.run import infotext
     past = infotext.read(path)
     _note(past.notes)
+    _check_names(past, recipe)
     if 'versions' not in past.run and not FLAGS.checkpoint and (
             config_flags.get_config_filename(FLAGS['config']) == DEFAULT):
         raise ValueError(f'{path} was made with {past.run.get("model", "a model")!r}, and does not '
@@ -201,9 +202,31 @@ def _past(recipe):
     return past
 
 
+def _check_names(past, recipe):
+    """What the picture of --from names of files and models is there as it was, and no surprise: it
+    stands in a flag or in the recipe, or --trust is given. Raises ValueError, OSError."""
+    said = config_flags.get_override_values(FLAGS['config'])
+    given = {name for name in (*GIVEN, *ASKED, 'image', 'checkpoint') if FLAGS[name].present} | {
+        *said, *fields(recipe, said)} | ({'controls'} if FLAGS['control'].present else set())
+    named = {name: value for name, value in past.named().items() if name not in given}
+    from jaxsd.run.infotext import brief
+    strange = [name for name, value in named.items() if recipe.get(name) != value]
+    if strange and not FLAGS.trust:
+        raise ValueError(
+            f'{FLAGS["from"].value} names {", ".join(f"{n}={brief(named[n])}" for n in strange)}: '
+            f'give {"them as flags" if len(strange) > 1 else "it as a flag"}, or --trust where you '
+            'know who made the picture')
+    past.check_files(named)
+
+
+MOST_NOTES = 20
+
+
 def _note(lines, kind='note'):
-    for line in filter(None, lines):
-        print(f'{kind}: {line}', file=sys.stderr)
+    lines = [line for line in lines if line]
+    more = [f'and {len(lines) - MOST_NOTES} more'] if len(lines) > MOST_NOTES else []
+    for line in [*lines[:MOST_NOTES], *more]:
+        print(f'{kind}: {printable(line)}', file=sys.stderr)
 
 
 def _programs(model, requests, refiner, devices):
@@ -331,7 +354,7 @@ def _write(picture, out, images, requests, programs, made):
 
 
 class Bar:
-    """A progress bar over model calls, and what the parts of the run took, in seconds.
+    """A progress bar over model calls, and what the parts of the run took.
 
     The bar starts when the first call is done, so that compilation does not spoil its rate.
     """
@@ -355,10 +378,14 @@ class Bar:
         if self.bar is not None:
             self.bar.close()
 
-    rate = property(lambda self: (self.calls - 1) / max(self.last - self.first, 1e-9))
-    sampling = property(lambda self: self.last - self.first)
-    compilation = property(lambda self: self.first - self.start)
-    decoding = property(lambda self: self.end - self.last)
+    def parts(self):
+        """' (compilation ... s, ...)'; '' where no call was reported, so that nothing is known."""
+        if not self.calls:
+            return ''
+        took = self.last - self.first
+        rate = f': {(self.calls - 1) / took:.2f} steps/s' if took else ''
+        return (f' (compilation {self.first - self.start:.1f} s, sampling {took:.1f} s{rate}, '
+                f'decoding {self.end - self.last:.1f} s)')
 
 
 def parse(argv):
@@ -380,12 +407,12 @@ def parse(argv):
 
 
 def warn(message, category, filename, lineno, file=None, line=None):
-    print(f'warning: {message}', file=sys.stderr)
+    print(f'warning: {printable(message)}', file=sys.stderr)
 
 
 def fail(message, code=1):
     """End with one line."""
-    print('error:', ' '.join(str(message).split()), file=sys.stderr)
+    print('error:', printable(message), file=sys.stderr)
     sys.exit(code)
 
 

@@ -9,6 +9,7 @@ from mains import ROOT, run_main
 from PIL import Image
 
 import jaxsd
+from launch.generate import Bar
 
 CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if not p.stem.startswith('train'))
 
@@ -69,6 +70,17 @@ def test_pictures_from_pictures(checkpoint, tmp_path):
             assert 'Denoising strength: 0.5' in painted.text['parameters']
             found = json.loads(painted.text['jaxsd'])['request']
             assert (found['image'], found['mask_blur']) == (f'{tmp_path}/{"ab"[i]}.png', 1)
+
+
+@pytest.mark.parametrize('calls, parts', [
+    (0, ''),  # strength 0
+    (1, r' \(compilation \d+\.\d s, sampling 0\.0 s, decoding \d+\.\d s\)'),
+    (3, r' \(compilation \d+\.\d s, sampling \d+\.\d s: \d+\.\d\d steps/s, decoding \d+\.\d s\)')])
+def test_what_the_parts_of_a_run_took(calls, parts):
+    with Bar() as bar:
+        for done in range(1, calls + 1):
+            bar(done, calls)
+    assert re.fullmatch(parts, bar.parts())
 
 
 @pytest.mark.parametrize('flags, message', [
