@@ -7,6 +7,12 @@ import sys
 logging.getLogger('jax').setLevel(logging.WARNING)
 
 
+def printable(text):
+    """Text for a terminal: on one line, with escapes for what a terminal would obey."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode()
+                   for c in ' '.join(str(text).split()))
+
+
 def plain_errors(run):
     """`run` as an absl main: one clear line and exit code 1 for whatever the user can get wrong."""
     def main(argv):
@@ -15,6 +21,6 @@ def plain_errors(run):
                 raise ValueError(f'unexpected argument {argv[1]!r}')
             run()
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
-            sys.exit(f'error: {error}')
+            sys.exit(f'error: {printable(error)}')
 
     return main

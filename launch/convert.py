@@ -19,7 +19,7 @@ import sys
 
 from absl import app, flags
 
-from launch import plain_errors
+from launch import plain_errors, printable
 from launch.recipe import words
 
 FLAGS = flags.FLAGS
@@ -55,7 +55,6 @@ def run(arguments):
         raise ValueError(f'expected {usage}; found {" ".join(arguments) or "nothing"}')
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # nothing here computes
     if command == 'inspect':
-        from jaxsd.weights.files import printable
         for label, text in describe(pathlib.Path(paths[0]).expanduser()):
             print(printable(f'{label}: {text}'))
         return

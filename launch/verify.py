@@ -57,7 +57,9 @@ def run(path):
             wrong.append(damage)
             continue
         try:
-            requests.append(Request(**infotext.read(path / record['file']).fields))
+            past = infotext.read(path / record['file'])
+            past.check_files()
+            requests.append(Request(**past.fields))
             kept.append(record)
         except (ValueError, OSError) as error:
             wrong.append(f'{record["file"]}: {error}')

@@ -1,32 +1,60 @@
 """How a picture was made, read back from its file: our own record, or what A1111 writes."""
 
 import json
+import pathlib
 import re
-import struct
-import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jaxsd import images
 from jaxsd.run import picture
-from jaxsd.run.request import Control, Request
+from jaxsd.run.request import MAX_SIDE, Control, Request
 from jaxsd.sampling import SAMPLERS, SCHEDULES
+
+# Fields of a Request, and what else is in a record, that name files, folders and models.
+PATHS = ('image', 'mask', 'depth', 'schedule', 'wildcards', 'controls')
+NAMES = ('checkpoint', 'base', 'vae', 'refiner', 'control', 'lora', 'embeddings')
 
 
 class Past(NamedTuple):
     """fields: arguments of a Request. run: what else `picture.record` was given (checkpoint,
     dtype, vae ...), empty for pictures of other programs. notes: a line for each thing that cannot
-    be honoured."""
+    be honoured. files: {path: digest} of the files that the picture was made from."""
 
     fields: dict[str, Any]
     run: dict[str, Any]
     notes: list[str]
+    files: Mapping[str, str] = MappingProxyType({})
+
+    def named(self):
+        """What of it names files, folders and models, {name of the field or of the run's: value}.
+        Whoever made the picture chose them: they may lead anywhere."""
+        fields = {name: self.fields.get(name) for name in PATHS}
+        if not isinstance(fields['wildcards'], str):  # the lists themselves
+            fields.pop('wildcards')
+        if not str(fields['schedule']).endswith('.json'):
+            fields.pop('schedule')
+        named = fields | {name: self.run.get(name) for name in NAMES}
+        return {name: value for name, value in named.items() if value}
+
+    def check_files(self, names=PATHS):
+        """Raises ValueError where a file that these fields name has changed since, and
+        FileNotFoundError where it is gone."""
+        given = [self.fields.get(name) for name in names if name != 'controls']
+        if 'controls' in names:
+            given += [control.image for control in self.fields.get('controls', ())]
+        for path in given:
+            if path in self.files and picture.digest(path) != self.files[path]:
+                raise ValueError(f'{path} has changed since the picture was made from it')
 
 
 def read(path):
-    """A picture's file -> Past.
+    """A picture's file -> Past. Opens no file but this one.
 
     A PNG of ours tells everything; of PNG, JPEG and WebP files of other programs the text is read
-    that stable-diffusion-webui (A1111) writes. Raises ValueError where there is neither, and where
-    a picture that the request follows has changed; FileNotFoundError for files that are gone.
+    that stable-diffusion-webui (A1111) writes. Raises ValueError where there is neither, and for a
+    record with values that no request and no command line takes.
     """
     texts = _texts(path)
     if 'jaxsd' in texts:
@@ -39,20 +67,12 @@ def read(path):
 
 def _texts(path):
     """The text chunks of a PNG, and the EXIF user comment as 'parameters'."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     try:
-        with Image.open(path) as file:
-            file.load()  # PNG: text may stand behind the pixels
-            texts = {key: value for key, value in file.info.items() if isinstance(value, str)}
-            exif = file.getexif().get_ifd(0x8769).get(0x9286)
+        data = pathlib.Path(path).read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f'no such file: {path}') from None
-    except UnidentifiedImageError:
-        raise ValueError(f'{path} is not an image that Pillow can read') from None
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-        if getattr(error, 'errno', None):
-            raise
-        raise ValueError(f'{path} is damaged or cut off: {error}') from None
+    texts, exif = images.read_texts(data, path, Image.MAX_IMAGE_PIXELS)
     return ({'parameters': comment(exif)} if exif else {}) | texts
 
 
@@ -70,36 +90,91 @@ def comment(value):
 # Our own record.
 
 
+MOST = 2**12  # pictures that one program makes at once
+RECORD = 2**20  # characters; Pillow reads no more either
+
+
+def _text(value):
+    return isinstance(value, str)
+
+
+def _several(value):
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _flag(value):
+    return isinstance(value, bool)
+
+
+def _whole(low, high):
+    return lambda value: type(value) is int and low <= value <= high
+
+
+RUN = {  # what `picture.record` is given beside the request, where it is given
+    **dict.fromkeys(('checkpoint', 'base', 'dtype', 'prediction', 'vae', 'refiner', 'model',
+                     'program', 'device', 'id'), _text),
+    **dict.fromkeys(('control', 'lora', 'embeddings'), _several),
+    **dict.fromkeys(('ema', 'strays'), _flag),
+    **dict.fromkeys(('batch', 'microbatch'), _whole(1, MOST)),
+    'tile': _whole(0, MAX_SIDE),
+    'hint_size': lambda value: isinstance(value, list) and list(
+        map(_whole(1, MAX_SIDE), value)) == [True, True],
+    'versions': lambda value: isinstance(value, dict) and all(map(_text, value.values())),
+}
+SURE = ('checkpoint', 'dtype', 'ema', 'tile', 'batch')  # of them, those that are never None
+
+
 def _recorded(path, text):
+    if len(text) > RECORD:
+        raise ValueError(f'{path}: its record has {len(text)} characters: expected at most '
+                         f'{RECORD}')
     try:
         run = json.loads(text)
         versions, files = run['versions'], run.pop('files', {})
         found = {name: tuples(value) for name, value in run.pop('request').items()}
         controls, image = found.pop('controls'), found['image']
         hints = [dict(control) for control in controls]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if not all(map(_text, files.values())):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f'{path}: its record is damaged, expected the JSON that this program '
                          'writes') from None
-    for name, digest in files.items():
-        if picture.digest(name) != digest:
-            raise ValueError(f'{name} has changed since {path} was made from it')
+    for name, check in RUN.items():
+        if name in run and not check(run[name]) and (run[name] is not None or name in SURE):
+            raise ValueError(f'{path}: its record is damaged: {name}={brief(run[name])}')
     notes = []
     for name in [name for name in found if name not in Request.__dataclass_fields__]:
-        notes.append(f'{name}={found.pop(name)!r}: unknown here, written by jaxsd '
+        notes.append(f'{name}={brief(found.pop(name))}: unknown here, written by jaxsd '
                      f'{versions.get("jaxsd")}')
     for name in [name for name, value in found.items() if _lost(value)]:
         notes.append(f'{name}: was given as an array, which the record does not hold')
         found[name] = None
     if image is None:
         found.pop('strength', None)  # so that an image given now has the default
-    if 'control' in run:  # how to make the hints again
-        run['hints'] = [hint['image'] for hint in hints]
-    else:
-        kept = [hint for hint in hints if not _lost(hint['image'])]
-        notes += [f'ControlNet {hint["net"]!r}: its hint was given as an array, which the record '
-                  'does not hold' for hint in hints if hint not in kept]
-        found['controls'] = tuple(Control(**hint) for hint in kept)
-    return Past(found, run, notes)
+    try:
+        if 'control' in run:  # how to make the hints again
+            run['hints'] = [hint['image'] for hint in hints]
+            if len(hints) != len(run['control']):
+                raise ValueError(f'{len(run["control"])} ControlNets and {len(hints)} hints')
+        else:
+            kept = [hint for hint in hints if not _lost(hint['image'])]
+            notes += [f'ControlNet {hint["net"]!r}: its hint was given as an array, which the '
+                      'record does not hold' for hint in hints if hint not in kept]
+            found['controls'] = tuple(Control(**hint) for hint in kept)
+        Request(**found | {'image': found['image'] or 'given later'})
+        for name in ('image', 'mask', 'depth', 'wildcards'):
+            kinds = (str, type(None), *[dict] * (name == 'wildcards'))
+            if not isinstance(found.get(name), kinds):
+                raise ValueError(f'{name}={found[name]!r}: expected a path')
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f'{path}: its record is damaged: {brief(error)}') from None
+    return Past(found, run, notes, files)
+
+
+def brief(value):
+    """What a file says, as an error or a note tells it: of one line, and not long."""
+    text = ' '.join(str(value).split())
+    return text if len(text) <= 200 else f'{text[:200]}...'
 
 
 def tuples(value):

@@ -95,7 +95,7 @@ def _pixels(path):
 def repeat(run):
     """Make a picture again and compare it with the file."""
     def check(path, *flags):
-        (again,), error = run(f'--from={path}', *flags)
+        (again,), error = run(f'--from={path}', '--trust', *flags)
         np.testing.assert_array_equal(_pixels(again), _pixels(path))
         with Image.open(again) as new, Image.open(path) as old:
             assert json.loads(new.text['jaxsd']) | {'batch': 0} == (
@@ -143,10 +143,10 @@ def test_emoji_from_pictures(run, repeat, drawn):
                      '--config.request=fill=edge, mask_blur=1')
     repeat(made)
     Image.open(drawn / 'b.png').save(drawn / 'a.png')
-    _, error = run(f'--from={made}')
+    _, error = run(f'--from={made}', '--trust')
     assert re.search('error: .*a.png has changed since .* was made from it\n$', error)
     (drawn / 'a.png').unlink()
-    _, error = run(f'--from={made}')
+    _, error = run(f'--from={made}', '--trust')
     assert re.search('error: no such file: .*a.png\n$', error)
 
 
@@ -157,13 +157,13 @@ def test_flags_beside_it(run, repeat, checkpoint, drawn):
     repeat(first)
     (other,), _ = run(f'--checkpoint={checkpoint}', '--prompt=cat', '--seed=8', *size,
                       '--config.schedule=exponential', '--negative_prompt=dog')
-    (again,), _ = run(f'--from={first}', '--seed=8')
+    (again,), _ = run(f'--from={first}', '--trust', '--seed=8')
     np.testing.assert_array_equal(_pixels(again), _pixels(other))
     with _unpainted():
-        (again,), _ = run(f'--from={first}', '--prompt=apple', '--config.steps=3',
+        (again,), _ = run(f'--from={first}', '--trust', '--prompt=apple', '--config.steps=3',
                           '--negative_prompt=', f'--image={drawn}/a.png',
                           '--config.request=weighting=none')
-        several, _ = run(f'--from={first}', '--num_images=2')
+        several, _ = run(f'--from={first}', '--trust', '--num_images=2')
     found = infotext.read(again).fields
     assert (found['prompt'], found['steps'], found['negative_prompt'], found['seed']) == (
         'apple', 3, '', 7)
@@ -177,9 +177,9 @@ def test_emoji_with_a_hint(run, repeat, drawn):
     (made,), _ = run('--prompt=cat', flag)
     repeat(made)
     Image.open(drawn / 'b.png').save(drawn / 'a.png')
-    _, error = run(f'--from={made}')
+    _, error = run(f'--from={made}', '--trust')
     assert re.search('error: .*a.png has changed since .* was made from it\n$', error)
-    run(f'--from={made}', flag)  # given anew, it may be another
+    run(f'--from={made}', '--trust', flag)  # given anew, it may be another
 
 
 def test_adapters_embeddings_and_wildcards(run, repeat, checkpoint, drawn):
@@ -210,7 +210,7 @@ def test_adapters_embeddings_and_wildcards(run, repeat, checkpoint, drawn):
     _, error = run('--prompt=<lora:style:1>', *flags[:4])
     assert "adapter 'style': expected its file as --lora=PATH" in error
     (drawn / 'loras' / 'style.safetensors').unlink()
-    _, error = run(f'--from={made}')
+    _, error = run(f'--from={made}', '--trust')
     assert re.search('error: .*style.safetensors: no such file', error)
 
 
@@ -242,7 +242,42 @@ def test_strays(run, tiny_model, tmp_path):
     with _unpainted():
         (made,), _ = run(*flags, '--strays')
         assert infotext.read(made).run['strays'] is True
-        run(f'--from={made}')
+        run(f'--from={made}', '--trust')
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'checkpoint': 'stranger/model'}, 'a.png names checkpoint=stranger/model: give it as a flag'),
+    ({'base': 'stranger/model'}, 'a.png names base=stranger/model: give it as a flag, or --trust'),
+    ({'vae': '/etc/passwd', 'refiner': 'a/b'}, 'names vae=/etc/passwd, refiner=a/b: give them as'),
+    ({'control': ['net=a/b, image=/etc/shadow']}, 'ControlNets and 0 hints'),
+    ({'lora': ['/etc'], 'embeddings': ['/root']}, "names lora=.'/etc'., embeddings=.'/root'.: "),
+    ({'request': {'image': '/etc/passwd'}}, 'names image=/etc/passwd: give it as a flag'),
+    ({'request': {'image': '/no/such/file'}}, 'names image=/no/such/file: give it as a flag'),
+    ({'request': {'wildcards': '/etc'}}, 'a.png names wildcards=/etc: give it as a flag'),
+    ({'request': {'schedule': '/etc/x.json'}}, 'a.png names schedule=/etc/x.json: give it'),
+    ({'request': {'controls': [{'net': 'a/b', 'image': '/etc/shadow'}]}}, 'a.png names controls='),
+    ({'checkpoint': 'a\x1b[2J\x07b'}, r'names checkpoint=a\\x1b\[2J\\x07b: give it as a flag'),
+    ({'checkpoint': 'x' * 9999}, 'names checkpoint=x{200}\\.\\.\\.: give it as a flag'),
+    ({'request': {'prompt': 'a' * 2**20}}, 'its record has [0-9]* characters: expected at most'),
+    ({'request': {'steps': 10**9}}, 'its record is damaged: steps'),
+    ({'request': {'width': 10**6}}, 'its record is damaged: '),
+    ({'batch': 10**9}, 'its record is damaged: batch=1000000000'),
+    ({'tile': -1}, 'its record is damaged: tile=-1'),
+    ({'dtype': 'float\x1b[31m'}, r'dtype .float\\x1b\[31m.: expected one of float32'),
+])
+def test_what_a_strangers_record_may_not_say(run, monkeypatch, drawn, change, message):
+    record = json.loads(picture.record(
+        jaxsd.Request('cat', seed=3), checkpoint=str(ROOT / 'checkpoints' / 'emoji'),
+        dtype='float32'))
+    record['request'] |= change.get('request', {})
+    path = drawn / 'a.png'
+    picture.write_png(path, np.zeros((8, 8, 3), np.uint8), {
+        'jaxsd': json.dumps(record | {k: v for k, v in change.items() if k != 'request'})})
+    if 'dtype' not in change:
+        monkeypatch.setattr(jaxsd, 'load', lambda *_, **__: pytest.fail('it looked for the model'))
+    _, error = run(f'--from={path}')
+    assert re.search(f'error: [^\n]*{message}[^\n]*\n$', error), error
+    assert error.replace('\n', '').isprintable() and len(error) < 1000
 
 
 def _foreign(path, text):
@@ -276,7 +311,7 @@ def test_versions_that_differ(run, checkpoint, tmp_path):
     text['versions']['jax'], text['device'] = '0.1', 'TPU v9'
     path = tmp_path / 'a.png'
     picture.write_png(path, np.zeros((8, 8, 3), np.uint8), {'jaxsd': json.dumps(text)})
-    (made,), error = run(f'--from={path}')
+    (made,), error = run(f'--from={path}', '--trust')
     warnings = re.findall('^warning: .*$', error, re.M)
     assert len(warnings) == 1 and 'made with jax 0.1, here' in warnings[0]
     assert 'device TPU v9, here cpu' in warnings[0]

@@ -128,8 +128,8 @@ NUMBERS = st.floats(0.01, 30)
 @settings(max_examples=300, deadline=None)
 @given(st.builds(
     Request, prompt=LINES, negative_prompt=LINES, seed=st.integers(0, 2**64 - 1),
-    steps=st.integers(1, 200), guidance=NUMBERS, width=st.integers(1, 9999),
-    height=st.integers(1, 9999), clip_skip=st.integers(1, 12),
+    steps=st.integers(1, 200), guidance=NUMBERS, width=st.integers(1, 2048),
+    height=st.integers(1, 2048), clip_skip=st.integers(1, 12),
     sampler=st.sampled_from(sorted(set(infotext.SAMPLER_NAMES.values()))),
     schedule=st.sampled_from(sorted(set(infotext.SCHEDULE_NAMES.values()) - {'lambda_uniform'}))
     | st.just((14.6, 1 / 3, 0.0)) | st.just('a b/levels.json'),
@@ -188,13 +188,16 @@ def test_files_that_changed_and_pictures_that_were_none(tmp_path):
     Image.new('RGB', (8, 8)).save(image)
     path = _record(tmp_path / 'b.png', Request(image=str(image)))
     Image.new('RGB', (8, 8)).save(image, compress_level=1)
-    infotext.read(path)  # other bytes, the same pixels
+    infotext.read(path).check_files()  # other bytes, the same pixels
     Image.new('RGB', (8, 8), 'red').save(image)
-    with pytest.raises(ValueError, match='a.png has changed since .*b.png was made from it'):
-        infotext.read(path)
+    past = infotext.read(path)
+    with pytest.raises(ValueError, match='a.png has changed since the picture was made from it'):
+        past.check_files()
+    past.check_files(['mask'])
     image.unlink()
     with pytest.raises(FileNotFoundError, match='no such file: .*a.png'):
-        infotext.read(path)
+        past.check_files()
+    assert infotext.read(path).named() == {'image': str(image)}
     request = Request(image=BLANK, controls=[Control('net', BLANK)])
     past = infotext.read(_record(path, request))
     assert past.fields['image'] is None and past.fields['controls'] == ()
@@ -207,8 +210,9 @@ def test_a_schedule_file_that_changed(tmp_path):
     path = _record(tmp_path / 'b.png', Request(schedule=levels))
     assert infotext.read(path).fields['schedule'] == str(levels)
     levels.write_text('[9, 2, 0]')
+    assert infotext.read(path).named() == {'schedule': str(levels)}
     with pytest.raises(ValueError, match='levels.json has changed'):
-        infotext.read(path)
+        infotext.read(path).check_files()
 
 
 def test_files_that_say_nothing(tmp_path):
@@ -216,13 +220,44 @@ def test_files_that_say_nothing(tmp_path):
     (tmp_path / 'text.png').write_text('no picture')
     (tmp_path / 'cut.png').write_bytes((tmp_path / 'plain.png').read_bytes()[:40])
     picture.write_png(tmp_path / 'bad.png', BLANK, {'jaxsd': '{"a": 1}'})
-    for name, message in (('plain', 'does not say how'), ('text', 'not an image'),
-                          ('cut', 'damaged|not an image'), ('bad', 'record is damaged')):
+    for name, message in (('plain', 'does not say how'), ('text', 'expected a picture'),
+                          ('cut', 'damaged|expected a picture'), ('bad', 'record is damaged')):
         with pytest.raises(ValueError, match=message) as error:
             infotext.read(tmp_path / f'{name}.png')
         assert '\n' not in str(error.value)
     with pytest.raises(FileNotFoundError, match='no such file'):
         infotext.read(tmp_path / 'none.png')
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.sampled_from([-1, 0, 2**31, 10**400, 0.5])
+    | st.text(max_size=5) | st.sampled_from(['/etc/passwd', 'a/b', '\x1b[2J', 'nan', 'x' * 999]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(
+        st.text(max_size=5) | st.sampled_from(['sha256', 'image', 'net']), values, max_size=3),
+    max_leaves=8)
+RECORD = json.loads(picture.record(
+    Request(image=BLANK, controls=[Control('net', BLANK)]), checkpoint='c', base=None, ema=False,
+    dtype='float32', tile=0, batch=1, lora=['a'], hint_size=[8, 8], id='x'))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from([(key,) for key in RECORD] + [('request', key) for key in RECORD['request']]
+                       + [('request', 'controls', 0, key) for key in ('net', 'image', 'scale')]),
+       JSON)
+def test_any_value_in_a_record_is_taken_as_a_plan_takes_it_or_is_one_line(place, value):
+    record = part = json.loads(json.dumps(RECORD))
+    *above, last = place
+    for key in above:
+        part = part[key]
+    part[last] = value
+    try:
+        past = infotext._recorded('a.png', json.dumps(record))
+    except ValueError as error:
+        assert re.fullmatch(r'a\.png: its record (is damaged|has \d+ char)[^\n]{0,250}', str(error))
+        return
+    Request(**past.fields | {'image': past.fields['image'] or 'given'})
+    for name, named in past.named().items():
+        assert isinstance(named, (str, list, tuple)), name
 
 
 def test_a_record_of_a_newer_program(tmp_path):
