@@ -37,10 +37,10 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None,
     strengths, masks and control scales may all differ. Only a new model config, dtype, size, batch
     size, number of 75-token blocks or step bucket (64 model calls, then powers of two), or a kind
     of guidance or condition switched on or off, compiles. With several local devices the batch is
-    spread over them; a picture does not depend on its neighbours. Pictures whose prompts take
-    another number of blocks, and those of dpm_adaptive, are made in batches of their own, one after
-    the other. Where only_masked or outpaint give the pictures different sizes, the result is a list
-    of them.
+    spread over them; a picture does not depend on its neighbours, but on another batch size or
+    number of devices its last bits may (1 of 255). Pictures whose prompts take another number of
+    blocks, and those of dpm_adaptive, are made in batches of their own, one after the other. Where
+    only_masked or outpaint give the pictures different sizes, the result is a list of them.
 
     on_step(done, total): called as model calls finish.
     tile: decode in tiles of this many pixels per side, for less memory; None: in one piece.

@@ -197,18 +197,23 @@ def differences(run):
 # What A1111 writes.
 
 LONGEST = 2**18  # characters; A1111 and its kin write a few thousand
-# A1111's own pairs; a run of letters is taken whole, so that one without a colon is read once.
-PAIR = re.compile(r'''[ \-/]*+(?:
-    (?P<key>\w[\w \-/]++)(?::\s*+(?P<value>"(?:\\.|[^\\"])++"(?=,|$)|[^,]*+),?+)? | .)?''',
-                  re.VERBOSE | re.DOTALL)
+# A1111's own pairs; a run of letters is taken whole, so that one without a colon is read once. A
+# line that begins with a key ends the value before it, as a comma does.
+KEY = re.compile(r'[ \-/]*+(?:(\w[\w \-/]++)(:\s*+)?|.)?', re.DOTALL)
+VALUE = re.compile(r'''("(?:\\.|[^\\"])++"(?=[,\n]|$)|(?:[^,\n]|\n(?!\w[\w \-/]++:))*+),?+''',
+                   re.DOTALL)
+STEPS, STEPS_LINE = re.compile(r'(?<!\S)Steps: *+\d'), re.compile(r'^[ \t]*+Steps: *+\d', re.M)
+TEMPLATE = re.compile(r'^(Template|Negative Template):', re.M)  # of sd-dynamic-prompts
+SETTING = re.compile(r'\b(steps|sampler|seed|cfg scale)\s*+[:=]', re.I)
 # Nothing that changes a picture, or told elsewhere in the text.
 HARMLESS = ('Version', 'Model hash', 'VAE hash', 'Lora hashes', 'TI hashes', 'Hashes', 'User',
             'Batch size', 'Batch pos', 'Init image hash', 'Downcast alphas_cumprod', 'Pad conds',
-            'Wildcard prompt', 'Wildcard negative prompt')
+            'Wildcard prompt', 'Wildcard negative prompt', 'Template', 'Negative Template',
+            'Civitai resources', 'Civitai metadata', 'Created Date')
 SAMPLER_NAMES = {name.lower(): ours for ours, name in picture.SAMPLERS.items()} | {
     name: name for name in SAMPLERS} | {
     'dpm++ 2m sde heun': 'dpmpp_2m_sde', 'heunpp2': 'heunpp2', 'er sde': 'er_sde',
-    'ddim cfg++': 'euler_cfg_pp'}
+    'ddim cfg++': 'euler_cfg_pp', 'uni_pc': 'unipc', 'uni_pc_bh2': 'unipc', 'huen': 'heun'}
 SCHEDULE_NAMES = {name.lower(): ours for ours, name in picture.SCHEDULES.items()} | {
     name: name for name in SCHEDULES} | {
     'uniform': 'normal', 'ddim uniform': 'ddim_uniform', 'align your steps gits': 'gits',
@@ -222,6 +227,7 @@ BY_TIMESTEPS = ('ddim', 'plms', 'unipc')  # whose schedule is always the same
 BROWNIAN = ('dpmpp_sde', 'dpmpp_2m_sde', 'dpmpp_3m_sde')
 HABITS = {  # what A1111 calls samplers with, where that is not their own default here
     'unipc': {'order': 3, 'variant': 'bh1'}, 'dpm_fast': {'eta': 1.0}, 'dpm_adaptive': {'eta': 1.0}}
+PROGRAMS = {'jaxsd': 'threefry', 'ComfyUI': 'torch', 'A1111': 'philox'}  # and their noise
 NOISES = {'CPU': 'torch', 'NV': 'philox', 'GPU': 'philox'}  # Philox is what CUDA draws
 EMPHASIS = {'Original': 'a1111'} | {theirs: ours for ours, theirs in picture.WEIGHTINGS.items()}
 FIELDS = {  # of A1111's keys that are fields of a Request: what they become
@@ -237,6 +243,8 @@ FIELDS = {  # of A1111's keys that are fields of a Request: what they become
     'Mask blur': lambda v: {'mask_blur': float(v)},
     'Refiner switch at': lambda v: {'switch': float(v)},
 }
+KEYS = {key.lower(): key for key in (*FIELDS, 'Sampler', 'Schedule type', 'Version')} | {
+    'scheduler': 'Schedule type'}  # as ComfyUI's savers write it
 SCHEDULE_OPTIONS = {'Schedule max sigma': ('sigma_max', float), 'Schedule rho': ('rho', float),
                     'Schedule min sigma': ('sigma_min', float)}
 SAMPLER_OPTIONS = {'Sigma churn': ('s_churn', float), 'Sigma tmin': ('s_tmin', float),
@@ -248,56 +256,101 @@ def parse(text):
     """A1111's text -> prompt, negative prompt, {key: value}, all as text.
 
     modules/infotext_utils.py (parse_generation_parameters): the last line holds the pairs, if it
-    has three. Raises ValueError for more than LONGEST characters.
+    has three. Read are also texts whose values go over several lines, to which lines of pairs were
+    added, and those that were put on one line: the pairs begin where `Steps: 20` stands last.
+    Raises ValueError for more than LONGEST characters.
     """
     if len(text) > LONGEST:
         raise ValueError(f'the text of how a picture was made has {len(text)} characters: expected '
                          f'at most {LONGEST}')
-    *lines, last = text.strip().split('\n')
-    pairs = _pairs(last)
+    text = re.sub('\r\n?', '\n', text).strip()
+    at, inline = _settings(text)
+    settings, *templates = TEMPLATE.split(text[at:])
+    pairs = _pairs(settings)
     if len(pairs) < 3:
-        lines, pairs = [*lines, last], []
+        at, inline, pairs, templates = len(text), False, [], []
+    head = text[:at]
+    if inline and not re.search('^Negative prompt:', head, re.M):
+        head = head.replace('Negative prompt:', '\nNegative prompt:', 1)
     prompt, negative = [], []
     into = prompt
-    for line in map(str.strip, lines):
+    for line in map(str.strip, head.strip().split('\n')):
         if line.startswith('Negative prompt:'):
             into, line = negative, line[16:].strip()
         into.append(line)
-    prompt, negative = ('\n'.join(some).lstrip('\n') for some in (prompt, negative))
-    return prompt, negative, {key: _unquote(value) for key, value in pairs}
+    prompt, negative = ('\n'.join(some).strip('\n') for some in (prompt, negative))
+    pairs += zip(templates[::2], map(str.strip, templates[1::2]))
+    return prompt, negative, {key: _unquote(value.strip()) for key, value in pairs}
+
+
+def _settings(text):
+    """Where A1111's pairs begin, and whether that is within a line."""
+    end = 1 + max(text.rfind('Seed:'), text.rfind('Sampler:'))  # they follow the steps
+    if lines := [found.start() for found in STEPS_LINE.finditer(text, 0, end)]:
+        return lines[-1], False
+    last = text.rfind('\n') + 1
+    first = next(iter(_pairs(text[last:])), ('',))[0]
+    if first in FIELDS or first == 'Sampler' or not STEPS.search(text, 0, end):
+        return last, False
+    return [found.start() for found in STEPS.finditer(text, 0, end)][-1], True
 
 
 def _pairs(text):
-    """A line of A1111's pairs -> [(key, value)], in linear time."""
-    return [found.group('key', 'value') for found in PAIR.finditer(text)
-            if found['value'] is not None]
+    """A1111's pairs -> [(key, value)], in linear time. A value may be JSON, as Civitai's are."""
+    found, at, structured = [], 0, True
+    while at < len(text):
+        key = KEY.match(text, at)
+        at = key.end()
+        if not key[2]:
+            continue
+        if structured and text.startswith(('[{', '{"'), at):
+            try:
+                end = json.JSONDecoder().raw_decode(text, at)[1]
+                found.append((key[1], text[at:end]))
+                at = end
+                continue
+            except (ValueError, RecursionError):
+                structured = False
+        value = VALUE.match(text, at)
+        found.append((key[1], value[1]))
+        at = value.end()
+    return found
 
 
 def _unquote(value):
     try:
-        return json.loads(value) if value[:1] == value[-1:] == '"' else value
+        return json.loads(value, strict=False) if value[:1] == value[-1:] == '"' else value
     except ValueError:
         return value
 
 
 def foreign(text):
-    """A1111's text -> Past, with a note for each pair that has no counterpart here."""
+    """A1111's text -> Past, with a note for each pair that has no counterpart here. Raises
+    ValueError where settings stand in the prompt."""
     prompt, negative, pairs = parse(text)
+    pairs = {KEYS.get(key.lower(), key): value for key, value in pairs.items()}
+    inside = {name.lower() for name in SETTING.findall(f'{prompt}\n{negative}')}
+    if 'Steps' not in pairs and len(inside) > 1:
+        raise ValueError(f'what looks like settings ({", ".join(sorted(inside))}) stands in the '
+                         'prompt: expected it at the end, as "Steps: 20, Sampler: ..., Seed: 7"')
     notes = [] if pairs else ['the text holds a prompt, but no settings']
-    ours = pairs.get('Version', '').startswith('jaxsd')
+    version = pairs.get('Version', '')
+    program = next((name for name in PROGRAMS if version.startswith(name)), 'A1111')
     run = {name.lower(): pairs.pop(name) for name in ('Model', 'VAE', 'Refiner') if name in pairs}
     hires = [key for key in pairs if key.startswith('Hires')]
     if hires:
         notes.append('Hires fix is left out: the picture comes in the size of its first pass')
         pairs = {key: pairs[key] for key in pairs if key not in (*hires, 'Denoising strength')}
     fields = {'prompt': prompt, 'negative_prompt': negative,
-              'noise': 'threefry' if ours else 'philox'}
+              'noise': PROGRAMS[program]}
+    if program == 'ComfyUI':
+        fields['weighting'] = 'comfy'
     for key in [key for key in FIELDS if key in pairs]:
         fields |= _value(FIELDS[key], key, pairs.pop(key), notes) or {}
-    fields |= _walk(pairs, ours, notes)
+    fields |= _walk(pairs, program, notes)
     if 'strength' in fields:
         notes.append('the picture that it was made from is not in the text: give it as --image')
-        if not ours:
+        if program == 'A1111':
             fields['schedule_options'] = {**fields['schedule_options'], 'convention': 'a1111'}
     notes += [f'{run[name]!r} is not known by its name alone: give its file as --{name}'
               for name in ('vae', 'refiner') if run.get(name, 'None') not in ('None', 'Automatic')]
@@ -314,7 +367,7 @@ def _value(convert, key, text, notes):
         notes.append(f'{key}: {text} is not understood')
 
 
-def _walk(pairs, ours, notes):
+def _walk(pairs, program, notes):
     """Sampler, schedule and their options -> fields of a Request; takes them out of the pairs."""
     name, kind = pairs.pop('Sampler', ''), pairs.pop('Schedule type', '')
     sampler, schedule = _sampler(name.lower())
@@ -324,17 +377,17 @@ def _walk(pairs, ours, notes):
         schedule = schedule or AUTOMATIC.get(sampler)
     elif kind:
         schedule = _value(_schedule, 'Schedule type', kind, notes)
-    if sampler in BY_TIMESTEPS and not ours:
+    if sampler in BY_TIMESTEPS and program == 'A1111':
         schedule = 'ddim_uniform'
     options = _options(pairs, SCHEDULE_OPTIONS, notes)
     options = {option: value for option, value in options.items() if value}  # 0: its own
-    if schedule == 'beta' and not ours:
+    if schedule == 'beta' and program == 'A1111':
         options['space'] = 'sigma'
-    habits = {} if ours else HABITS.get(sampler, {})
+    habits = HABITS.get(sampler, {}) if program == 'A1111' else {}
     if name.lower() == 'dpm++ 2m sde heun':
         habits = {'solver_type': 'heun'}
-    if sampler in BROWNIAN and not ours:
-        notes.append(f'{name}: A1111 takes its noise from a Brownian tree that is not repeated '
+    if sampler in BROWNIAN and program != 'jaxsd':
+        notes.append(f'{name}: {program} takes its noise from a Brownian tree that is not repeated '
                      'here: the picture differs in its details')
     known = {'sampler': sampler} if sampler else {}
     return {**known, 'schedule': schedule or 'normal', 'schedule_options': options,
@@ -348,12 +401,15 @@ def _options(pairs, table, notes):
 
 
 def _sampler(name):
-    """'dpm++ 2m karras' -> our names of the sampler and, or None, of the schedule."""
-    if name in SAMPLER_NAMES:
-        return SAMPLER_NAMES[name], None
-    for end, schedule in SCHEDULE_NAMES.items():
-        if SAMPLER_NAMES.get(name.removesuffix(' ' + end)) and name.endswith(' ' + end):
-            return SAMPLER_NAMES[name.removesuffix(' ' + end)], schedule
+    """'dpm++ 2m karras', 'dpmpp_2m_sde_gpu_karras' -> our names of the sampler and, or None, of the
+    schedule."""
+    for schedule in ('', *SCHEDULE_NAMES):
+        sampler = name.removesuffix(schedule)
+        if schedule and (sampler == name or sampler[-1:] not in ('_', ' ')):
+            continue
+        sampler = SAMPLER_NAMES.get(sampler.rstrip('_ ').removesuffix('_gpu'))
+        if sampler:
+            return sampler, SCHEDULE_NAMES.get(schedule)
     return None, None
 
 

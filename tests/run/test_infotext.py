@@ -268,6 +268,86 @@ def test_a_record_of_a_newer_program(tmp_path):
     assert 'magic' not in past.fields and past.notes[0].startswith('magic=3: unknown here')
 
 
+# How programs write the same picture: the text, and what it leaves of sampler and schedule.
+RESOURCES = json.dumps([{'type': 'checkpoint', 'modelVersionId': 7, 'modelName': 'Seed: 3, b: 4'}])
+STYLES = {
+    'a1111': '{prompt}{negative}\nSteps: {steps}, Sampler: DPM++ 2M, Schedule type: Karras, '
+             'CFG scale: {guidance}, Seed: {seed}, Size: {width}x{height}, Model: m, '
+             'Hires prompt: {quoted}, Version: v1.10.1',
+    'before 1.6': '{prompt}{negative}\nSteps: {steps}, Sampler: DPM++ 2M Karras, '
+                  'CFG scale: {guidance}, Seed: {seed}, Size: {width}x{height}',
+    'dynamic prompts': '{prompt}{negative}\nSteps: {steps}, Sampler: DPM++ 2M Karras, CFG scale: '
+                       '{guidance}, Seed: {seed}, Size: {width}x{height}, Version: v1.6.0\n'
+                       'Template: {{a|b}}, Seed: 4, Size: 9x9\nNegative Template: {prompt}',
+    'a value of lines': '{prompt}{negative}\nSteps: {steps}, Sampler: DPM++ 2M Karras, '
+                        'Detail: red\nand blue, CFG scale: {guidance}, Seed: {seed}, '
+                        'Other: a\nb,\nSize: {width}x{height}, Model: m, Version: v1.9.4',
+    'a pair a line': '{prompt}{negative}\nSteps: {steps}\nSampler: DPM++ 2M Karras\n'
+                     'CFG scale: {guidance}\nSeed: {seed}\nSize: {width}x{height}',
+    'forge': '{prompt}{negative}\nSteps: {steps}, Sampler: DPM++ 2M, Schedule type: Karras, '
+             'CFG scale: {guidance}, Distilled CFG Scale: 3.5, Seed: {seed}, '
+             'Size: {width}x{height}, Model: m, Version: f2.0.1v1.10.1-previous-659-gc055f2d4, '
+             'Module 1: a, Source: "a, b"',
+    'civitai': '{prompt}{negative}\nSteps: {steps}, CFG scale: {guidance}, Sampler: DPM++ 2M Karras'
+               ', Seed: {seed}, Size: {width}x{height}, Created Date: 2026-01-02T03:04:05.6789Z, '
+               f'Civitai resources: {RESOURCES.replace("{", "{{").replace("}", "}}")}, '
+               'Civitai metadata: {{"Steps": 3, "remixOfId": 5}}',
+    'comfyui, image saver': '{prompt}\nNegative prompt: {asked}\nSteps: {steps}, Sampler: DPM++ 2M '
+                            'Karras, CFG scale: {guidance}, Seed: {seed}, Size: {width}x{height}, '
+                            'Model: m, Hashes: {{"model":"1","LORA:x: y":"2"}}, Version: ComfyUI',
+    'comfyui, image saver of old': '{prompt}\nNegative prompt: {asked}\nSteps: {steps}, Sampler: '
+                                   'dpmpp_2m, Scheduler: karras, CFG Scale: {guidance}, Seed: '
+                                   '{seed}, Size: {width}x{height}, Version: ComfyUI',
+    'comfyui, with metadata': '{prompt}\nNegative prompt: {asked}\nSteps: {steps}, Sampler: '
+                              'dpmpp_2m_karras, CFG scale: {guidance}, Seed: {seed}, '
+                              'Size: {width}x{height}, Model: m.safetensors, '
+                              'Hashes: {{"model": "1"}}',
+}
+WORDS = st.lists(st.sampled_from([
+    'cat', 'a red', '(blue:1.2)', '<lora:x:0.5>,', ', ', 'on: it', '[a|b]', '{c', '"', '\n', '\n\n',
+    'in 20 steps: no', 'size']), max_size=8).map(lambda words: re.sub(
+        ' *\n *', '\n', ' '.join(' '.join(words).split(' '))).strip())
+
+
+@pytest.mark.parametrize('style', STYLES)
+@settings(max_examples=100, deadline=None)
+@given(WORDS, WORDS, st.integers(1, 150), st.integers(0, 2**32), st.sampled_from(['7', '4.5']),
+       st.integers(64, 2048), st.sampled_from(['as it is', 'one line', 'CRLF', 'blank lines']))
+def test_styles_of_other_programs(style, prompt, negative, steps, seed, guidance, width, how):
+    if how == 'one line':
+        prompt, negative = (' '.join(text.split()) for text in (prompt, negative))
+    text = STYLES[style].format(
+        prompt=prompt, asked=negative, negative=negative and f'\nNegative prompt: {negative}',
+        steps=steps, seed=seed, guidance=guidance, width=width, height=512,
+        quoted=json.dumps('a\nb, c: d'))
+    if how == 'one line':
+        if style == 'dynamic prompts':  # nothing tells where its lines were
+            return
+        text = ' '.join(text.split('\n'))
+        if style == 'a pair a line':
+            with pytest.raises(ValueError, match='looks like settings'):
+                infotext.foreign(text)
+            return
+    past = infotext.foreign({'CRLF': text.replace('\n', '\r\n'), 'blank lines': re.sub(
+        '\n(Negative prompt:|Steps:)', r'\n\n\1', text)}.get(how, text))
+    comfy = 'Version: ComfyUI' in text
+    assert past.fields == dict(
+        prompt=prompt, negative_prompt=negative, steps=steps, seed=seed, guidance=float(guidance),
+        width=width, height=512, sampler='dpmpp_2m', schedule='karras', sampler_options={},
+        schedule_options={}, noise='torch' if comfy else 'philox',
+        **{'weighting': 'comfy'} if comfy else {})
+    Request(**past.fields)
+
+
+@pytest.mark.parametrize('text', [
+    'cat, steps=20, seed=4, sampler=euler', 'cat\nsampler: Euler | steps: 20 | seed: 4',
+    'cat\nNegative prompt: dog, Sampler: Euler, Seed: 5\nb, cc: 4, dd: 5, ee: 6'])
+def test_settings_in_a_prompt_are_an_error(text):
+    with pytest.raises(ValueError, match=r'settings \([a-z, ]*seed[a-z, ]*\) stands in the prompt'):
+        infotext.foreign(text)
+    infotext.parse(text)
+
+
 A1111_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
@@ -279,7 +359,8 @@ def test_pairs_are_those_of_a1111s_own_pattern(text):
 
 @pytest.mark.parametrize('piece', [
     'a', '1', '_', ' ', '-', '/', '"', '\\', ':', ',', 'a:', 'ab:', 'ab:"', 'ab:"\\"', 'ab: 1,',
-    'a, b', '\n', 'Negative prompt: ', 'ab: 1, cd: 2, ef: 3\n'])
+    'a, b', '\n', '\nab', '[{', '{"a":', 'ab: [{"', 'ab: [[{', 'ab: {"":0}', 'Steps: 1 ',
+    '\nSteps: 1', 'Seed: ', '\nTemplate: ', 'steps=', 'Negative prompt: ', 'ab: 1, cd: 2, ef: 3\n'])
 def test_a_text_is_read_in_linear_time(piece):
     start = time.monotonic()
     text = (piece * 10**6)[:infotext.LONGEST - 40]
