@@ -293,20 +293,22 @@ def _detect(file, prediction_type=None, size=None):
     """
     _refuse_others(file.path, file.shapes)
 
-    stored = {names.in_single(name): squeeze(shape) for name, shape in file.shapes.items()}
+    stored = {names.in_single(name): shape for name, shape in file.shapes.items()}
+    squeezed = {name: squeeze(shape) for name, shape in stored.items()}
 
     def agreement(version):
         config = read_config(version).replace(depth_estimator=None)  # a file may lack it
         shapes = spec(config)
-        expected = {place.name: squeeze(place.shape(shapes[part][name]))
+        expected = {place.name: place.shape(shapes[part][name])
                     for part, table in names.places(config, shapes, stored).items()
                     for name, place in table.items()}
-        same = sum(stored.get(name) == shape for name, shape in expected.items())
-        return same / len(expected)
+        same = sum(squeezed.get(name) == squeeze(shape) for name, shape in expected.items())
+        exact = sum(stored.get(name) == shape for name, shape in expected.items())
+        return same / len(expected), exact / len(expected)  # 1x1 convolutions or matrices
 
     scores = {version: agreement(version) for version in CANDIDATES}
     best = max(scores, key=scores.get)  # the first one of equals
-    if scores[best] < 0.25:
+    if scores[best][0] < 0.25:
         raise ValueError(printable(
             f'{file.path}: not a Stable Diffusion checkpoint that jaxsd knows; expected the '
             'tensors of 1.x, 2.x, the x4 upscaler, SDXL or its refiner (model.diffusion_model.*, '

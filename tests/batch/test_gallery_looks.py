@@ -144,7 +144,8 @@ def test_pictures_of_all_sizes(visit, tmp_path):
         size = [record['request'][name] for name in ('width', 'height')]
         image = np.zeros((*size[::-1], 3), np.uint8)
         files = {'file': picture.png(image), 'thumb': picture.thumbnail(image)}
-        record |= {'width': size[0], 'height': size[1], 'thumb': record['file'] + '.webp'}
+        record |= {'width': size[0], 'height': size[1], 'thumb': record['file'].replace(
+            'pictures', 'thumbs').replace('.png', '.webp')}
         for name, data in files.items():
             if data is None:
                 del record[name]

@@ -378,5 +378,5 @@ def test_bad_input(arguments, options, match):
 
 
 def test_unknown_beta_schedule():
-    with pytest.raises(ValueError, match='unknown beta schedule'):
+    with pytest.raises(ValueError, match="beta_schedule='sqrt' is not implemented; expected one"):
         sampling.betas(dataclasses.replace(CONFIG, beta_schedule='sqrt'))
