@@ -290,7 +290,8 @@ def _settings(text):
         return lines[-1], False
     last = text.rfind('\n') + 1
     first = next(iter(_pairs(text[last:])), ('',))[0]
-    if first in FIELDS or first == 'Sampler' or not STEPS.search(text, 0, end):
+    others = {*FIELDS, 'Sampler'} - {'Steps'}
+    if first in others or not STEPS.search(text, 0, end):
         return last, False
     return [found.start() for found in STEPS.finditer(text, 0, end)][-1], True
 
