@@ -19,7 +19,7 @@ _WHERE = {
                      'load_t2i_adapter', 'load_depth_estimator', 'load_embedding', 'Embedding',
                      'load_adapter', 'Adapter', 'merge', 'save_network'), 'jaxsd.weights'),
     'read_config': 'jaxsd.config', 'ModelConfig': 'jaxsd.config', 'versions': 'jaxsd.config',
-    'generate': 'jaxsd.run', 'Request': 'jaxsd.run', 'Control': 'jaxsd.run', 'Preview': 'jaxsd.run',
+    **dict.fromkeys(('generate', 'Engine', 'Request', 'Control', 'Preview'), 'jaxsd.run'),
 }
 __all__ = sorted(_WHERE)
 

@@ -1,6 +1,11 @@
 """Command lines: absl mains over jaxsd, each run with `python -m launch.<name>`."""
 
+import hashlib
 import logging
+import os
+import pathlib
+import platform
+import re
 import sys
 
 # absl prints INFO to stderr, where jax reports every backend that this machine does not have.
@@ -13,12 +18,34 @@ def printable(text):
                    for c in ' '.join(str(text).split()))
 
 
+def keep_programs(folder=None):
+    """Have JAX keep compiled programs in a folder, where it is not imported yet; '': do not.
+
+    None: jaxsd/programs in the user's cache folder. At most 4 GiB, those used least go first. Apart
+    for each kind of processor, for which XLA compiles; what JAX_COMPILATION_CACHE_DIR says wins.
+    """
+    if 'jax' in sys.modules or folder == '':
+        return
+    home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+    try:
+        told = pathlib.Path('/proc/cpuinfo').read_text()
+        processor = re.search('^(flags|Features).*$', told, re.M)[0]
+    except (OSError, TypeError):
+        processor = platform.processor()
+    kind = f'{platform.machine()}-{hashlib.sha256(processor.encode()).hexdigest()[:8]}'
+    folder = pathlib.Path(folder or pathlib.Path(home) / 'jaxsd' / 'programs').expanduser() / kind
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
+    os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', str(2**32))
+
+
 def plain_errors(run):
     """`run` as an absl main: one clear line and exit code 1 for whatever the user can get wrong."""
     def main(argv):
         try:
             if len(argv) > 1:
                 raise ValueError(f'unexpected argument {argv[1]!r}')
+            keep_programs()
             run()
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             sys.exit(f'error: {printable(error)}')

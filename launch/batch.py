@@ -65,9 +65,9 @@ def run():
     done = finished(told=process == 0)
     _barrier('plan')  # nobody writes before all have read
     jobs = runner.jobs(maker, identity, requests, done)
-    mine = runner.pack(jobs, maker.capacity)[process::processes]
+    mine = runner.in_order(jobs)[process::processes]
     print(f'{len(requests)} requests: {len(done)} pictures are there, {len(jobs)} to make'
-          + (f', {sum(map(len, mine))} of them here' if processes > 1 else ''), file=sys.stderr)
+          + (f', {len(mine)} of them here' if processes > 1 else ''), file=sys.stderr)
     code = _make(maker, folder, how, mine, process)
     _barrier('end')
     if process == 0:
@@ -129,7 +129,7 @@ def keep_bad(folder, bad):
         folder.fail(f'{source}', error, {'request': {}})
 
 
-def _make(maker, folder, how, packed, process):
+def _make(maker, folder, how, jobs, process):
     """Make the pictures, with a bar, and a gallery now and then -> exit code."""
     from tqdm import tqdm
 
@@ -158,8 +158,8 @@ def _make(maker, folder, how, packed, process):
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     runner = Runner(maker, folder, how, on_done)
     try:
-        with tqdm(total=sum(map(len, packed)), unit='picture', smoothing=0.05) as bar:
-            made, failed = runner.run(packed)
+        with tqdm(total=len(jobs), unit='picture', smoothing=0.05) as bar:
+            made, failed = runner.run(jobs)
     except OSError as error:
         raise OSError(f'{error}: {runner.made} pictures made by now are safe; when the folder can '
                       'be written again, the same command makes the rest') from None
@@ -190,10 +190,9 @@ def _barrier(name):
 
 def _dry_run(maker, identity, requests, bad):
     """Print what there is to do, and what it takes -> exit code."""
-    from jaxsd.batch import runner
+    from jaxsd.batch import cost, runner
     done = finished() if FLAGS.out else set()
     jobs = runner.jobs(maker, identity, requests, done)
-    packed = runner.pack(jobs, maker.capacity)
     failing = [job for job in jobs if job.error is not None]
     print(f'{len(requests)} requests, {len(done)} pictures are there, {len(jobs)} to make'
           f'{f", {len(failing)} of which cannot be made" if failing else ""}')
@@ -201,17 +200,15 @@ def _dry_run(maker, identity, requests, bad):
         print(f'  {job.request.prompt!r}, seed {job.request.seed}: {job.error}')
     for source, error in bad:
         print(f'left out: {source}: {error}')
-    for kind in sorted({job.kind for job in jobs if job.error is None}):
-        batches = [batch for batch in packed if batch[0].kind == kind]
-        some = [job for batch in batches for job in batch]
-        before, call, memory = maker.cost(some[0].request, kind)
+    for kinds in sorted({job.kinds for job in jobs if job.error is None}):
+        some = [job for job in jobs if job.kinds == kinds]
+        before, call, memory = cost.of(maker, some[0].request)
         calls = sum(job.calls for job in some)
-        slots = sum(max(job.calls for job in batch) for batch in batches) * maker.capacity
         work = (len(some) * before + calls * call) / 1e12
-        print(f'{kind.width}x{kind.height}, program {"+".join(kind.programs)}: {len(some)} '
-              f'pictures in {len(batches)} microbatches of {maker.capacity}; {calls} model calls '
-              f'({calls / slots:.0%} of those computed), {work:.4g} TFLOP; '
-              f'{memory / 2**30:.2f} GiB on each device')
+        print(f'{kinds[0].width}x{kinds[0].height}, program '
+              f'{"+".join(kind.shapes for kind in kinds)}: {len(some)} pictures, {maker.capacity} '
+              f'at a time; {calls} model calls, {work:.4g} TFLOP; {memory / 2**30:.2f} GiB on each '
+              'device')
     return 3 * bool(bad or failing)
 
 

@@ -191,10 +191,11 @@ def measure_requests(count=256, few=(10, 12, 15, 18, 20, 22, 25, 30)):
     import jaxsd
     from configs import emoji
     from jaxsd.batch import folder, runner
-    from jaxsd.batch.engine import Engine
     from jaxsd.batch.identity import Identity
+    from jaxsd.run import Engine
     model = jaxsd.load(emoji.CHECKPOINT)
-    engine, identity = Engine(model, microbatch=16), Identity(model, microbatch=16)
+    engine = Engine(model)
+    identity = Identity(model, slots=engine.slots)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(
         emoji.CHECKPOINT, safety_checker=None, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
@@ -209,8 +210,8 @@ def measure_requests(count=256, few=(10, 12, 15, 18, 20, 22, 25, 30)):
     def ours(some):
         with tempfile.TemporaryDirectory() as path:
             run = folder.Folder(path)
-            packed = runner.pack(runner.jobs(engine, identity, some), engine.capacity)
-            assert runner.Runner(engine, run, {}).run(packed) == (count, 0)
+            jobs = runner.jobs(engine, identity, some)
+            assert runner.Runner(engine, run, {}).run(jobs) == (count, 0)
             run.close()
 
     def theirs(some, most=16):

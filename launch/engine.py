@@ -16,8 +16,8 @@ FLAGS = flags.FLAGS
 def define_flags():
     """Which model, and how much of it at once; not at import: other mains have flags so named."""
     generate.define_model_flags()
-    flags.DEFINE_integer('microbatch', 8, 'Pictures that a device makes at once; other numbers may '
-                         'change their last bits.', lower_bound=1)
+    flags.DEFINE_integer('slots', None, 'Pictures that a program denoises at once, 1 on CPU and 8 '
+                         'elsewhere if left out; other numbers may change their last bits.', 1)
     flags.DEFINE_enum('weights', 'auto', ['auto', 'replicated', 'sharded'], 'Whole on each device, '
                       'or spread over those of a host and gathered layer by layer; auto: where '
                       'they would fill more than three quarters of a device.')
@@ -31,7 +31,7 @@ def describe():
                if FLAGS[name].value},
             **{name: [f'{key}={path}' for key, path in files(
                 f'--{name}', FLAGS[name].value or ()).items()] for name in ('lora', 'embeddings')},
-            'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'microbatch': FLAGS.microbatch,
+            'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'slots': FLAGS.slots,
             'weights': FLAGS.weights}
 
 
@@ -39,8 +39,8 @@ def build(how, requests=None, devices=None):
     """-> Engine, Identity, and `how` with what it came to: dtype, the model's name, the settings
     that ids are made of, and of LoRAs and embeddings those that the requests name (None: all)."""
     import jaxsd
-    from jaxsd.batch.engine import Engine
     from jaxsd.batch.identity import Identity
+    from jaxsd.run import Engine
     start = time.perf_counter()
     recipe = SimpleNamespace(**how)
     strays = how.get('strays', False)
@@ -50,13 +50,14 @@ def build(how, requests=None, devices=None):
     refiner = load(recipe, how['refiner'], strays=strays)[0] if how.get('refiner') else None
     adapters, embeddings = (files(f'--{flag}', how[flag]) for flag in ('lora', 'embeddings'))
     model, named = complete(model, requests, dtype, adapters, embeddings, strays=strays)
-    shape = {'microbatch': how['microbatch'], 'tile': how['tile'] or None}
+    tile = how['tile'] or None
     spread = how['weights'] == 'sharded' or how['weights'] == 'auto' and not _fits(model, refiner)
-    engine = Engine(model, refiner, devices=devices, spread=spread, **shape)
-    identity = Identity(model, refiner, spread=len(engine.devices) if spread else None, **shape)
+    engine = Engine(model, refiner, how['slots'], tile, devices, spread)
+    identity = Identity(model, refiner, slots=engine.slots, tile=tile,
+                        spread=len(engine.devices) if spread else None)
     print(f'{name}: {model.config.version}, {dtype}, on {len(engine.devices)} device(s), loaded in '
           f'{time.perf_counter() - start:.1f} s', file=sys.stderr)
-    return engine, identity, how | named | {'dtype': dtype, 'model': name,
+    return engine, identity, how | named | {'dtype': dtype, 'model': name, 'slots': engine.slots,
                                             'settings': identity.settings}
 
 

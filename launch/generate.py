@@ -16,7 +16,7 @@ import warnings
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import printable
+from launch import keep_programs, printable
 from launch.recipe import complete, fields, files, load, words
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -81,6 +81,9 @@ def define_model_flags():
         'repeat for several.')
     flags.DEFINE_boolean('strays', False, 'Leave out tensors of the checkpoint, and layers of '
                          'LoRAs, that are not the model\'s, with a warning.')
+    flags.DEFINE_string('compilation_cache', None, 'A folder for compiled programs, so that the '
+                        'next start has them; jaxsd/programs in the user\'s cache folder if left '
+                        'out, "" for none.')
     flags.DEFINE_multi_string('embeddings', None, 'A textual inversion, "[name=]PATH", or a folder '
                               'of them, for their names in prompts; repeat for several.')
 
@@ -94,6 +97,7 @@ def guarded(run):
         try:
             if len(argv) > 1:
                 fail(f'unexpected argument {argv[1]!r}: give prompts as --prompt="{argv[1]}"', 2)
+            keep_programs(FLAGS.compilation_cache if 'compilation_cache' in FLAGS else None)
             return run()
         except (ValueError, OSError, ImportError) as error:
             fail(error)
@@ -124,20 +128,14 @@ def run():
     import jax
 
     import jaxsd
-    from jaxsd.batch.engine import Engine
-    from jaxsd.run import replicated, resolve
-    devices = jax.local_device_count()
-    alone = past is not None and len(requests) == 1
-    microbatch = past.run.get('microbatch') if alone else None  # launch.batch and launch.serve
-    if alone:  # in a program of as many pictures per device as it was made in
-        batch = past.run.get('batch', 1)
-        requests *= batch * devices if batch > 1 else 1
-    device = replicated() if len(requests) > 1 else None
-    model, name, dtype = load(recipe, FLAGS.checkpoint, device, FLAGS.strays)
+    from jaxsd.run import resolve
+    from jaxsd.run.generate import slots_for
+    slots = (past and past.run.get('slots')) or slots_for(len(requests))
+    model, name, dtype = load(recipe, FLAGS.checkpoint, strays=FLAGS.strays)
     if FLAGS.vae:
-        model = model.with_vae(jaxsd.load_vae(FLAGS.vae, dtype, device=device))
-    refiner = load(recipe, FLAGS.refiner, device, FLAGS.strays)[0] if FLAGS.refiner else None
-    preview = _preview(picture, out, jaxsd.load_vae(FLAGS.preview, dtype, device=device)
+        model = model.with_vae(jaxsd.load_vae(FLAGS.vae, dtype))
+    refiner = load(recipe, FLAGS.refiner, strays=FLAGS.strays)[0] if FLAGS.refiner else None
+    preview = _preview(picture, out, jaxsd.load_vae(FLAGS.preview, dtype)
                        ) if FLAGS.preview else None
     requests = resolve(requests, model.config)
     if past and 'versions' in past.run:
@@ -146,36 +144,25 @@ def run():
         requests, notes = infotext.fit(requests, model.config)
         _note(notes)
     _check_adapters(requests, adapters)
-    model, named = complete(model, requests, dtype, adapters, embeddings, device, FLAGS.strays)
-    print(f'{printable(name)}: {model.config.version}, {dtype}, on {devices} '
+    model, named = complete(model, requests, dtype, adapters, embeddings, strays=FLAGS.strays)
+    print(f'{printable(name)}: {model.config.version}, {dtype}, on {jax.local_device_count()} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
 
     start = time.perf_counter()
     with Bar() as bar:
-        if microbatch is not None:
-            images = Engine(model, refiner, microbatch, recipe.tile or None).make(requests)
-        else:
-            images = jaxsd.generate(model, requests, on_step=bar, tile=recipe.tile or None,
-                                    refiner=refiner, preview=preview)
+        images = jaxsd.generate(model, requests, on_step=bar, tile=recipe.tile or None,
+                                refiner=refiner, preview=preview, slots=slots)
     took = time.perf_counter() - start
-    programs = [{'microbatch': microbatch}]
-    if microbatch is None:
-        programs = _programs(model, requests, refiner, devices)
-    if alone and microbatch is None:
-        before = past.run.get('program')
-        programs = [{**programs[0], 'program': before and _program(model, requests)}]
-        if past.fields.items() <= vars(requests[0]).items() and before != programs[0]['program']:
-            _note(['made beside pictures of another kind: the last bits may differ'])
-        images, requests = images[:1], requests[:1]
     sizes = sorted({f'{image.shape[1]}x{image.shape[0]}' for image in images})
     print(f'{len(images)} picture(s) of {", ".join(sizes)} in {took:.1f} s{bar.parts()}')
 
     made = {**{name: recipe[name] for name in RECIPE},
             **{name: FLAGS[name].value for name in GIVEN if FLAGS[name].value}, **named,
-            'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'dtype': dtype, 'model': name}
+            'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'dtype': dtype, 'model': name,
+            'slots': slots}
     if FLAGS.control:
         made['hint_size'] = hint_size
-    for path in _write(picture, out, images, requests, programs, made):
+    for path in _write(picture, out, images, requests, made):
         print(path)
 
 
@@ -227,24 +214,6 @@ def _note(lines, kind='note'):
     more = [f'and {len(lines) - MOST_NOTES} more'] if len(lines) > MOST_NOTES else []
     for line in [*lines[:MOST_NOTES], *more]:
         print(f'{kind}: {printable(line)}', file=sys.stderr)
-
-
-def _programs(model, requests, refiner, devices):
-    """For each request which program made it, where its neighbours' prompts had a say in that (else
-    None), and for how many pictures on each device."""
-    from jaxsd.run.generate import batches
-    found = {}
-    for part in batches(model, requests, refiner):
-        made = [requests[i] for i in part]
-        name = _program(model, made) if len({r.prompt for r in made}) > 1 else None
-        batch = -(-len(part) // min(len(part), devices))
-        found |= dict.fromkeys(part.tolist(), {'program': name, 'batch': batch})
-    return [found[i] for i in range(len(requests))]
-
-
-def _program(model, requests):
-    from jaxsd.run.inputs import inputs, program
-    return program(inputs(model, requests))
 
 
 def _check_adapters(requests, loras):
@@ -332,15 +301,14 @@ def _whole(flag, values):
         raise ValueError(f'{flag}={",".join(values)}: expected whole numbers') from None
 
 
-def _write(picture, out, images, requests, programs, made):
+def _write(picture, out, images, requests, made):
     """Write the pictures, and a grid if there are several; yields the paths."""
     import numpy as np
     used = [int(m[1]) for m in (re.match(r'(\d+)-.*\.png$', p.name) for p in out.iterdir()) if m]
     number = max(used, default=-1) + 1
     names = {name: pathlib.Path(made.get(name, '')).stem for name in ('vae', 'refiner')}
     texts = [{'parameters': picture.parameters(request, made['model'], **names),
-              'jaxsd': picture.record(request, **made, **program)}
-             for request, program in zip(requests, programs)]
+              'jaxsd': picture.record(request, **made)} for request in requests]
     for i, (image, request, text) in enumerate(zip(images, requests, texts)):
         slug = re.sub(r'[^a-z0-9]+', '-', request.prompt.lower())[:40].strip('-') or 'no-prompt'
         path = out / f'{number + i:05d}-{request.seed}-{slug}.png'

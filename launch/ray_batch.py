@@ -3,9 +3,9 @@
 python -m launch.ray_batch --requests=prompts.jsonl --seeds=0-9 --out=runs/a --actors=1-8 --gpus=1
 
 The same plans, folders and pictures. Each actor holds the model on its own devices; Ray Data hands
-out microbatches, holds them back where the folder cannot keep up, and repeats those of actors that
-are lost. The driver alone writes, so that the hosts need no common file system for pictures.
-Needs the `ray` extra.
+out some of the jobs at a time, holds them back where the folder cannot keep up, and repeats those
+of actors that are lost. The driver alone writes, so that the hosts need no common file system for
+pictures. Needs the `ray` extra.
 """
 
 import logging
@@ -30,7 +30,7 @@ def define_flags():
 
 
 class Maker:
-    """An actor: makes microbatches of jobs."""
+    """An actor: makes some jobs at a time."""
 
     def __init__(self, how):
         self.engine, _, self.how = engine.build(how)
@@ -40,22 +40,21 @@ class Maker:
         import pickle
 
         from jaxsd.batch import runner
-        jobs = pickle.loads(row['jobs'])
-        found = []
-        for work, part in runner.begin(self.engine, jobs):
-            found += [(job, image if isinstance(image, Exception) else
-                       runner.encode(job, image, self.how))
-                      for job, image in zip(part, runner.fetch(work, part))]
-        return [{'made': pickle.dumps(pair)} for pair in found]
+        begun = [(job, runner.begin(self.engine, job)) for job in pickle.loads(row['jobs'])]
+        found = [(job, future.result()) for job, future in begun]
+        return [{'made': pickle.dumps((job, image if isinstance(image, Exception) else
+                                       runner.encode(job, image, self.how)))}
+                for job, image in found]
 
 
 def survey(how, requests, done):
-    """On a host like the actors': jobs in microbatches, the run's settings, what it came to."""
+    """On a host like the actors': jobs in parts, the run's settings, what it came to."""
     from jaxsd.batch import runner
     from jaxsd.batch.identity import fingerprint
     maker, identity, how = engine.build(how, requests)
-    jobs = runner.jobs(maker, identity, requests, done)
-    return runner.pack(jobs, maker.capacity), identity.settings, how, fingerprint()
+    jobs, size = runner.in_order(runner.jobs(maker, identity, requests, done)), 4 * maker.capacity
+    parts = [jobs[i:i + size] for i in range(0, len(jobs), size)]
+    return parts, identity.settings, how, fingerprint()
 
 
 def run():

@@ -32,8 +32,6 @@ def define_flags():
     flags.DEFINE_boolean('insecure', False, 'Let everybody in who reaches --host, without a key.')
     flags.DEFINE_list('hosts', [], 'Further names that clients call this machine by, for servers '
                       'without a key.')
-    flags.DEFINE_float('linger_ms', 10, 'Milliseconds that a free device waits for more pictures '
-                       'where some are to be expected.', 0, 1000)
     flags.DEFINE_integer('queue', 64, 'Pictures that may wait; beyond, 429.', 1)
     flags.DEFINE_float('timeout', 300, 'Seconds for a request, waiting included; then 504.', 0.1)
     flags.DEFINE_float('read_timeout', 30, 'Seconds to send a request, and to take its answer.',
@@ -76,7 +74,7 @@ def run():
         limits=Limits(FLAGS.max_pixels, FLAGS.max_steps, FLAGS.max_batch), key=key or None,
         body=FLAGS.max_body, timeout=FLAGS.timeout, read=FLAGS.read_timeout,
         hosts=hosts, addresses=not local, connections=FLAGS.queue + 64)
-    metrics = Metrics(FLAGS.microbatch)
+    metrics = Metrics()
     service = Service(settings, metrics, lambda: _load(metrics))
     server = Server(service, FLAGS.host, FLAGS.port)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it is done
@@ -98,13 +96,12 @@ def run():
 def _load(metrics):
     """The model and all that requests may name, on all devices -> Loaded."""
     from jaxsd.serve.app import Loaded
-    from jaxsd.serve.batcher import Batcher
+    from jaxsd.serve.queue import Queue
     maker, identity, how = engine.build(engine.describe())
     print(f'{how["model"]} at http://{FLAGS.host}:{FLAGS.port}', flush=True)
     names = {flag: pathlib.Path(FLAGS[flag].value or '').stem for flag in ('vae', 'refiner')}
     kept = {name: how[name] for name in ('model', 'dtype', 'tile', 'settings')}  # no path of here
-    return Loaded(Batcher(maker, identity, metrics, FLAGS.queue, FLAGS.linger_ms / 1000),
-                  how['model'], **names, run=kept)
+    return Loaded(Queue(maker, identity, metrics, FLAGS.queue), how['model'], **names, run=kept)
 
 
 if __name__ == '__main__':

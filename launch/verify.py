@@ -70,15 +70,14 @@ def run(path):
     for name, value in identity.settings.items():
         if value != config['settings'].get(name):
             print(f'note: {name} was {config["settings"].get(name)}, is {value}', file=sys.stderr)
-    for batch in runner.pack(runner.jobs(maker, identity, requests), maker.capacity):
-        found = [job.error for job in batch] if batch[0].error else maker.start(
-            [job.request for job in batch], batch[0].kind).images()
-        for job, image in zip(batch, found):
-            record = kept[job.number]
-            if isinstance(image, Exception):
-                wrong.append(f'{record["file"]}: {image}')
-            elif folder.pixels(image) != record['pixels']:
-                wrong.append(f'{record["file"]}: made again it is another picture')
+    begun = [(kept[job.number], runner.begin(maker, job))
+             for job in runner.jobs(maker, identity, requests)]
+    for record, future in begun:
+        image = future.result()
+        if isinstance(image, Exception):
+            wrong.append(f'{record["file"]}: {image}')
+        elif folder.pixels(image) != record['pixels']:
+            wrong.append(f'{record["file"]}: made again it is another picture')
     for line in lines + wrong:
         print(line)
     print(f'{len(records) - len(wrong)} of {len(records)} pictures are equal to the bit')

@@ -1,1 +1,1 @@
-"""Many pictures: plans of requests, microbatches on all devices, folders that resume."""
+"""Many pictures: plans of requests, folders that resume."""

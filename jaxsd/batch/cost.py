@@ -3,9 +3,6 @@
 import math
 
 import jax
-import numpy as np
-
-from jaxsd.run.inputs import BY_ROW
 
 
 def count(function, *arguments):
@@ -38,21 +35,22 @@ def _count(jaxpr):
     return outside, inside
 
 
-def operations(run, params, data):
-    """A walk, run(params, Inputs) -> (operations before and after its model calls, of one call)."""
-    params, data = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), tree)
-                    for tree in (params, data))
-    if not hasattr(data.rows, 'mix'):  # adaptive steps: a loop, of as many rounds as it takes
-        return count(run, params, data)
-    rows = len(data.rows.sigma)
-
-    def of(length):
-        def resized(a):
-            return jax.ShapeDtypeStruct((length, *a.shape[1:]), a.dtype) if (
-                a.shape[:1] == (rows,)) else a
-
-        fields = {name: jax.tree.map(resized, getattr(data, name)) for name in BY_ROW}
-        return sum(count(run, params, data._replace(**fields)))
-
-    one, two = of(1), of(2)
-    return 2 * one - two, two - one
+def of(engine, request):
+    """What a resolved request's picture costs on an Engine -> operations before and after its model
+    calls, of one call on average, and the bytes that a device needs. Compiles."""
+    place = engine.places[0]
+    outside = inside = calls = working = 0
+    for stage in engine.prepare(request)[0]:
+        *others, (loop, arguments), (decode, latents) = place.programs(stage, engine).parts
+        for program, given in [*others, (decode, latents)]:
+            outside += sum(count(program.function, *given))
+        some = int(stage.calls[-1])
+        calls += some
+        inside += some * sum(count(loop.function, *arguments)) // engine.slots
+        for program, _ in place.programs(stage, engine).parts:
+            needs = program.call.memory_analysis()
+            working = max(working, needs.temp_size_in_bytes + needs.output_size_in_bytes)
+    weights = sum(leaf.addressable_shards[0].data.nbytes for net in place.nets
+                  for leaf in jax.tree.leaves(net.params))
+    at_once = len(engine.lanes) // len(engine.places)
+    return outside, inside // max(calls, 1), weights + at_once * working

@@ -20,7 +20,7 @@ from jaxsd.run import picture, texts
 from jaxsd.run.request import PROMPTS
 
 # The rooms whose code pictures depend on; a comment or docstring changes nothing.
-ROOMS = ('config.py', 'batch/engine.py', 'batch/sharded.py', 'images', 'models', 'prompt', 'run',
+ROOMS = ('config.py', 'images', 'models', 'prompt', 'run',
          'sampling', 'weights')
 
 
@@ -59,12 +59,12 @@ def digest(tree):
 class Identity:
     """Ids for the pictures of one Engine.
 
-    settings: what is common to all of them: hashes of the weights and of the code, microbatch,
+    settings: what is common to all of them: hashes of the weights and of the code, slots,
     tile, and over how many devices the weights are spread (None: not). Adapters, embeddings and
     ControlNets count for the requests that name them.
     """
 
-    def __init__(self, model, refiner=None, *, microbatch, tile=None, spread=None):
+    def __init__(self, model, refiner=None, *, slots, tile=None, spread=None):
         def weights(net):
             words = [(name, tokenizer.backend.get_vocab(), tokenizer.length, tokenizer.pad_id)
                      for name, tokenizer in sorted(net.tokenizers.items())]
@@ -74,7 +74,7 @@ class Identity:
         self.model = model
         self._file = functools.cache(picture.digest)
         self.settings = {'weights': weights(model), 'refiner': refiner and weights(refiner),
-                         'numerics': numerics(), 'microbatch': microbatch, 'tile': tile,
+                         'numerics': numerics(), 'slots': slots, 'tile': tile,
                          'spread': spread}
 
     @functools.cached_property

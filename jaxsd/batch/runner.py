@@ -1,7 +1,7 @@
-"""From requests to a folder of pictures: microbatches in order, devices and writers at work."""
+"""From requests to a folder of pictures: jobs in order, an Engine and writers at work."""
 
-import collections
 import concurrent.futures
+import contextlib
 import datetime
 import os
 import pathlib
@@ -9,12 +9,12 @@ import threading
 from typing import NamedTuple
 
 from jaxsd.batch import folder
-from jaxsd.batch.engine import Kind, Work
 from jaxsd.run import picture
 from jaxsd.run.request import Request
 
 ALWAYS = ('prompt', 'seed', 'sampler', 'schedule', 'steps', 'guidance', 'width', 'height')
 _DEFAULTS = vars(Request())
+WRITERS = min(16, os.cpu_count() or 1)
 
 
 class Job(NamedTuple):
@@ -23,7 +23,7 @@ class Job(NamedTuple):
     number: int
     id: str
     request: Request
-    kind: Kind | None = None
+    kinds: tuple = ()  # of its stages, see run.engine.Kind
     calls: int = 0
     error: Exception | None = None
 
@@ -54,26 +54,16 @@ def _own(error):
     text = str(error).strip().partition('\n')[0]
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:  # the host's, the device's
         return MemoryError(f'out of memory ({text or "of the host"}): make it smaller, or fewer at '
-                           'once, --microbatch=1')
+                           'once, --slots=1')
     if not isinstance(error, (ValueError, OSError)):
         raise error
     return error
 
 
-def pack(some, size):
-    """Jobs -> microbatches: lists of at most `size` jobs of one kind, long ones first.
-
-    Neighbours take about as many model calls, so that few wait for others of their microbatch. Jobs
-    with an error come first, each alone.
-    """
-    packed = [[job] for job in some if job.error is not None]
-    for job in sorted((job for job in some if job.error is None),
-                      key=lambda job: (job.kind, -job.calls, job.number)):
-        if packed and packed[-1][0].kind == job.kind and len(packed[-1]) < size:
-            packed[-1].append(job)
-        else:
-            packed.append([job])
-    return packed
+def in_order(some):
+    """Jobs in the order in which they are best made: those with an error first, then kind by kind,
+    so that slots stay full, and long ones before short ones."""
+    return sorted(some, key=lambda job: (job.error is None, job.kinds, -job.calls, job.number))
 
 
 def described(request):
@@ -83,26 +73,30 @@ def described(request):
             and (name != 'strength' or request.image is not None)}
 
 
-def begin(engine, batch, lane=0):
-    """Start a microbatch of jobs -> [(its Work, its jobs)]; where jobs fail together they are tried
-    one by one, and the one at fault has its error for a Work."""
-    if batch[0].error is not None:
-        return [(batch[0].error, batch)]
+def begin(engine, job):
+    """Submit a job -> a future of its picture, or of the ValueError, OSError or MemoryError that it
+    came to as its result. Raises, as the future does, whatever else goes wrong."""
+    future = concurrent.futures.Future()
     try:
-        return [(engine.start([job.request for job in batch], batch[0].kind, lane), batch)]
+        if job.error is not None:
+            raise job.error
+        task = engine.submit(job.request)
     except Exception as error:
-        error = _own(error)
-        if len(batch) == 1:
-            return [(error, batch)]
-        return [pair for job in batch for pair in begin(engine, [job], lane)]
+        future.set_result(_own(error))
+        return future
 
+    def done(image):
+        try:
+            future.set_result(image.result())
+        except concurrent.futures.CancelledError:
+            future.cancel()
+        except BaseException as error:
+            with contextlib.suppress(BaseException):
+                return future.set_result(_own(error))
+            future.set_exception(error)
 
-def fetch(work, batch):
-    """A Work and its jobs, of `begin` -> for each its picture, or the error that it came to."""
-    try:
-        return work.images() if isinstance(work, Work) else [work]
-    except Exception as error:
-        return [_own(error)] * len(batch)
+    task.future.add_done_callback(done)
+    return future
 
 
 def encode(job, image, how):
@@ -132,64 +126,62 @@ class Runner:
         self._lock, self._stopped = threading.Lock(), threading.Event()
 
     def stop(self):
-        """Begin no more microbatches; those that are begun are finished."""
+        """Begin no more pictures; those that are begun are finished."""
         self._stopped.set()
 
-    def run(self, packed):
-        """Make microbatches of jobs -> (pictures made, jobs failed). Raises what stopped it: the
-        OSError of a full disk, the RuntimeError of a broken device."""
-        waiting = collections.deque(packed)
-        with (concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as writers,
-              concurrent.futures.ThreadPoolExecutor(self.engine.lanes) as pool):
-            running = [pool.submit(self._work, lane, waiting, writers)
-                       for lane in range(self.engine.lanes)]
-            while concurrent.futures.wait(running, 0.2).not_done:
-                pass  # in short waits, so that signals are heard
-        for worker in running:
-            worker.result()
+    def run(self, jobs):
+        """Make jobs -> (pictures made, jobs failed). Raises what stopped it: the OSError of a full
+        disk, the RuntimeError of a broken device."""
+        ahead = 2 * self.engine.capacity + WRITERS  # so many are begun and not yet written
+        going = set()
+        with concurrent.futures.ThreadPoolExecutor(WRITERS) as writers:
+            try:
+                for job in in_order(jobs):
+                    while len(going) >= ahead:
+                        going = self._settled(going)
+                    if self._stopped.is_set():
+                        break
+                    going.add(self._kept(job, writers))
+                while going:
+                    if self._stopped.is_set():
+                        self.engine.drop_waiting()
+                    going = self._settled(going)
+            except BaseException:
+                self.stop()
+                self.engine.drop_waiting()
+                concurrent.futures.wait(going)  # what is begun still needs the writers
+                raise
         return self.made, self.failed
 
-    def _work(self, lane, waiting, writers):
-        """Keep a lane at work: the next microbatch begins before the last one is fetched."""
-        begun, writing = collections.deque(), []
-        try:
-            while waiting and not self._stopped.is_set():
-                try:
-                    batch = waiting.popleft()
-                except IndexError:  # another lane was faster
-                    break
-                begun.extend(begin(self.engine, batch, lane))
-                while len(begun) > 1:
-                    writing = self._keep(*begun.popleft(), writing, writers)
-            while begun:
-                writing = self._keep(*begun.popleft(), writing, writers)
-            _all_done(writing)
-        except BaseException:
-            self.stop()
-            raise
+    def _settled(self, going):
+        """Wait a while for some of the futures, so that signals are noticed -> those not done."""
+        done, going = concurrent.futures.wait(going, 0.2, 'FIRST_COMPLETED')
+        for future in done:
+            future.result()
+        return going
 
-    def _keep(self, work, batch, writing, writers):
-        """Fetch a microbatch and have its pictures written, when those of the last one are ->
-        futures."""
-        found = fetch(work, batch)
-        _all_done(writing)
-        return [writers.submit(self._write, job, image) for job, image in zip(batch, found)]
+    def _kept(self, job, writers):
+        """Begin a job -> a future that is done when its picture is written."""
+        written = concurrent.futures.Future()
+
+        def write(image):
+            try:
+                if not image.cancelled():
+                    self._write(job, image.result())
+                written.set_result(None)
+            except BaseException as error:
+                written.set_exception(error)
+
+        begin(self.engine, job).add_done_callback(lambda image: writers.submit(write, image))
+        return written
 
     def _write(self, job, image):
-        if isinstance(image, Exception):
-            return self._fail(job, image)
-        self.folder.add(job.id, encode(job, image, self.how), record(job))
+        error = image if isinstance(image, Exception) else None
+        if error is None:
+            self.folder.add(job.id, encode(job, image, self.how), record(job))
+        else:
+            self.folder.fail(job.id, error, record(job))
         with self._lock:
-            self.made += 1
-        self.on_done(job, None)
-
-    def _fail(self, job, error):
-        self.folder.fail(job.id, error, record(job))
-        with self._lock:
-            self.failed += 1
+            self.made += error is None
+            self.failed += error is not None
         self.on_done(job, error)
-
-
-def _all_done(futures):
-    for future in futures:
-        future.result()

@@ -10,7 +10,8 @@ import numpy as np
 from jax import lax
 
 from jaxsd import sampling
-from jaxsd.run import condition, denoise_latents, inputs, resolve
+from jaxsd.run import denoiser as network_denoiser
+from jaxsd.run import encode, encode_text, inputs, resolve
 from jaxsd.sampling.choice import choose
 from jaxsd.sampling.scan import lift
 
@@ -20,7 +21,6 @@ RUNGE_KUTTA = {
     'heun': ((0, 1), (1 / 2, 1 / 2)),
     'rk4': ((0, 1 / 2, 1 / 2, 1), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
 }
-CALL = sampling.Row(*(field[0] for field in sampling.plan('euler', [1, 0])))  # x <- denoised
 PROBES = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}
 
 
@@ -42,27 +42,28 @@ def problem(model, requests):
     noise = sampling.initial(sampling.keys([r.seed for r in requests]), shape)
     data = inputs(model, requests, noise)
     called = data.rows.sigma > 0
-    if data.heard is not None or any(
-            (leaf != leaf[:1])[called].any() for leaf in jax.tree.leaves(data.guidance)):
+    if data.steps.text is not None or any(
+            (leaf != leaf[:1])[called].any() for leaf in jax.tree.leaves(data.steps.guidance)):
         raise ValueError('a prompt or guidance that changes over the steps: expected the same at '
                          'all levels')
-    return data._replace(guidance=data.guidance.at(0))
+    return data._replace(steps=jax.tree.map(lambda a: a[:1], data.steps))
 
 
 def denoiser(params, config, data):
-    """A model's guided denoise(x, sigma, i) for the images of Inputs; to be called under jit.
+    """A model's guided denoise(x, sigma, i) for the images of a `problem`; to be called under jit.
 
-    i: the row whose guidance holds. Guidance with a memory begins anew in every call.
+    Guidance with a memory begins anew in every call that is not given one, as a fourth argument.
     """
-    params, conditioned = condition(params, config, data)
+    factor = config.vae.factor
+    height, width = (factor * n for n in data.noise.shape[1:3])
+    encoded, _ = encode(params, config, data, encode_text(params, config, data), height, width)
+    guided = network_denoiser(params, config, encoded)
+    step = jax.tree.map(lambda a: jnp.asarray(a)[0], data.steps)
 
-    def denoise(x, sigma, i=None):
-        sigma = jnp.asarray(sigma, x.dtype)[None]
-        rows = sampling.Row(*(jnp.broadcast_to(field, (*sigma.shape, *field.shape))
-                              for field in CALL))._replace(sigma=sigma)
-        guidance = data.guidance.at(0 if i is None else i)
-        return denoise_latents(params, config, x, conditioned, guidance, rows,
-                               lambda i: jnp.zeros_like(x))
+    def denoise(x, sigma, i=None, *memory):
+        if step.guidance.momentum and not memory:
+            return guided(x, sigma, step, jnp.zeros_like(x))[0]
+        return guided(x, sigma, step, *memory)
 
     return denoise
 

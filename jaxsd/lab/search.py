@@ -8,8 +8,8 @@ import numpy as np
 import optax
 
 from jaxsd import sampling
-from jaxsd.lab.ode import problem
-from jaxsd.run import condition, denoise_latents
+from jaxsd.lab.ode import denoiser, problem
+from jaxsd.run.pipeline import once
 from jaxsd.sampling.choice import call, choose
 from jaxsd.sampling.tables import NOISE
 
@@ -181,9 +181,9 @@ def _start(data, sigmas):
 
 @functools.partial(jax.jit, static_argnames=('config', 'info'))
 def _walk(params, data, rows, x, *, config, info=None):
-    params, conditioned = condition(params, config, data)
-    return denoise_latents(params, config, x, conditioned, data.guidance, rows,
-                           lambda i: jnp.zeros_like(x), info=info)
+    memory = jnp.zeros_like(x) if data.steps.guidance.momentum else None
+    return sampling.sample(denoiser(once(params), config, data), x, rows,
+                           lambda i: jnp.zeros_like(x), info, memory)
 
 
 def _seen(call):

@@ -5,16 +5,16 @@ An error is the root mean square of final latent less reference, the same seed, 
 """
 
 import concurrent.futures
+import functools
 import itertools
 import time
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax import lax
 
 from jaxsd import sampling
-from jaxsd.run import Request, decode, inputs, latents, networks, resolve
+from jaxsd.run import Request, decode, inputs, latents, lengthened, networks, resolve
 from jaxsd.sampling.tables import NOISE, UNCOND
 
 REFERENCE = {'sampler': 'dpmpp_2m', 'sampler_options': {}, 'eta': None}  # of the ODE
@@ -96,7 +96,7 @@ def sweep(model, requests, batch_size=16, reference_steps=1000, on_step=None):
     Requests are sorted by model calls and cut into microbatches of batch_size, the last one padded,
     in which samplers, schedules, steps and guidance mix: one compilation per step bucket. Nothing
     of a microbatch is kept but the references. All requests have one size; a single device is used.
-    on_step(done, total): called as model calls (of a whole microbatch) finish.
+    on_step(done, total): called as microbatches finish, with their model calls.
     """
     requests = resolve(requests, model.config)
     seen = {}
@@ -146,38 +146,36 @@ def _pack(requests, look, size):
 
 def _runner(model, batch_size, total, on_step):
     """A function from a microbatch to latents [n,h,w,L], calls [n] and seconds [n]."""
-    done, programs = itertools.count(1), {}
+    done, programs = 0, {}
     worker = concurrent.futures.ThreadPoolExecutor(1)
 
-    def heard(_):
-        on_step(next(done), total)
-
-    def tell(i, out):
-        out, i = lax.optimization_barrier((out, i))
-        jax.debug.callback(heard, i)
-        return out
-
-    def walk(params, data, config, height, width):
-        if not isinstance(data.rows, sampling.Row):
-            return latents(params, data, config, height, width, info=lambda steps: steps.calls)
-        return (latents(params, data, config, height, width, on_step and tell),
-                (data.rows.sigma > 0).sum(0))
-
     def run(part):
-        data = inputs(model, part + part[-1:] * (batch_size - len(part)))
+        nonlocal done
+        data = lengthened(inputs(model, part + part[-1:] * (batch_size - len(part))))
         params, config = networks(model, data)
         key = config, jax.tree.structure(data), *(a.shape for a in jax.tree.leaves(data))
         if key not in programs:  # compiled beforehand, so that no picture's time includes it
-            programs[key] = jax.jit(walk, static_argnums=(2, 3, 4)).lower(
-                params, data, config, part[0].height, part[0].width).compile()
+            programs[key] = jax.jit(functools.partial(
+                _walk, config=config, height=part[0].height, width=part[0].width)).lower(
+                    params, data).compile()
         start = time.perf_counter()
         # Not in this thread, because nobody hears a Ctrl-C inside of XLA.
         ends, calls = worker.submit(
             lambda: [np.asarray(a) for a in programs[key](params, data)]).result()
         took = time.perf_counter() - start
+        if on_step is not None:
+            done += int(calls.max()) if data.adaptive is None else 0
+            on_step(done, total)
         return [a[:len(part)] for a in (ends, calls, took * calls / calls.sum())]
 
     return run
+
+
+def _walk(params, data, *, config, height, width):
+    """-> latents [B,h,w,L], model calls [B]."""
+    if data.adaptive is not None:
+        return latents(params, data, config, height, width, info=lambda steps: steps.calls)
+    return latents(params, data, config, height, width), (data.rows.sigma > 0).sum(0)
 
 
 def rms(x):

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsd import sampling
 from jaxsd.lab.report import matplotlib
-from jaxsd.run import decode, inputs, latents, networks, resolve
+from jaxsd.run import decode, inputs, latents, lengthened, networks, resolve
 
 ROWS = {  # field of Trace: what it says at the left
     'noisy': 'the noisy picture $x$\n(as the network sees it,\n$x / \\sqrt{1 + \\sigma^2}$)',
@@ -42,6 +42,7 @@ def trace(model, request):
     if not isinstance(data.rows, sampling.Row):
         raise ValueError(f'sampler {request.sampler!r} has no table, so its steps are not known '
                          'beforehand; trace another one')
+    data = lengthened(data)
     params, config = networks(model, data)
     final, seen = _walk(params, data, config=config, height=request.height, width=request.width)
     called = data.rows.sigma[:, 0] > 0

@@ -63,7 +63,7 @@ PIXELS = np.float32([[1, 1, 0, 1], [0, 1, -1, -1]])
 def prepared(p, doubled=False):
     """A network's parameters, to be used many times: on CPU with `tiles` for `_winograd` beside the
     weights of 3x3 convolutions. Few channels gain nothing, the most would take too much memory."""
-    if jax.default_backend() != 'cpu' or type(p) is not dict:  # another is batch.sharded's
+    if jax.default_backend() != 'cpu' or type(p) is not dict or 'tiles' in p:  # or spread, or done
         return p
     p = {name: prepared(part, doubled or name == 'upsamplers') for name, part in p.items()}
     w = p.get('weight')

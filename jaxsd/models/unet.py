@@ -29,7 +29,7 @@ def apply(params, cfg, x, t, context, added=None, class_labels=None, hook=None, 
           residuals=None, features=()):
     """x [B,H,W,C], t [B], context [B,T,D] -> the network's output [B,H,W,cfg.out_channels].
 
-    context: features of the text, or `hear` of them where they serve many times.
+    context: features of the text, or their `cross_attention_cache` where they serve many times.
     t: training timesteps, 0 to 999, whole or not. added [B,A]: SDXL's pooled text ++ sinusoids of
     the time ids. class_labels int [B]: rows of the class embedding, for models that have one.
     hook(place, heads, q, k, v): called at every self-attention, place its name in the checkpoint
@@ -46,22 +46,22 @@ def apply(params, cfg, x, t, context, added=None, class_labels=None, hook=None, 
     return _decode(params, cfg, states, time, context, hook, freeu).astype(x.dtype)
 
 
-def hear(params, context):
+def cross_attention_cache(params, context):
     """What cross-attention makes of a context [B,T,D], the same at all noise levels: {place: (keys,
     values)}, each [B,T,C], and the context itself at ''."""
     context = context.astype(params['conv_in']['weight'].dtype)
-    heard = {'': context}
+    cache = {'': context}
 
     def visit(p, place):
         if place.endswith('.attn2'):
-            heard[place] = linear(p['to_k'], context), linear(p['to_v'], context)
+            cache[place] = linear(p['to_k'], context), linear(p['to_v'], context)
         else:
             for name, part in p.items():
                 if isinstance(part, dict):
                     visit(part, f'{place}.{name}'.lstrip('.'))
 
     visit(params, '')
-    return heard
+    return cache
 
 
 def embed_time(p, t, added=None, class_labels=None):
@@ -189,7 +189,7 @@ def _transformer(p, cfg, level, x, context, hook, place, crossed=None):
 
 
 def _keys(p, context, place=None):
-    """Keys and values [B,S,C] from a context [B,S,D], or those that were heard in this place."""
+    """Keys and values [B,S,C] from a context [B,S,D], or those of this place in its cache."""
     if isinstance(context, dict):
         if place is not None:
             return context[place]

@@ -12,27 +12,23 @@ from jaxsd.models.layers import timestep_embedding
 
 
 class Conditioning(NamedTuple):
-    """What N texts of B images come to.
+    """What N texts of B pictures come to.
 
-    context [B,N,T,D]: features, or several arrays, see unet.hear; added [B,N,A]: SDXL's vector, or
-    None. heard, int [calls,B,P]: the text that each of P parts of the guidance hears in each row;
-    None: its own, N = P. The texts have an axis of their own, so that a batch sharded over devices
-    stays where it is.
+    context [B,N,T,D]: features, or several arrays, see unet.cross_attention_cache; added [B,N,A]:
+    SDXL's vector, or None. The texts have an axis of their own, so that a batch sharded over
+    devices stays where it is.
     """
 
     context: jax.Array
     added: jax.Array | None
-    heard: jax.Array | None = None
 
-    def of(self, parts, i):
-        """What some parts hear in row i -> context [B*P',T,D], or several, added [B*P',A] or None,
-        image after image; parts: numpy int [P']."""
+    def of(self, parts, texts=None):
+        """What some parts of the guidance follow -> context [B*P',T,D], or several, added [B*P',A]
+        or None, picture after picture. parts: numpy int [P']. texts: int [B,P], the text that each
+        part follows; None: its own, N = P."""
         def choose(a):
-            if self.heard is None:
-                found = a[:, parts]
-            else:
-                texts = jnp.asarray(self.heard)[jnp.minimum(i, len(self.heard) - 1)][:, parts]
-                found = jax.vmap(lambda a, which: a[which])(a, texts)
+            found = a[:, parts] if texts is None else (
+                jax.vmap(lambda a, which: a[which])(a, texts[:, parts]))
             return found.reshape(-1, *a.shape[2:])
 
         return jax.tree.map(choose, self.context), jax.tree.map(choose, self.added)

@@ -1,18 +1,22 @@
-"""From requests to pictures: the one pure function, its jit, and the files it ends in."""
+"""From requests to pictures: pure functions, the engine that runs them, and files."""
 
-from jaxsd.run.generate import Preview, generate, replicated
-from jaxsd.run.inputs import Inputs, inputs, networks
-from jaxsd.run.request import Control, Request, resolve
-from jaxsd.run.walk import (
-    Conditions,
-    condition,
+from jaxsd.run.engine import Engine
+from jaxsd.run.generate import Preview, generate
+from jaxsd.run.inputs import Inputs, inputs, lengthened, networks
+from jaxsd.run.pipeline import (
+    Encoded,
+    advance,
     decode,
-    denoise_latents,
+    denoiser,
     encode,
+    encode_image,
+    encode_text,
     latents,
     pipeline,
+    start,
 )
+from jaxsd.run.request import Control, Request, resolve
 
-__all__ = ['Conditions', 'Control', 'Inputs', 'Preview', 'Request', 'condition', 'decode',
-           'denoise_latents', 'encode', 'generate', 'inputs', 'latents', 'networks', 'pipeline',
-           'replicated', 'resolve']
+__all__ = ['Control', 'Encoded', 'Engine', 'Inputs', 'Preview', 'Request', 'advance', 'decode',
+           'denoiser', 'encode', 'encode_image', 'encode_text', 'generate', 'inputs', 'latents',
+           'lengthened', 'networks', 'pipeline', 'resolve', 'start']

@@ -12,8 +12,8 @@ from jaxsd import images, sampling
 from jaxsd.config import T2IAdapterConfig
 from jaxsd.models import controlnet, t2i_adapter
 from jaxsd.run import depth
+from jaxsd.run.steps import over_rows
 from jaxsd.sampling.choice import unknown
-from jaxsd.sampling.guidance_options import steps_of
 
 # How much a ControlNet's outputs count in guess mode, from the finest to the coarsest.
 GUESS = {'diffusers': lambda count: np.logspace(-1, 0, count),
@@ -123,7 +123,7 @@ def finish(canvases, painted):
 
 
 def arrays(model, requests, canvases, sigmas, rows, prompts):
-    """The fields of `inputs.Inputs` that say what to follow -> dict.
+    """What to follow besides text -> fields of `inputs.Inputs`, and of its Steps strength, control.
 
     sigmas: a list of the walks' levels, [steps + 1] each; rows: stacked, or Adaptive; prompts: bool
     [P], which texts of a picture are its prompts.
@@ -145,14 +145,14 @@ def arrays(model, requests, canvases, sigmas, rows, prompts):
         found['low'] = np.stack([c.picture for c in canvases])
         abar = sampling.alphas_cumprod(config.low_res)[found['labels'][:, 1]]
         found['low_scale'] = np.stack([np.sqrt(abar), np.sqrt(1 - abar)], 1).astype(np.float32)
-        return found
+        return found, None, None
 
     if any(c.picture is not None for c in canvases):
         blank = np.zeros((height, width, 3), np.uint8)
         found['picture'] = np.stack([blank if c.picture is None else c.picture for c in canvases])
         found['signal'] = np.stack([_signal(r, c, cell[1:], factor, what == 'inpainting')
                                     for r, c in zip(requests, canvases)])
-    masked = any(c.mask is not None for c in canvases)
+    masked, strength = any(c.mask is not None for c in canvases), None
     if what == 'inpainting':
         found['hole'] = np.stack([_hole(r, c) for r, c in zip(requests, canvases)])
         found['extra'] = np.stack([images.downsample(m, factor)[..., None]
@@ -161,36 +161,23 @@ def arrays(model, requests, canvases, sigmas, rows, prompts):
         found['free'] = np.stack([np.ones(cell[1:], np.float32) if c.mask is None else
                                   images.downsample(c.mask, factor)[..., None] for c in canvases])
         found['by_strength'] = np.array([r.mask_mode == 'strength' for r in requests])
-        found['strength'] = _over_rows(
+        strength = over_rows(
             [max(r.strength, 1e-6) * (1 - _fractions(levels))  # above 0: black is never painted
              for r, levels in zip(requests, sigmas)],
-            sigmas, rows, 'mask_mode=strength', found['by_strength'])
+            sigmas, rows, 'mask_mode=strength', found['by_strength']).astype(np.float32)
     if what == 'depth':
         found['extra'] = _depths(model, requests, canvases, cell)
     elif any(r.depth is not None for r in requests):
         raise ValueError('depth: this model does not follow depth maps; load a depth model (2.x '
                          'depth), or give the map as the hint of a depth ControlNet')
-    return found | _controls(model, requests, sigmas, rows, prompts)
+    hints, control = _controls(model, requests, sigmas, rows, prompts)
+    return found | {'hints': hints}, strength, control
 
 
 def _fractions(levels):
     """The part of the walk that lies before each step, [steps]; [0.] for one without steps."""
     steps = max(len(levels) - 1, 1)
     return np.arange(steps) / steps
-
-
-def _over_rows(values, sigmas, rows, what, varies):
-    """What pictures have for their steps, a list of [steps,...], dealt to rows -> [calls,B,...].
-
-    varies bool [B]: for whom it is not constant, which adaptive steps cannot have: ValueError.
-    """
-    if not isinstance(rows, sampling.Adaptive):
-        return np.stack([some[steps_of(levels, rows.sigma[:, i])] for i, (some, levels)
-                         in enumerate(zip(values, sigmas))], 1).astype(np.float32)
-    if np.any(varies):
-        raise ValueError(f'{what}: expected no change over the steps with dpm_adaptive, which '
-                         'chooses its own steps; take another sampler')
-    return np.stack([some[:1] for some in values], 1).astype(np.float32)
 
 
 def _signal(request, c, shape, factor, seen):
@@ -267,11 +254,11 @@ def _controls(model, requests, sigmas, rows, prompts):
             np.zeros((r.height, r.width, 3), np.uint8) if c is None else
             images.fit(images.read(c.image), r.width, r.height, r.resize)
             for c, r in zip(mine, requests)])
-        weights[name] = _over_rows(
+        weights[name] = over_rows(
             [_weights(c, net, _fractions(levels), prompts) for c, levels in zip(mine, sigmas)],
             sigmas, rows, f'control {name!r} with start or end',
-            [c is not None and (c.start, c.end) != (0, 1) for c in mine])
-    return {'hints': hints, 'control': weights}
+            [c is not None and (c.start, c.end) != (0, 1) for c in mine]).astype(np.float32)
+    return hints, weights
 
 
 def _weights(control, net, before, prompts):
@@ -291,5 +278,5 @@ def _weights(control, net, before, prompts):
     on = (before >= control.start) & (after <= control.end)
     only = pooled or control.guess is not None
     profile = np.ones(count) if pooled or not only else GUESS[control.guess](count)
-    heard = prompts if only else np.ones(len(prompts))
-    return control.scale * on[:, None, None] * heard[:, None] * profile
+    counted = prompts if only else np.ones(len(prompts))
+    return control.scale * on[:, None, None] * counted[:, None] * profile

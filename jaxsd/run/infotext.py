@@ -112,16 +112,16 @@ def _whole(low, high):
 
 RUN = {  # what `picture.record` is given beside the request, where it is given
     **dict.fromkeys(('checkpoint', 'base', 'dtype', 'prediction', 'vae', 'refiner', 'model',
-                     'program', 'device', 'id'), _text),
+                     'device', 'id'), _text),
     **dict.fromkeys(('control', 'lora', 'embeddings'), _several),
     **dict.fromkeys(('ema', 'strays'), _flag),
-    **dict.fromkeys(('batch', 'microbatch'), _whole(1, MOST)),
+    'slots': _whole(1, MOST),
     'tile': _whole(0, MAX_SIDE),
     'hint_size': lambda value: isinstance(value, list) and list(
         map(_whole(1, MAX_SIDE), value)) == [True, True],
     'versions': lambda value: isinstance(value, dict) and all(map(_text, value.values())),
 }
-SURE = ('checkpoint', 'dtype', 'ema', 'tile', 'batch')  # of them, those that are never None
+SURE = ('checkpoint', 'dtype', 'ema', 'tile', 'slots')  # of them, those that are never None
 
 
 def _recorded(path, text):

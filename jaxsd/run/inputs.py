@@ -1,6 +1,5 @@
 """From resolved requests to everything that a compiled program takes, numpy on the host."""
 
-import functools
 import hashlib
 from typing import NamedTuple
 
@@ -11,31 +10,27 @@ from jaxsd import sampling
 from jaxsd.config import TEXT_ENCODERS
 from jaxsd.prompt import blocks, conditioning
 from jaxsd.run import canvas, texts
-from jaxsd.sampling.guidance import Guidance
+from jaxsd.run.steps import Steps, chunk, over_rows
 from jaxsd.sampling.guidance_options import stack, table
 
-BY_ROW = ('rows', 'guidance', 'strength', 'control', 'heard', 'draws')
-SHARED = ('embeddings', 'factors')
 REFINER = np.uint32([0x9E3779B9, 0])  # so that a refiner draws other noise than the base did
 
 
 class Inputs(NamedTuple):
-    """Everything about a batch but its shape. A field that is None is absent from the program.
-
-    The leading axis is pictures; of the fields in BY_ROW it is rows, and the second pictures; those
-    in SHARED have none.
+    """Everything about B pictures but their size, numpy. A field that is None is absent from the
+    program. The leading axis is pictures; of `steps` it is rows, and the second pictures;
+    `embeddings` and `factors` have none.
     """
 
     tokens: dict  # {text encoder: blocks.Texts}: the picture's N texts
     ids: np.ndarray | None  # [B,N,I] SDXL's time ids
     zero: np.ndarray  # bool [B,N]: texts whose conditioning is zeros
-    guidance: Guidance  # of [calls,B]
     keys: np.ndarray  # uint32 [B,2]: threefry key data
     sigma: np.ndarray  # [B]: the noise level to start from
-    rows: sampling.Rows  # [calls,B,...]; or sampling.Adaptive [B]
+    steps: Steps  # [rows,B,...]; with adaptive steps one row
+    adaptive: sampling.Adaptive | None = None  # of [B]
     noise: np.ndarray | None = None  # [B,h,w,L] to start from; None: drawn from the keys
-    draws: np.ndarray | None = None  # [calls,B,h,w,L]: the noise of stochastic samplers
-    given: np.ndarray | None = None  # bool [B]: whose noise and draws hold; None: everybody's
+    given: np.ndarray | None = None  # bool [B]: whose noise holds, also the steps'; None: all
     labels: np.ndarray | None = None  # int32 [B,P] classes
     picture: np.ndarray | None = None  # uint8 [B,H,W,3] to start from, or to keep where not `free`
     signal: np.ndarray | None = None  # [B,h,w,1]: weight of its latent at the start
@@ -45,41 +40,39 @@ class Inputs(NamedTuple):
     low_scale: np.ndarray | None = None  # [B,2]: weights of it and of noise
     free: np.ndarray | None = None  # [B,h,w,1]: mask, 1 where all is painted
     by_strength: np.ndarray | None = None  # bool [B]: the mask is how strongly, not a mixture
-    strength: np.ndarray | None = None  # [calls,B]: a mask from here up is painted, by_strength
     hints: dict | None = None  # {ControlNet: uint8 [B,H,W,3]}
-    control: dict | None = None  # {ControlNet: [calls,B,P,N]}: weights of its N outputs
-    heard: np.ndarray | None = None  # int32 [calls,B,P]: texts that are heard; None: all
     skip: np.ndarray | None = None  # int32 [B]: layers of the text encoders that are left out
     adapters: dict | None = None  # {component: [B,A]}: weights of the adapters
     embeddings: dict | None = None  # {text encoder: [E,D]}: vectors beyond its vocabulary
-    factors: dict | None = None  # {component: side paths of the A adapters}
+    factors: dict | None = None  # {component: side paths of the A adapters}, for `networks`
+
+    @property
+    def rows(self):
+        """The sampler's table, Row of [rows,B], or Adaptive of [B]."""
+        return self.steps.row if self.adaptive is None else self.adaptive
 
     @property
     def axes(self):
         """Which axis is pictures, for each field; None: no axis."""
-        by_row = BY_ROW if isinstance(self.rows, sampling.Row) else BY_ROW[1:]
-        return [None if name in SHARED else int(name in by_row) for name in self._fields]
+        return [{'embeddings': None, 'factors': None, 'steps': 1}.get(name, 0)
+                for name in self._fields]
 
 
 def program(data):
-    """A short name for all that chooses the program of Inputs, but for the number of pictures."""
-    def shape(a, axis):
-        return [n for i, n in enumerate(np.shape(a)) if i != axis]
-
-    shapes = [jax.tree.map(functools.partial(shape, axis=axis), value)
+    """A short name for all that chooses the programs of Inputs, but for the numbers of pictures and
+    of rows."""
+    shapes = [jax.tree.map(lambda a, axis=axis: np.shape(a) if axis is None else
+                           np.shape(a)[axis + 1:], value)
               for axis, value in zip(data.axes, data)]
     return hashlib.sha256(repr(jax.tree.flatten(shapes)).encode()).hexdigest()[:10]
 
 
-def padded(data, count):
-    """Inputs of `count` pictures, the last one repeated; numpy, so that nothing compiles."""
-    def pad(array, axis):
-        extra = [(0, count - size if i == axis else 0) for i, size in enumerate(array.shape)]
-        return np.pad(array, extra, mode='edge')
-
-    return Inputs(*(value if axis is None else
-                    jax.tree.map(functools.partial(pad, axis=axis), value)
-                    for axis, value in zip(data.axes, data)))
+def lengthened(data):
+    """Inputs whose tables have idle rows up to `sampling.bucket`, so that few lengths compile."""
+    if data.adaptive is not None:
+        return data
+    count = len(data.steps.call)
+    return data._replace(steps=chunk(data.steps, 0, count, sampling.bucket(count)))
 
 
 def inputs(model, requests, noise=None, canvases=None, stage=None):
@@ -97,25 +90,33 @@ def inputs(model, requests, noise=None, canvases=None, stage=None):
         canvases = [canvas.canvas(r, config) for r in requests]
     readings = [texts.read(r) for r in requests]
     sigmas, starts, tables = zip(*(_plan(r, config.schedule, stage) for r in requests))
-    rows = sampling.stack(tables)
+    rows = sampling.stack(tables, max(len(getattr(t, 'sigma', '')) for t in tables))
     keys = np.array([divmod(r.seed, 2**32) for r in requests], np.uint32)
-    told, prompts = _told(model, requests, readings, sigmas, rows, stage)
-    follow = canvas.arrays(model, requests, canvases, sigmas, rows, prompts)
+    told, text, prompts = _told(model, requests, readings, sigmas, rows, stage)
+    follow, strength, control = canvas.arrays(model, requests, canvases, sigmas, rows, prompts)
+    start, fresh = _noise(config, requests, rows, noise, stage)
     if stage == 'refiner':
         keys, starts = keys ^ REFINER, np.ones(len(requests))
         follow |= {'signal': np.zeros_like(follow['signal'])} if 'signal' in follow else {}
+    adaptive = isinstance(rows, sampling.Adaptive)
+    rows = jax.tree.map(np.float32, rows)
+    count = 1 if adaptive else len(rows.sigma)
+    call = np.broadcast_to(np.arange(count, dtype=np.int32)[:, None], (count, len(requests)))
+    guidance = _guidance(requests, readings, sigmas, rows)
     return Inputs(
-        guidance=_guidance(requests, readings, sigmas, rows), keys=keys,
-        sigma=np.array(starts, np.float32), rows=jax.tree.map(np.float32, rows),
-        **_noise(config, requests, rows, noise, stage), **told, **follow)
+        keys=keys, sigma=np.array(starts, np.float32), adaptive=rows if adaptive else None,
+        steps=Steps(None if adaptive else rows, call, guidance, text, control, strength, fresh),
+        **start, **told, **follow)
 
 
 def networks(model, data):
     """What `pipeline` takes beside a batch's Inputs -> (params, config): the model's own, less what
-    has done its work on the host, and the ControlNets that the batch names."""
+    has done its work on the host, and the ControlNets and adapters that the batch names."""
     nets = {name: model.controlnets[name] for name in data.hints or ()}
     params = {part: tree for part, tree in model.params.items() if part != 'depth_estimator'}
     params['controlnet'] = {name: net.params for name, net in nets.items()}
+    if data.factors:
+        params['adapters'] = data.factors
     return params, model.config.replace(
         controlnets=tuple((name, net.config) for name, net in nets.items()))
 
@@ -166,17 +167,17 @@ def _guidance(requests, readings, sigmas, rows):
 
 
 def _noise(config, requests, rows, noise, stage):
-    """The fields of Inputs that hold noise: what a caller gives, or other generators' draws."""
+    """Noise that a caller gives, or other generators' draws -> fields of Inputs, Steps.noise."""
     factor = config.vae.factor
     shape = (requests[0].height // factor, requests[0].width // factor, config.vae.latent_channels)
     if noise is not None:
         if np.shape(noise) != (len(requests), *shape):
             raise ValueError(f'noise {np.shape(noise)}: expected the shape '
                              f'{(len(requests), *shape)}')
-        return {'noise': np.asarray(noise, np.float32)}
+        return {'noise': np.asarray(noise, np.float32)}, None
     given = np.array([r.noise != 'threefry' for r in requests])
     if stage == 'refiner' or not given.any():
-        return {}
+        return {}, None
 
     def draw(i, number):
         r = requests[i]
@@ -189,13 +190,16 @@ def _noise(config, requests, rows, noise, stage):
         start[i] = draw(i, 0)
         for number, row in enumerate(np.flatnonzero(noisy[:, i]), 1):
             draws[row, i] = draw(i, number)
-    return {'noise': start, 'draws': draws, 'given': None if given.all() else given}
+    return {'noise': start, 'given': None if given.all() else given}, draws
 
 
 def _told(model, requests, readings, sigmas, rows, stage):
-    """The fields of Inputs that come from words, and which texts of a picture are prompts."""
+    """What comes from words -> fields of Inputs, Steps.text, and which parts are prompts."""
     config = model.config
-    found, heard, prompts = texts.arrange(readings)
+    found, followed, prompts = texts.arrange(readings)
+    if followed:
+        followed = over_rows(followed, sigmas, rows, 'a prompt that changes over the steps',
+                             [True]).astype(np.int32)
     widths = {name: getattr(config, name).hidden_size for name in model.tokenizers}
     tokens, embeddings = blocks.texts(
         model.tokenizers, texts.variants(found), [r.weighting for r in requests],
@@ -212,11 +216,10 @@ def _told(model, requests, readings, sigmas, rows, stage):
     return {
         'tokens': tokens, 'embeddings': embeddings, 'adapters': weights, 'factors': factors,
         'skip': _skips(config, skip) if skip.any() else None,
-        'heard': heard and texts.over_rows(heard, sigmas, rows),
         'ids': _ids(config, requests, found),
         'zero': np.array([[e and side == 'negative' for side, _ in row]
                           for e, row in zip(empty, found)]),
-    }, prompts
+    }, followed, prompts
 
 
 def _skips(config, skip):

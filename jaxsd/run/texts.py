@@ -8,7 +8,6 @@ import numpy as np
 from jaxsd.config import TEXT_ENCODERS
 from jaxsd.prompt import blocks, grammar
 from jaxsd.sampling.choice import unknown
-from jaxsd.sampling.guidance_options import steps_of
 from jaxsd.weights import adapters
 
 SIDES = ('negative', 'prompt', 'further')  # in the order of guidance's parts
@@ -28,15 +27,15 @@ class Reading(NamedTuple):
 
 
 class Arrangement(NamedTuple):
-    """A batch's texts: N for each picture, of which each of its P parts hears one at a time.
+    """A batch's texts: N for each picture, of which each of its P parts follows one at a time.
 
-    texts: per picture N pairs of side and text; heard: per picture int [steps,P], indices into the
-    N, or None where all parts have one text for the whole walk, in their order; prompts: bool [P],
+    texts: per picture N pairs of side and text; followed: per picture int [steps,P], indices into
+    the N, or None where all parts have one text in all steps, in their order; prompts: bool [P],
     the parts that are prompts.
     """
 
     texts: list
-    heard: list | None
+    followed: list | None
     prompts: np.ndarray
 
 
@@ -87,11 +86,12 @@ def arrange(readings):
                      prompts)
     found = [list(dict.fromkeys((side, text) for side, schedule in row for text in schedule))
              for row in rows]
-    heard = [np.array(list(itertools.zip_longest(*(
+    followed = [np.array(list(itertools.zip_longest(*(
         [texts.index((side, text)) for text in schedule] for side, schedule in row),
         fillvalue=0))) for texts, row in zip(found, rows)]
     most = blocks.bucket(max(map(len, found)))  # so that few numbers compile
-    return Arrangement([texts + texts[:1] * (most - len(texts)) for texts in found], heard, prompts)
+    return Arrangement([texts + texts[:1] * (most - len(texts)) for texts in found], followed,
+                       prompts)
 
 
 def variants(texts):
@@ -121,15 +121,6 @@ def embeddings(model, readings):
         return inside | model.embeddings if inside else model.embeddings
 
     return [of(reading) for reading in readings]
-
-
-def over_rows(heard, sigmas, rows):
-    """Arrangement.heard -> int32 [calls,B,P]: the text of each row; sigmas: of each walk."""
-    if not hasattr(rows, 'mix'):
-        raise ValueError('a prompt that changes over the steps: expected constant ones with '
-                         'dpm_adaptive, which chooses its own steps')
-    return np.stack([h[steps_of(levels, rows.sigma[:, i])]
-                     for i, (h, levels) in enumerate(zip(heard, sigmas))], 1).astype(np.int32)
 
 
 def side_paths(model, readings):

@@ -4,7 +4,7 @@ No table can hold it, since its steps depend on the picture: `plan` gives an `Ad
 that are data like a table, and `scan.sample` runs `solve` on it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,8 @@ class Steps(NamedTuple):
     sigma: jax.Array  # the noise level reached: above the last one only if max_calls ran out
 
 
-class _State(NamedTuple):
-    """One image in the loop. A step makes `order` calls; `stage` counts them."""
+class State(NamedTuple):
+    """One image in the loop, [B] of each. A step makes `order` calls; `stage` counts them."""
 
     x: jax.Array  # the last point accepted
     low: jax.Array  # the less exact solution there
@@ -62,6 +62,8 @@ class _State(NamedTuple):
     calls: jax.Array
     accepted: jax.Array
     rejected: jax.Array
+    denoised: jax.Array  # the last model output
+    memory: Any = None  # of the batch: what guidance with momentum remembers
 
 
 def dpm_adaptive(sigmas, order=3, rtol=0.05, atol=0.0078, h_init=0.05, pcoeff=0.0, icoeff=1.0,
@@ -89,41 +91,63 @@ def dpm_adaptive(sigmas, order=3, rtol=0.05, atol=0.0078, h_init=0.05, pcoeff=0.
                                icoeff, dcoeff, accept_safety, eta, s_noise, max_calls]))
 
 
-def solve(model, x, options, noise, memory=None):
-    """Run until every image is at its end -> (x, Steps).
+def init(x, options, memory=None):
+    """The state before the first call -> State. x [B,...]; its dtype is used throughout. options:
+    Adaptive, shared or per image."""
+    options = _each(options, x)
+    zero = jnp.zeros(x.shape[:1], x.dtype)
+    count = jnp.zeros(x.shape[:1], jnp.int32)
+    return State(x, x, 0 * x, 0 * x, options.start, options.h_init,
+                 jnp.stack([zero, zero], axis=-1), count, count, count, count, 0 * x, memory)
 
-    model(x, sigma, i, memory) -> (denoised, _, memory), sigma [B]. x: [B,...], its dtype is used
-    throughout. options: Adaptive, shared or per image. noise(i): as for `sample`, i the number of
-    the call; drawn in every call if any image has eta above 0, used where a step is accepted.
+
+def advance(model, state, options, noise, along=None, calls=None):
+    """Run until every image is at its end, or for so many `calls` -> State.
+
+    model(x, sigma, i, memory) -> (denoised, _, memory), sigma [B]. noise(i): as for `sample`; drawn
+    in every call if any image has eta above 0, used where a step is accepted. i: the number of the
+    call, or along(numbers [B] of the images' calls).
     An image that is done stays as it is. What is not finite ends an image, as not finite.
     There is one call in the loop's body, and images may be at different stages of their steps. No
     gradient in reverse mode: the number of calls is not known.
     """
-    options = Adaptive(*(jnp.broadcast_to(jnp.asarray(field, x.dtype), x.shape[:1])
-                         for field in options))
-    zero = jnp.zeros(x.shape[:1], x.dtype)
-    count = jnp.zeros(x.shape[:1], jnp.int32)
-    state = _State(x, x, 0 * x, 0 * x, options.start, options.h_init,
-                   jnp.stack([zero, zero], axis=-1), count, count, count, count)
+    options = _each(options, state.x)
     noisy = jnp.any(options.eta > 0)
 
+    def going(carry):
+        state, i = carry
+        some = jnp.any(active(state, options))
+        return some if calls is None else some & (i < calls)
+
     def body(carry):
-        state, memory, i = carry
-        point, sigma = jax.vmap(_point)(state, options)
-        active = _active(state, options)
-        denoised, _, memory = model(point, jnp.where(active, sigma, 0), i, memory)
-        fresh = lax.cond(noisy, lambda: jnp.asarray(noise(i), x.dtype), lambda: jnp.zeros_like(x))
-        after = jax.vmap(_advance)(state, options, point, sigma, denoised, fresh)
-        keep = jax.vmap(lambda active, new, old: jax.tree.map(
-            lambda new, old: jnp.where(active, new, old), new, old))
-        return keep(active, after, state), memory, i + 1
+        state, i = carry
+        point, sigma = jax.vmap(_point)(state._replace(memory=None), options)
+        live = active(state, options)
+        step = i if along is None else along(state.calls)
+        denoised, _, memory = model(point, jnp.where(live, sigma, 0), step, state.memory)
+        fresh = lax.cond(noisy, lambda: jnp.asarray(noise(step), state.x.dtype),
+                         lambda: jnp.zeros_like(state.x))
+        before = state._replace(memory=None)
+        after = jax.vmap(_take)(before, options, point, sigma, denoised, fresh)
+        kept = jax.vmap(lambda live, new, old: jax.tree.map(
+            lambda new, old: jnp.where(live, new, old), new, old))(live, after, before)
+        return kept._replace(memory=memory), i + 1
 
-    state, _, _ = lax.while_loop(
-        lambda carry: jnp.any(_active(carry[0], options)), body, (state, memory, jnp.int32(0)))
-    return state.x, Steps(state.calls, state.accepted, state.rejected, jnp.exp(-state.s))
+    return lax.while_loop(going, body, (state, jnp.int32(0)))[0]
 
 
-def _active(state, options):
+def steps(state):
+    """State -> Steps."""
+    return Steps(state.calls, state.accepted, state.rejected, jnp.exp(-state.s))
+
+
+def _each(options, x):
+    return Adaptive(*(jnp.broadcast_to(jnp.asarray(field, x.dtype), x.shape[:1])
+                      for field in options))
+
+
+def active(state, options):
+    """Which images are not at their end, bool [B]."""
     return (state.s < options.end - END) & (state.calls < options.max_calls)
 
 
@@ -153,7 +177,7 @@ def _point(state, options):
     return jnp.where(state.stage == 2, x - curve * (state.e1 - state.e0), x), sigma
 
 
-def _advance(state, options, point, sigma, denoised, fresh):
+def _take(state, options, point, sigma, denoised, fresh):
     """Take in a model call of one image; after the last of a step accept or reject the step."""
     new = (point - denoised) / sigma
     e0 = jnp.where(state.stage == 0, new, state.e0)
@@ -169,13 +193,13 @@ def _advance(state, options, point, sigma, denoised, fresh):
     last = state.stage + 1 == options.order
     accept = last & ~(factor < options.accept_safety)  # so what is not a number ends the walk
     taken = jnp.where(accept, jnp.stack([inverse, past[0]]), past)
-    return _State(
+    return State(
         x=jnp.where(accept, high + up * options.s_noise * fresh, state.x),
         low=jnp.where(accept, low, state.low), e0=e0, e1=e1,
         s=jnp.where(accept, t, state.s), h=jnp.where(last, state.h * factor, state.h),
         inverse=jnp.where(last, taken, state.inverse), stage=jnp.where(last, 0, state.stage + 1),
         calls=state.calls + 1, accepted=state.accepted + accept,
-        rejected=state.rejected + (last & ~accept))
+        rejected=state.rejected + (last & ~accept), denoised=denoised)
 
 
 def _control(state, options, low, high):

@@ -55,34 +55,33 @@ SPAN, DEPTH = 10.0, 18
 
 
 def fresh(keys, rows, shape):
-    """The noise of a walk: `noise(i)` for `sample`, standard normal, float32 [B, *shape].
-
-    keys: [B]. rows: the table, shared or per image. Where a row names a `path`, its noise is the
-    increment of the image's Brownian path in log sigma between those two levels, so that a seed
-    gives one path whatever the steps, and the picture converges as they grow. Elsewhere it is drawn
-    by `draw` from the key and the row's index.
-    """
+    """The noise of a walk: `noise(i)` for `sample`, standard normal, float32 [B, *shape]; see
+    `of_row`. keys: [B]. rows: the table, shared or per image."""
     path = jnp.asarray(rows.path, jnp.float32)
-    path = path[:, None] if path.ndim == 2 else path  # [calls, 1 or B, 2]
-    path = jnp.broadcast_to(path, (len(path), *keys.shape, 2))
+    return lambda i: of_row(keys, i, path[i], shape)
+
+
+def of_row(keys, call, path, shape):
+    """The noise of a row, standard normal -> float32 [B, *shape].
+
+    keys: [B]. call: the row's number, [] or [B]. path: Row.path, [2] or [B,2]. Where it names two
+    levels, the noise is the increment of the image's Brownian path in log sigma between them, so
+    that a seed gives one path whatever the steps, and the picture converges as they grow. Elsewhere
+    it is drawn by `draw` from the key and the call.
+    """
+    path = jnp.broadcast_to(path, (*keys.shape, 2))
     leaf = jnp.clip((jnp.log(path) / SPAN + 1) / 2, 0, 1) * 2**DEPTH
     leaf = jnp.round(leaf).astype(jnp.int32)
-    apart = leaf[..., 0] != leaf[..., 1]
-    some = apart.any(-1)  # reduced here: not over a sharded batch in the loop
+    apart = leaf[:, 0] != leaf[:, 1]
+    alone = draw(keys, call, shape)
 
-    def noise(i):
-        alone = draw(keys, i, shape)
+    def increment():
+        start, end = (jax.vmap(_brownian, (0, 0, None))(keys, leaf[:, k], shape) for k in (0, 1))
+        gap = jnp.abs(leaf[:, 1] - leaf[:, 0]).reshape(-1, *(1,) * len(shape))
+        there = apart.reshape(gap.shape)
+        return jnp.where(there, (end - start) * lax.rsqrt(jnp.maximum(gap, 1) * 1.0), alone)
 
-        def increment():
-            start, end = (jax.vmap(_brownian, (0, 0, None))(keys, leaf[i, :, k], shape)
-                          for k in (0, 1))
-            gap = jnp.abs(leaf[i, :, 1] - leaf[i, :, 0]).reshape(-1, *(1,) * len(shape))
-            there = apart[i].reshape(gap.shape)
-            return jnp.where(there, (end - start) * lax.rsqrt(jnp.maximum(gap, 1) * 1.0), alone)
-
-        return lax.cond(some[i], increment, lambda: alone)
-
-    return noise
+    return lax.cond(apart.any(), increment, lambda: alone)
 
 
 def _brownian(key, leaf, shape):

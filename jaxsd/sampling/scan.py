@@ -1,13 +1,14 @@
 """Run any table of rows: one `lax.scan`, one model call in its body (Adaptive: a while loop)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .adaptive import Adaptive, solve
+from . import adaptive
+from .adaptive import Adaptive
 from .tables import HISTORY, NOISE, Row
 
 
@@ -17,6 +18,8 @@ class State(NamedTuple):
     x: jax.Array  # [B,...]  the point at which the model is called next
     y: jax.Array  # [B,...]  a saved point
     e: tuple  # K x [B,...]  history, newest first
+    denoised: jax.Array  # [B,...]  the last model output
+    memory: Any = None  # what guidance with momentum remembers
 
 
 class Call(NamedTuple):
@@ -42,11 +45,14 @@ class Call(NamedTuple):
         return (self.x - self.denoised) / jnp.where(sigma > 0, sigma, 1)
 
 
-def init(x, rows):
-    """The state before the first row, see `lift`."""
+def init(x, rows, memory=None):
+    """The state before the first row: a State, see `lift`, or adaptive.State. x [B,...]; memory: as
+    of `sample`."""
     x = lift(x)
+    if isinstance(rows, Adaptive):
+        return adaptive.init(x, rows, memory)
     zero = jnp.zeros_like(x)
-    return State(x, zero, (zero,) * (rows.mix.shape[-1] - 4))
+    return State(x, zero, (zero,) * (rows.mix.shape[-1] - 4), zero, memory)
 
 
 def lift(x):
@@ -59,10 +65,11 @@ def step(state, row, denoised, noise, uncond=None):
     """One row: push the model's output into the history, then mix. -> State."""
     e = (_weigh(row.push, (state.x, denoised)), *state.e[:-1])
     terms = (state.x, state.y, noise, *e, denoised if uncond is None else uncond)
-    return State(_weigh(row.mix[..., 0, :], terms), _weigh(row.mix[..., 1, :], terms), e)
+    return state._replace(x=_weigh(row.mix[..., 0, :], terms), y=_weigh(row.mix[..., 1, :], terms),
+                          e=e)
 
 
-def sample(denoise, x, rows, noise, on_call=None, info=None, memory=None):
+def sample(denoise, x, rows, noise, info=None, memory=None, along=None):
     """Walk x down the noise levels of a table -> x at the last one, float32.
 
     denoise(x, sigma, i) -> denoised, both [B,...], or (denoised, uncond) with the unguided output
@@ -71,18 +78,29 @@ def sample(denoise, x, rows, noise, on_call=None, info=None, memory=None):
     x: [B,...] at the table's first sigma (pure noise times that sigma, or x0 + sigma * noise).
     rows: from `plan`, shared by all images, or from `stack`, one table per image; or Adaptive.
     noise(i) -> array like x, standard normal; drawn only where a row asks for it.
-    on_call(i): optional host function, called after the model call of row i (jax.debug.callback).
     info(Call): optional; whatever it returns is stacked on a leading axis of rows, and the result
     is (x, stacked). Of an Adaptive walk it is called once, at the end, with adaptive.Steps.
     memory: optional; a pytree that denoise takes as a fourth argument and returns, changed, beside
     its output: guidance with momentum.
+    along: see `advance`.
 
     A row where no image has sigma > 0 costs no model call. An image that is finished before the
     others of its batch stays as it is, bit for bit. Gradients through the walk recompute each row
     (jax.checkpoint): memory grows with the rows by one state each, not by the model's activations.
     """
-    x = lift(x)
-    dtype = x.dtype
+    state, stacked = advance(denoise, init(x, rows, memory), rows, noise, info, along)
+    return state.x if info is None else (state.x, stacked)
+
+
+def advance(denoise, state, rows, noise, info=None, along=None, count=None):
+    """Go on from a state of `init` over the next rows -> (State, what info gave or None).
+
+    denoise, noise, info: as of `sample`. along: what denoise and noise are given in place of the
+    row's index: a pytree with a leading axis of rows; of Adaptive a function of the numbers [B] of
+    the images' calls. count: so many rows, or calls of Adaptive, and no more (without info, and
+    without gradients); None: all.
+    """
+    dtype = state.x.dtype
 
     def model(x, sigma, i, memory):
         # An idle image gets a sigma at which any denoiser is finite; its weights are 0.
@@ -91,38 +109,37 @@ def sample(denoise, x, rows, noise, on_call=None, info=None, memory=None):
             out = denoise(x, sigma, i)
         else:
             out, memory = denoise(x, sigma, i, memory)
-        if on_call is not None:
-            out, done = lax.optimization_barrier((out, i))  # not before the model is through
-            jax.debug.callback(on_call, done)
         denoised, uncond = out if isinstance(out, tuple) else (out, out)
         return jnp.asarray(denoised, dtype), jnp.asarray(uncond, dtype), memory
 
     if isinstance(rows, Adaptive):
-        x, steps = solve(model, x, rows, noise, memory)
-        return x if info is None else (x, info(steps))
-    state = init(x, rows)
+        state = adaptive.advance(model, state, rows, noise, along, count)
+        return state, None if info is None else info(adaptive.steps(state))
     rows = Row(*(jnp.asarray(field, dtype) for field in rows))
+    along = jnp.arange(len(rows.sigma)) if along is None else along
     # Both are reduced over images here, once, so that a sharded batch does so outside the loop.
     images = tuple(range(1, rows.sigma.ndim))
     active = jnp.any(rows.sigma > 0, axis=images)
     noisy = jnp.any(rows.mix[..., NOISE] != 0, axis=(*images, -1))
 
-    def body(carry, xs):
-        state, memory = carry
-        i, row, active, noisy = xs
+    def body(state, xs):
+        i, row, along, active, noisy = xs
         denoised, uncond, memory = lax.cond(
-            active, lambda memory: model(state.x, row.sigma, i, memory),
-            lambda memory: (state.x, state.x, memory), memory)
-        fresh = lax.cond(noisy, lambda: jnp.asarray(noise(i), dtype),
+            active, lambda memory: model(state.x, row.sigma, along, memory),
+            lambda memory: (state.x, state.x, memory), state.memory)
+        fresh = lax.cond(noisy, lambda: jnp.asarray(noise(along), dtype),
                          lambda: jnp.zeros_like(state.x))
-        after = step(state, row, denoised, fresh, uncond)
-        if info is not None:
-            return (after, memory), info(Call(i, row, state.x, denoised, uncond, fresh, after))
-        return (after, memory), None
+        called = spread(row.sigma > 0, state.x.ndim)
+        after = step(state, row, denoised, fresh, uncond)._replace(
+            denoised=jnp.where(called, denoised, state.denoised), memory=memory)
+        return after, None if info is None else info(
+            Call(i, row, state.x, denoised, uncond, fresh, after))
 
-    xs = (jnp.arange(len(rows.sigma)), rows, active, noisy)
-    (state, _), stacked = lax.scan(jax.checkpoint(body, prevent_cse=False), (state, memory), xs)
-    return state.x if info is None else (state.x, stacked)
+    xs = (jnp.arange(len(rows.sigma)), rows, along, active, noisy)
+    if count is not None:
+        return lax.fori_loop(0, count, lambda i, state: body(
+            state, jax.tree.map(lambda a: a[i], xs))[0], state), None
+    return lax.scan(jax.checkpoint(body, prevent_cse=False), state, xs)
 
 
 def log_probability(call):
@@ -148,8 +165,9 @@ def bucket(count):
 
 
 def idle():
-    """A table without rows: the walk is where it starts."""
-    return Row(np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2, HISTORY + 4)), np.zeros((0, 2)))
+    """A table of one row that does nothing: the walk is where it starts."""
+    return pad(Row(np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2, HISTORY + 4)), np.zeros((0, 2))),
+               1)
 
 
 def pad(rows, length):
@@ -173,7 +191,8 @@ def stack(tables, length=None):
     if any(adaptive):
         raise ValueError(f'{sum(adaptive)} of {len(tables)} images are dpm_adaptive, which has no '
                          'table: expected all or none; run them in batches of their own')
-    length = length or bucket(max(len(rows.sigma) for rows in tables))
+    if length is None:
+        length = bucket(max(len(rows.sigma) for rows in tables))
     return Row(*(np.stack(fields, axis=1) for fields in zip(*(pad(t, length) for t in tables))))
 
 

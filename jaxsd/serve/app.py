@@ -20,7 +20,6 @@ from jaxsd import images
 from jaxsd.run import canvas, picture, texts
 from jaxsd.run.request import Request
 from jaxsd.serve import a1111, schemas
-from jaxsd.serve.batcher import Batcher, Busy, Stopped
 from jaxsd.serve.middleware import (
     LOOPBACK,
     Disconnected,
@@ -29,6 +28,7 @@ from jaxsd.serve.middleware import (
     error_response,
     read_body,
 )
+from jaxsd.serve.queue import Busy, Queue, Stopped
 
 PARTS = 8  # prompts joined by AND, the negative one too: each is one more picture for the U-Net
 TEXTS = 128  # blocks of 75 tokens that a picture's text encoders read, of all texts of all steps
@@ -60,7 +60,7 @@ class Settings(NamedTuple):
 class Loaded(NamedTuple):
     """model, vae, refiner: names. run: what `picture.record` tells beside the request."""
 
-    batcher: Batcher
+    queue: Queue
     model: str
     vae: str
     refiner: str
@@ -87,11 +87,11 @@ class Service:
     def _load(self, load):
         try:
             loaded = load()
-            engine = loaded.batcher.engine
+            engine = loaded.queue.engine
             needs = canvas.kind(engine.config) in ('depth', 'upscaler')
             image = np.full((64, 64, 3), 127, np.uint8) if needs else None
             [first] = engine.resolve([Request(**self.settings.defaults, image=image)])
-            loaded.batcher.warm(first)
+            loaded.queue.warm(first)
             self.loaded = loaded
         except Exception as error:
             self.failed = error
@@ -101,13 +101,13 @@ class Service:
         """
         if self.loaded is None:
             raise Stopped('the model is being loaded')
-        self.loaded.batcher.check(0)
+        self.loaded.queue.check(0)
         return self.loaded
 
     def stop(self):
         """Begin no more; returns when what runs is done."""
         if self.loaded is not None:
-            self.loaded.batcher.stop()
+            self.loaded.queue.stop()
         self.decoders.stop()
 
     def decode(self, read, data, name, *args, **options):
@@ -125,18 +125,18 @@ class Service:
 
     def prepare(self, loaded, model, data):
         """A body's bytes -> it, its Requests, and their Job. Milliseconds: off the event loop."""
-        settings, batcher = self.settings, loaded.batcher
+        settings, queue = self.settings, loaded.queue
         body = a1111.parse(model, data)
-        requests = batcher.engine.resolve(a1111.requests(
+        requests = queue.engine.resolve(a1111.requests(
             body, settings.defaults, settings.limits, loaded.model, loaded.vae, loaded.refiner,
             functools.partial(self.decode, images.read_bytes)))
         requests = [r.replace(wildcards=None) for r in requests]  # they have had their say
         for request in requests:
-            _check(request, settings.limits, batcher.engine.nets[0][0])
-        job = batcher.submit(requests)
+            _check(request, settings.limits, queue.engine.nets[0])
+        job = queue.submit(requests)
         name = body.force_task_id
         if name is not None and self.tasks.setdefault(name, job) is not job:
-            batcher.cancel(job)
+            queue.cancel(job)
             raise ValueError(f'force_task_id={a1111.brief(name)}: expected one that is not in use')
         return body, requests, job
 
@@ -144,7 +144,7 @@ class Service:
         """A request is over, however: what it still wanted is not made. prepared: a future."""
         if not prepared.cancelled() and not prepared.exception():
             body, _, job = prepared.result()
-            self.loaded.batcher.cancel(job)
+            self.loaded.queue.cancel(job)
             if self.tasks.get(body.force_task_id) is job:
                 del self.tasks[body.force_task_id]
 
@@ -156,7 +156,7 @@ class Service:
                                     names | {'refiner': ''}) for r in requests]
         files = [picture.png(made.image, {
             'parameters': line, 'jaxsd': picture.record(
-                request, id=made.id, microbatch=loaded.batcher.engine.microbatch, **loaded.run)})
+                request, id=made.id, slots=loaded.queue.engine.slots, **loaded.run)})
             for made, line, request in zip(found, lines, requests)]
         return json.dumps(a1111.answer(body, list(zip(requests, files)), lines, loaded.model),
                           allow_nan=False).encode()
@@ -205,7 +205,7 @@ def build(service):
 
     async def pictures(request, model):
         loop, loaded = asyncio.get_running_loop(), service.ready()
-        loaded.batcher.check(1)
+        loaded.queue.check(1)
         data = await read_body(request, settings)
         until = loop.time() + settings.timeout
         gone = asyncio.ensure_future(_hung_up(request))
@@ -248,13 +248,13 @@ def build(service):
     async def interrupt(request: fastapi.Request) -> dict[str, str]:
         name = a1111.parse(schemas.InterruptBody, await read_body(request, settings)).force_task_id
         job = service.tasks.get(name)
-        if job is None or not service.loaded.batcher.cancel(job):
+        if job is None or not service.loaded.queue.cancel(job):
             raise HTTPError(404, 'not_found', f'force_task_id={a1111.brief(name)}: no such task')
         return {}
 
     @app.get('/sdapi/v1/progress', responses=errors(422, 503))
     async def progress(skip_current_image: bool = False) -> schemas.Progress:
-        waiting, running, done, seconds = service.ready().batcher.counts()
+        waiting, running, done, seconds = service.ready().queue.counts()
         count = waiting + running and waiting + running + done
         return schemas.Progress(
             progress=done / count if count else 0, eta_relative=seconds, textinfo='',

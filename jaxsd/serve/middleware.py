@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from jaxsd.serve.a1111 import brief
-from jaxsd.serve.batcher import Busy, Stopped
+from jaxsd.serve.queue import Busy, Stopped
 
 LOOPBACK = ('127.0.0.1', '::1', 'localhost')
 OPEN = ('/healthz',)  # without a key

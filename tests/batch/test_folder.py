@@ -12,7 +12,7 @@ from PIL import Image
 
 from jaxsd.batch import folder
 
-CONFIG = {'settings': {'weights': 'abc', 'microbatch': 8}}
+CONFIG = {'settings': {'weights': 'abc', 'slots': 8}}
 
 
 def _image(n=8, seed=0):
@@ -90,8 +90,8 @@ def test_an_error_never_hides_a_picture(tmp_path):
 
 def test_other_settings_are_refused(tmp_path):
     folder.Folder(tmp_path, CONFIG).close()
-    with pytest.raises(ValueError, match='microbatch 8, here 4'):
-        folder.Folder(tmp_path, {'settings': {'weights': 'abc', 'microbatch': 4}})
+    with pytest.raises(ValueError, match='slots 8, here 4'):
+        folder.Folder(tmp_path, {'settings': {'weights': 'abc', 'slots': 4}})
     folder.Folder(tmp_path, CONFIG).close()
 
 

@@ -1,14 +1,12 @@
 """Pictures made again from their own files, to the bit, and from other programs' texts."""
 
 import contextlib
-import inspect
 import itertools
 import json
 import os
 import re
 import sys
 
-import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -17,7 +15,10 @@ from PIL import Image, PngImagePlugin
 from safetensors.numpy import load_file, save_file
 
 import jaxsd
+from jaxsd.run import engine as module
 from jaxsd.run import infotext, picture
+from jaxsd.run.generate import slots_for
+from jaxsd.run.programs import Programs
 from launch import engine, generate
 
 
@@ -40,14 +41,11 @@ def _flags(define=generate.define_flags):
 def _compiled_soon():
     """Compiling takes most of these tests' time, half of it in the last optimisations; the other
     process of test_emoji leaves them out as well."""
-    module, level = sys.modules['jaxsd.run.generate'], {'xla_backend_optimization_level': '0'}
-    program = module._program.__wrapped__
+    level = {'xla_backend_optimization_level': '0'}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('XLA_FLAGS', ' '.join([os.environ.get('XLA_FLAGS', ''), *(
             f'--{name}={value}' for name, value in level.items())]))
-        patch.setattr(module, '_program', jax.jit(
-            program, static_argnames=inspect.getfullargspec(program).kwonlyargs,
-            compiler_options=level))
+        patch.setattr(module, 'PROGRAMS', Programs(options=level))
         yield
 
 
@@ -98,8 +96,7 @@ def repeat(run):
         (again,), error = run(f'--from={path}', '--trust', *flags)
         np.testing.assert_array_equal(_pixels(again), _pixels(path))
         with Image.open(again) as new, Image.open(path) as old:
-            assert json.loads(new.text['jaxsd']) | {'batch': 0} == (
-                json.loads(old.text['jaxsd']) | {'batch': 0})
+            assert json.loads(new.text['jaxsd']) == json.loads(old.text['jaxsd'])
             assert new.text['parameters'] == old.text['parameters']
         assert 'warning: made' not in error and 'note:' not in error, error
 
@@ -133,7 +130,7 @@ def test_emoji_of_several_prompts_and_a_batch(run, repeat):
                   '--config.sampler=dpmpp_2s_ancestral', '--negative_prompt=dog')
     repeat(made[2])  # the first cat of four pictures and a grid
     with Image.open(made[2]) as file:
-        assert json.loads(file.text['jaxsd'])['batch'] == -(-4 // jax.local_device_count())
+        assert json.loads(file.text['jaxsd'])['slots'] == slots_for(4)
 
 
 def test_emoji_from_pictures(run, repeat, drawn):
@@ -236,7 +233,7 @@ def test_strays(run, tiny_model, tmp_path):
             how = engine.describe()
     assert how['strays'] is True
     maker, _, how = engine.build(how)
-    assert how['strays'] is True and maker.nets[0][0].adapters.keys() == {'style'}
+    assert how['strays'] is True and maker.nets[0].adapters.keys() == {'style'}
     with pytest.raises(ValueError, match='1 unexpected: unet/merged'):
         engine.build(how | {'strays': False})
     with _unpainted():
@@ -261,7 +258,7 @@ def test_strays(run, tiny_model, tmp_path):
     ({'request': {'prompt': 'a' * 2**20}}, 'its record has [0-9]* characters: expected at most'),
     ({'request': {'steps': 10**9}}, 'its record is damaged: steps'),
     ({'request': {'width': 10**6}}, 'its record is damaged: '),
-    ({'batch': 10**9}, 'its record is damaged: batch=1000000000'),
+    ({'slots': 10**9}, 'its record is damaged: slots=1000000000'),
     ({'tile': -1}, 'its record is damaged: tile=-1'),
     ({'dtype': 'float\x1b[31m'}, r'dtype .float\\x1b\[31m.: expected one of float32'),
 ])

@@ -6,6 +6,7 @@ from unittest import mock
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from conftest import TINY
@@ -14,9 +15,11 @@ from PIL import Image
 from test_models import nchw
 
 import jaxsd
+from jaxsd import sampling
 from jaxsd.models import spec
 from jaxsd.prompt.tokenizer import Tokenizer
-from jaxsd.run import inputs, latents, networks, resolve
+from jaxsd.run import Encoded, denoiser, inputs, latents, lengthened, networks, resolve
+from jaxsd.run.steps import Steps
 
 torch.set_num_threads(1)  # for such small arrays more of them wait for each other, 20 times as long
 STEPS, BOUND = 5, 1e-4
@@ -97,10 +100,20 @@ _walk = jax.jit(latents, static_argnames=('config', 'height', 'width'),
 def ours(model, requests, noise, stage=None):
     """Requests through all that `generate` does before its decoder -> latents [B,h,w,L]."""
     requests = resolve(requests, model.config)
-    data = inputs(model, requests, noise, stage=stage)
+    data = lengthened(inputs(model, requests, noise, stage=stage))
     params, config = networks(model, data)
     return np.asarray(_walk(params, data, config=config, height=requests[0].height,
                             width=requests[0].width))
+
+
+def denoised(params, config, x, conditioning, guidance, rows):
+    """The denoise loop over a sampler's rows, with one Guidance for all of them and no fresh noise
+    -> latents like x."""
+    guided = denoiser(params, config, Encoded(conditioning, None))
+    step = Steps(None, 0, guidance)
+    return sampling.sample(lambda x, sigma, i, *memory: guided(x, sigma, step, *memory), x, rows,
+                           lambda i: jnp.zeros_like(x),
+                           memory=jnp.zeros_like(x) if guidance.momentum else None)
 
 
 def request(**fields):

@@ -2,20 +2,19 @@
 
 import diffusers
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers.guiders import adaptive_projected_guidance as apg
 from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 from diffusers.guiders.guider_utils import rescale_noise_cfg
+from pipelines import denoised
 from test_models import arrays, excite, nchw
 
 from jaxsd import config as jc
 from jaxsd import sampling
 from jaxsd.models import unet
 from jaxsd.prompt.conditioning import Conditioning
-from jaxsd.run import denoise_latents
 from jaxsd.sampling import guidance as guiding
 from jaxsd.sampling.guidance import Guidance
 
@@ -58,9 +57,9 @@ def trajectories(pipeline, guidance, prediction='epsilon', prepare=None, size=SI
     rows = sampling.plan('ddim', sigmas)
 
     def walk(params, guidance):
-        return np.asarray(jax.jit(lambda p, x, g: denoise_latents(
-            {'unet': p}, config, x, Conditioning(context, None), g, rows,
-            noise=lambda i: jnp.zeros_like(x)))(params, latent * np.hypot(sigmas[0], 1), guidance))
+        return np.asarray(jax.jit(lambda p, x, g: denoised(
+            {'unet': p}, config, x, Conditioning(context, None), g, rows))(
+                params, latent * np.hypot(sigmas[0], 1), guidance))
 
     params = arrays(module)  # of `module` as made: FreeU changes no parameter
     scale = max(1.0, theirs.std())

@@ -40,5 +40,5 @@ def test_in_a_batch_with_our_own_noise(tokenizer_folder):
         assert far(image, ours(model, [one], None)[0]) < 1e-5
     assert far(mixed[1], mixed[2]) > 0.1
     data = inputs(model, resolve(batch[:1], model.config))
-    assert data.noise is None and data.draws is None and data.given is None
-    assert jnp.shape(inputs(model, resolve(batch, model.config)).draws)[1:3] == (3, 8)
+    assert data.noise is None and data.steps.noise is None and data.given is None
+    assert jnp.shape(inputs(model, resolve(batch, model.config)).steps.noise)[1:3] == (3, 8)

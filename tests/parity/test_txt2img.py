@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from pipelines import TEXTS, normal, ours, pipeline, random_model, request, tiny
+from pipelines import TEXTS, denoised, normal, ours, pipeline, random_model, request, tiny
 from test_models import UNETS, arrays, excite, nchw
 
 import jaxsd
@@ -15,8 +15,8 @@ from jaxsd import config as jc
 from jaxsd import sampling
 from jaxsd.models.layers import timestep_embedding
 from jaxsd.prompt.conditioning import Conditioning
-from jaxsd.run import denoise_latents
-from jaxsd.run.walk import decode
+from jaxsd.run import decode
+from jaxsd.sampling.guidance import Guidance
 
 pytestmark = pytest.mark.parity
 STEPS, GUIDANCE, SIZE = 10, 5.0, 8
@@ -83,9 +83,8 @@ def test_trajectory(name, sampler):
     start = latent * (np.hypot(sigmas[0], 1) if unit else float(scheduler.init_noise_sigma))
     rows = sampling.plan(ours, sigmas, **options)
     params = {'unet': arrays(module)}
-    found = jax.jit(lambda p, x: denoise_latents(
-        p, config, x, Conditioning(context, added), GUIDANCE, rows,
-        noise=lambda i: np.zeros_like(start)))(params, start)
+    found = jax.jit(lambda p, x: denoised(
+        p, config, x, Conditioning(context, added), Guidance(GUIDANCE), rows))(params, start)
     scale = max(1.0, theirs.std())
     assert np.abs(np.asarray(found) - theirs).max() / scale <= 1e-4
 

@@ -21,7 +21,7 @@ from test_dpt_parity import lively
 from test_models import arrays
 
 from jaxsd import read_config, sampling
-from jaxsd.run.walk import LOW_RES
+from jaxsd.run.pipeline import LOW_RES
 
 pytestmark = pytest.mark.parity
 

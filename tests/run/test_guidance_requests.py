@@ -11,7 +11,6 @@ from jaxsd import Request, sampling
 from jaxsd.run import picture
 from jaxsd.run.inputs import _plan, inputs
 from jaxsd.run.request import resolve
-from jaxsd.sampling.guidance import Guidance
 
 KINDS = {
     'rescale': 0.7, 'threshold': {'mimic': 2.0}, 'cfg_zero_star': {},
@@ -41,18 +40,18 @@ def test_a_mixed_batch_equals_solo_runs_and_values_are_data(tiny_model):
     assert _far(again[1], images[1]) > 1
 
 
-def test_every_kind_is_heard(tiny_model):
+def test_every_kind_reaches_the_guidance(tiny_model):
     """From the same inputs as `generate`: each kind changes the Guidance and the parts it needs."""
     model = tiny_model('sdxl')
     for kind, value in KINDS.items():
         request = PLAIN.replace(guidance_options={kind: value})
         data = inputs(model, resolve([PLAIN, request], model.config))
-        used = [name for name, field in zip(Guidance._fields, data.guidance) if field is not None]
+        used = [name for name, field in data.steps.guidance._asdict().items() if field is not None]
         assert used == ['scale', {'cfg_zero_star': 'zero_star'}.get(kind, kind)]
         texts = 4 if kind == 'perp_neg' else 2
         assert data.ids.shape == (2, texts, 6)
         assert {t.tokens.shape[1:] for t in data.tokens.values()} == {(texts, 16)}
-        assert {a.shape for a in jax.tree.leaves(data.guidance)} == {(64, 2)}
+        assert {a.shape for a in jax.tree.leaves(data.steps.guidance)} == {(3, 2)}
 
 
 def test_requests_survive_json():
@@ -75,7 +74,7 @@ def test_refused_at_construction(fields, message):
 def test_adaptive_steps_take_constants_only(tiny_model):
     model = tiny_model('sd1')
     request = PLAIN.replace(sampler='dpm_adaptive')
-    assert inputs(model, resolve([request], model.config)).guidance.scale.shape == (1, 1)
+    assert inputs(model, resolve([request], model.config)).steps.guidance.scale.shape == (1, 1)
     for fields in (dict(guidance=(1.0, 2.0, 3.0)), dict(guidance_options={'interval': (0, 0.5)})):
         with pytest.raises(ValueError, match='expected a constant with dpm_adaptive'):
             inputs(model, resolve([request.replace(**fields)], model.config))

@@ -68,8 +68,11 @@ def test_padding_changes_nothing_and_costs_no_call():
     x, pool = start([image])
 
     def counted(x, rows, pool):
-        return sampling.sample(denoise, x, rows, lambda i: pool[i],
-                               on_call=lambda i: seen.append(int(i)))
+        def call(x, sigma, i):
+            jax.debug.callback(lambda i: seen.append(int(i)), i)
+            return denoise(x, sigma, i)
+
+        return sampling.sample(call, x, rows, lambda i: pool[i])
 
     ends = []
     for length in (None, 64, 128):

@@ -3,13 +3,12 @@
 python tests/serve/load.py --clients=64 --seconds=300
 
 It starts `launch.serve` with the shipped model, on loopback, and asks for one random emoji a
-request, with four samplers and 4 to 20 steps; no two requests are the same. Then one client alone.
-Then the pictures are made again here, by Engine: `--solo` of them alone, the others beside other
-neighbours than on the server.
+request, with four samplers and 4 to 20 steps (`--steps`); no two requests are the same. Then one
+client alone. Then the pictures are made again here, by Engine: `--solo` of them alone, the others
+beside other neighbours than on the server.
 """
 
 import argparse
-import collections
 import concurrent.futures
 import json
 import pathlib
@@ -23,23 +22,23 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from servers import DEFAULTS, counted, opened, pixels, process  # noqa: E402
+from servers import DEFAULTS, opened, pixels, process  # noqa: E402
 
 import jaxsd  # noqa: E402
-from jaxsd.batch.engine import Engine  # noqa: E402
+from jaxsd.run import Engine  # noqa: E402
 from jaxsd.serve import a1111, schemas  # noqa: E402
 
 SAMPLERS = ('Euler', 'Euler a', 'DPM++ 2M Karras', 'Heun')
 NAMES = (ROOT / 'tests' / 'data' / 'emoji_eval.txt').read_text().splitlines()
 
 
-def client(url, number, until):
+def client(url, number, until, steps):
     """Ask until then -> a list of (body, seconds, hash of the pixels or None)."""
     draw, found = random.Random(number), []
     with httpx.Client(timeout=600) as http:
         while time.monotonic() < until:
             body = {'prompt': draw.choice(NAMES), 'seed': draw.randrange(2**64), 'cfg_scale': 4,
-                    'steps': draw.randrange(4, 21), 'sampler_name': draw.choice(SAMPLERS)}
+                    'steps': draw.randint(*steps), 'sampler_name': draw.choice(SAMPLERS)}
             began = time.monotonic()
             while (answer := http.post(f'{url}/sdapi/v1/txt2img', json=body)).status_code == 429:
                 time.sleep(int(answer.headers['retry-after']))
@@ -49,39 +48,28 @@ def client(url, number, until):
     return found
 
 
-def load(url, clients, seconds, seed):
+def load(url, clients, seconds, steps, seed):
     """So many clients at once for so long -> all that they found."""
-    names = ('jaxsd_microbatch_pictures_sum', 'jaxsd_microbatch_pictures_count')
-    before, began = [counted(url, name) for name in names], time.monotonic()
+    began = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-        runs = [pool.submit(client, url, seed + n, began + seconds) for n in range(clients)]
+        runs = [pool.submit(client, url, seed + n, began + seconds, steps) for n in range(clients)]
         found = [answer for run in runs for answer in run.result()]
     took = time.monotonic() - began
     p50, p95, p99 = np.percentile([t for _, t, _ in found], [50, 95, 99])
-    made, batches = (counted(url, name) - b for name, b in zip(names, before))
     print(f'{clients} client(s): {len(found)} pictures in {took:.1f} s, {len(found) / took:.2f} '
-          f'pictures/s, {made / batches:.2f} a microbatch; p50 {p50:.2f} s, p95 {p95:.2f} s, '
+          f'pictures/s; p50 {p50:.2f} s, p95 {p95:.2f} s, '
           f'p99 {p99:.2f} s', flush=True)
     return found
 
 
-def again(bodies, microbatch, solo):
+def again(bodies, slots, solo):
     """The hashes of the bodies' pictures: of the first `solo` alone, of the others together."""
-    engine = Engine(jaxsd.load(ROOT / 'checkpoints' / 'emoji', 'float32'), microbatch=microbatch)
+    engine = Engine(jaxsd.load(ROOT / 'checkpoints' / 'emoji', 'float32'), slots=slots)
     requests = engine.resolve([
         a1111.requests(a1111.parse(schemas.Txt2Img, json.dumps(body).encode()), DEFAULTS,
                        a1111.Limits(), 'emoji')[0] for body in bodies])
-    parts = [[i] for i in range(min(solo, len(requests)))]
-    kinds = collections.defaultdict(list)
-    for i in range(len(parts), len(requests)):
-        kinds[engine.kind(requests[i])].append(i)
-    parts += [some[i:i + microbatch] for some in kinds.values()
-              for i in range(0, len(some), microbatch)]
-    found = {}
-    for part in parts:
-        some = [requests[i] for i in part]
-        found |= zip(part, map(pixels, engine.start(some, engine.kind(some[0])).images()))
-    return [found[i] for i in range(len(requests))]
+    alone = [engine.make([request])[0] for request in requests[:solo]]
+    return [*map(pixels, alone + engine.make(requests[solo:]))]
 
 
 def main():
@@ -90,14 +78,16 @@ def main():
     parser.add_argument('--clients', type=int, default=64)
     parser.add_argument('--seconds', type=float, default=300)
     parser.add_argument('--alone', type=float, default=30, help='seconds for one client alone')
-    parser.add_argument('--microbatch', type=int, default=8)
+    parser.add_argument('--slots', type=int, help='as of launch.serve')
+    parser.add_argument('--steps', type=int, nargs=2, default=(4, 20), help='fewest and most')
     parser.add_argument('--solo', type=int, default=200, help='pictures made again alone')
     flags = parser.parse_args()
-    with process(f'--microbatch={flags.microbatch}', '--queue=512') as (url, _):
-        found = load(url, flags.clients, flags.seconds, seed=0)
-        found += load(url, 1, flags.alone, seed=10**6)
+    slots = [f'--slots={flags.slots}'] if flags.slots else []
+    with process('--queue=512', *slots) as (url, _):
+        found = load(url, flags.clients, flags.seconds, flags.steps, seed=0)
+        found += load(url, 1, flags.alone, flags.steps, seed=10**6)
     random.Random(0).shuffle(found)
-    expected = again([body for body, _, _ in found], flags.microbatch, flags.solo)
+    expected = again([body for body, _, _ in found], flags.slots, flags.solo)
     hashes = [made for _, _, made in found]
     lost = hashes.count(None)
     wrong = sum(made not in (None, alone) for made, alone in zip(hashes, expected))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -17,36 +16,51 @@ from mains import ROOT
 from PIL import Image
 
 import jaxsd
-from jaxsd.batch.engine import Engine
 from jaxsd.batch.identity import Identity
+from jaxsd.run import engine as engines
 from jaxsd.serve.app import Loaded, Service, Settings
-from jaxsd.serve.batcher import Batcher
 from jaxsd.serve.metrics import Metrics
+from jaxsd.serve.queue import Queue
 from jaxsd.serve.server import Server
 
 DEFAULTS = {'steps': 4, 'guidance': 4.0, 'width': 64, 'height': 64, 'sampler': 'dpmpp_2m',
             'schedule': 'karras'}
-MICROBATCH = 4
 
 
-class Gated(Engine):
-    """An Engine whose pictures come when `gate` is set, each of one colour, its seed's."""
+class Lane(engines.Lane):
+    """A lane that makes one picture after the other, without the model."""
+
+    def advance(self, group):
+        """As Lane's."""
+        for i, slot in enumerate(group.slots):
+            if slot is None:
+                continue
+            task, engine = slot.task, self.engine
+            engine.started.append(task.request.seed)
+            task.begun = time.monotonic()
+            if engine.broken:
+                raise engine.broken
+            while not engine.gate.wait(0.02) and not task.future.cancelled():
+                pass
+            group.slots[i] = None
+            task.settle(colour(task.request.seed, task.request.width, task.request.height))
+
+
+class Gated(engines.Engine):
+    """An Engine whose pictures come when `gate` is set, each of one colour, its seed's; `started`
+    are the seeds of those that have begun."""
+
+    lane = Lane
 
     def __init__(self, *args, **options):
-        super().__init__(*args, **options)
         self.gate, self.started, self.broken = threading.Event(), [], None
         self.gate.set()
+        super().__init__(*args, **options)
 
-    def start(self, requests, kind, lane=0):
-        """As Engine's, without the model."""
-        self.started.append([r.seed for r in requests])
-        if self.broken:
-            raise self.broken
-
-        def images():
-            assert self.gate.wait(60)
-            return [colour(r.seed, r.width, r.height) for r in requests]
-        return SimpleNamespace(images=images)
+    def compile(self, stage):
+        """Nothing to do."""
+        for place in self.places:
+            place._programs[stage.kind] = None
 
 
 def colour(seed, width=64, height=64):
@@ -57,17 +71,15 @@ def colour(seed, width=64, height=64):
 def gated(**options):
     """-> a Gated engine with the shipped model, and its Identity."""
     model = jaxsd.load(ROOT / 'checkpoints' / 'emoji', 'float32')
-    return (Gated(model, microbatch=MICROBATCH, **{'at_once': 1, **options}),
-            Identity(model, microbatch=MICROBATCH))
+    return Gated(model, **{'at_once': 1, **options}), Identity(model, slots=1)
 
 
 def service(engine, identity, queue=16, load=None, **settings):
     """A Service of them, loaded."""
-    metrics = Metrics(engine.microbatch)
+    metrics = Metrics()
 
     def loaded():
-        batcher = Batcher(engine, identity, metrics, queue)
-        return Loaded(batcher, 'emoji', '', '', {'model': 'emoji'})
+        return Loaded(Queue(engine, identity, metrics, queue), 'emoji', '', '', {'model': 'emoji'})
     found = Service(Settings(DEFAULTS, **settings), metrics, load or loaded)
     until = time.monotonic() + 60
     while load is None and not found.loaded:
@@ -108,8 +120,7 @@ def listening(found):
 def process(*flags, env=None):
     """`launch.serve` with the shipped model, once it is healthy -> its address, and the process."""
     port = free_port()
-    command = [sys.executable, '-m', 'launch.serve', f'--port={port}',
-               f'--microbatch={MICROBATCH}', *flags]
+    command = [sys.executable, '-m', 'launch.serve', f'--port={port}', *flags]
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT),
                                                   'JAX_PLATFORMS': 'cpu', **(env or {})}) as run:
         try:

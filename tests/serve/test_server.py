@@ -9,12 +9,12 @@ import httpx
 import numpy as np
 import pytest
 from mains import run_main
-from servers import DEFAULTS, MICROBATCH, ROOT, counted, opened, pixels, process, wait_for
+from servers import DEFAULTS, ROOT, counted, opened, pixels, process, wait_for
 from test_a1111 import png
 
 import jaxsd
-from jaxsd.batch.engine import Engine
 from jaxsd.batch.identity import Identity
+from jaxsd.run import Engine
 from jaxsd.serve import a1111, schemas
 
 SAMPLERS = ('Euler', 'Euler a', 'DPM++ 2M Karras', 'Heun')
@@ -31,15 +31,14 @@ def server():
 def solo():
     """A body -> the requests that it stands for, their ids, and the pictures as they are alone."""
     model = jaxsd.load(ROOT / 'checkpoints' / 'emoji', 'float32')
-    engine = Engine(model, microbatch=MICROBATCH)
-    identity = Identity(model, microbatch=MICROBATCH)
+    engine = Engine(model)
+    identity = Identity(model, slots=engine.slots)
 
     def make(body, kind=schemas.Txt2Img):
         body = a1111.parse(kind, json.dumps(body).encode())
         requests = engine.resolve(a1111.requests(
             body, {**DEFAULTS, 'steps': 20}, a1111.Limits(), 'emoji'))
-        return [(identity.of(r), pixels(engine.start([r], engine.kind(r)).images()[0]))
-                for r in requests]
+        return [(identity.of(r), pixels(engine.make([r])[0])) for r in requests]
     return make
 
 
@@ -66,8 +65,6 @@ def test_pictures_from_many_clients_are_what_they_are_alone(server, solo):
     made = counted(url, 'jaxsd_pictures_total', outcome='made') - made
     shared = counted(url, 'jaxsd_pictures_total', outcome='shared')
     assert made + shared == 31
-    fill = [counted(url, f'jaxsd_microbatch_pictures_{name}') for name in ('sum', 'count')]
-    assert fill[0] / fill[1] > 2
 
 
 def test_painting_over(server, solo):
@@ -82,11 +79,11 @@ def test_painting_over(server, solo):
 def test_sigterm_finishes_what_runs(server):
     """Last, because it ends the server of the others."""
     url, run = server
-    began = counted(url, 'jaxsd_microbatch_pictures_count')
+    began = counted(url, 'jaxsd_pictures_total', outcome='made')
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(httpx.post, f'{url}/sdapi/v1/txt2img', timeout=60, json={
             'prompt': 'rocket', 'steps': 40, 'seed': n, 'batch_size': 4}) for n in range(0, 40, 4)]
-        wait_for(lambda: counted(url, 'jaxsd_microbatch_pictures_count') > began)
+        wait_for(lambda: counted(url, 'jaxsd_pictures_total', outcome='made') > began)
         run.send_signal(signal.SIGTERM)
         codes = [answer.result().status_code for answer in answers if not answer.exception()]
     assert run.wait(60) == 0

@@ -6,14 +6,11 @@ are made of the same numbers.
 """
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsd.run.inputs import Inputs
-from jaxsd.run.walk import stage
-
-AXIS = 'data'
+AXIS = 'data'  # of meshes over the devices of a host
+WHOLE = ('controlnet', 'adapters')
 
 
 def axis(shape, devices):
@@ -29,27 +26,21 @@ def place(params, mesh):
         lambda a: jax.device_put(a, NamedSharding(mesh, _spec(axis(a.shape, mesh.size)))), params)
 
 
-def run(params, data, *, mesh, **options):
-    """walk.stage, with spread weights and the pictures shared out over the mesh."""
-    def along(name, a):  # ControlNets are whole, see Engine
-        return None if name[0].key == 'controlnet' else axis(a.shape, mesh.size)
+def run(params, *arguments, function, mesh, **static):
+    """function(params, *arguments), in which each device has whole arguments, and its part of the
+    params, gathered where they are looked up. ControlNets are whole: not all devices call them in
+    the same rows."""
+    def along(name, a):
+        return None if name[0].key in WHOLE else axis(a.shape, mesh.size)
 
     axes = jax.tree_util.tree_map_with_path(along, params)
     specs = jax.tree_util.tree_map_with_path(lambda name, a: _spec(along(name, a)), params)
-    pictures = Inputs(*({None: PartitionSpec(), 0: PartitionSpec(AXIS)}.get(
-        along, PartitionSpec(None, AXIS)) for along in data.axes))
 
-    # All devices gather together, so none may leave out a row that another computes.
-    sigma = data.rows.sigma
-    computed = jnp.broadcast_to((sigma > 0).any(1, keepdims=True), sigma.shape)
-    data = data._replace(rows=data.rows._replace(
-        sigma=jnp.where(computed & (sigma == 0), 1, sigma)))  # as scan.sample has idle pictures
+    def local(params, *arguments):
+        return function(_Whole(params, axes), *arguments, **static)
 
-    def local(params, data):
-        return stage(_Whole(params, axes), data, **options)
-
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs, pictures),
-                         out_specs=PartitionSpec(AXIS), check_vma=False)(params, data)
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, *[PartitionSpec()] * len(arguments)),
+                         out_specs=PartitionSpec(), check_vma=False)(params, *arguments)
 
 
 def _spec(along):

@@ -1,0 +1,657 @@
+"""One engine for all pictures: slots on devices, filled and freed between steps.
+
+A sampler is a table and noise is counted by (seed, row), so a picture's state is its latents, their
+history and its own row number. A device runs one program of a fixed number of slots for a few rows
+at a time, every slot at its own row of its own table. Between two runs a finished picture leaves
+its slot and a waiting one takes it. A picture's bits depend neither on its slot, nor on what is in
+the others, nor on the number of devices; on the number of slots they may.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import threading
+import time
+import weakref
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxsd.config import TEXT_ENCODERS
+from jaxsd.models.layers import prepared
+from jaxsd.run import canvas, pipeline, sharded, texts
+from jaxsd.run.inputs import Inputs, inputs, networks, program
+from jaxsd.run.programs import PROGRAMS
+from jaxsd.run.request import resolve
+from jaxsd.run.steps import beside, chunk
+from jaxsd.sampling import adaptive
+from jaxsd.weights import adapters
+
+ROWS = 4  # of a sampler's table that a program runs before it returns
+SLOTS, MOST_SLOTS = {'cpu': 1}, 8  # one picture keeps a CPU busy
+AT_ONCE = {'cpu': 2}  # programs that a device runs at a time: one leaves cores idle
+GROUPS = 2  # kinds of pictures that a lane works on in turns
+TEXTS, KINDS = 8, 16  # encoded texts, and programs of kinds, that a device keeps
+WORDS = ('tokens', 'ids', 'zero', 'skip', 'embeddings')  # fields of Inputs for encode_text alone
+
+
+class Kind(NamedTuple):
+    """What chooses the programs of a stage: pictures of one kind share slots."""
+
+    net: int  # 0: the model, 1: the refiner
+    height: int
+    width: int
+    shapes: str  # see inputs.program
+    adapters: tuple  # their names
+
+
+class Stage(NamedTuple):
+    """A picture's way through one model; inputs: of this picture alone."""
+
+    kind: Kind
+    inputs: Inputs
+
+    @property
+    def calls(self):
+        """Model calls up to the end of each row, [rows]; of adaptive steps, at most so many."""
+        if self.inputs.adaptive is not None:
+            return np.arange(1, 1 + int(self.inputs.adaptive.max_calls[0]))
+        return np.cumsum(self.inputs.steps.row.sigma[:, 0] > 0)
+
+
+class Task:
+    """A picture on its way.
+
+    future: uint8 [H,W,3], or the error that it came to. done, total: model calls. watch(task,
+    look): called by a thread of the engine as they are done, after `every` rows of the table or
+    sooner (None: when it suits); look(vae) -> what the picture is by now, uint8 [H',W',3], by a
+    small VAE (a Network).
+    """
+
+    def __init__(self, request, stages, whole, watch=None, every=None):
+        self.request, self.stages, self.canvas = request, stages, whole
+        self.watch, self.every = watch, every
+        self.future = concurrent.futures.Future()
+        self.number, self.latents = 0, None  # of the stage, and what the one before came to
+        self.arrived, self.begun = time.monotonic(), None
+        self.done, self.total = 0, sum(int(stage.calls[-1]) for stage in stages)
+
+    @property
+    def stage(self):
+        """The stage that it is in."""
+        return self.stages[self.number]
+
+    def cancel(self):
+        """Take it back: its slot is free after the rows that are on their way -> whether it was
+        not done yet."""
+        return self.future.cancel()
+
+    def settle(self, image):
+        """What it came to, a picture or an error, unless it was taken back."""
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            (self.future.set_exception if isinstance(image, BaseException)
+             else self.future.set_result)(image)
+
+
+class Engine:
+    """Makes pictures on the devices of this host; threads may submit at once.
+
+    model, refiner: Models, wherever their weights are; each of `devices` (None: the local ones)
+    gets a copy. slots: pictures that a program denoises at once (None: 1 on CPU, elsewhere 8).
+    tile: pixels per side in which to decode, for less memory. spread: the weights are shared out
+    over the devices, for models that do not fit on one; these then work together on `slots` each.
+    at_once: programs that a device runs at a time (None: 2 on CPU, else 1). rows: of a table, that
+    a program runs before it returns.
+    """
+
+    def __init__(self, model, refiner=None, slots=None, tile=None, devices=None, spread=False,
+                 at_once=None, rows=ROWS):
+        self.devices = list(devices or jax.local_devices())
+        platform = self.devices[0].platform
+        self.slots = SLOTS.get(platform, MOST_SLOTS) if slots is None else slots
+        if self.slots < 1:
+            raise ValueError(f'slots={slots}: expected at least one picture')
+        if refiner is not None:
+            check_latents('refiner', refiner.config.vae, model.config.vae)
+        self.config, self.tile, self.rows = model.config, latent_tile(tile, model.config), rows
+        self.nets = [net for net in (model, refiner) if net is not None]
+        self.spread, places = spread, self.devices
+        at_once = at_once or AT_ONCE.get(platform, 1)
+        if spread:
+            at_once = 1  # two programs would wait for each other's collectives
+            self.slots *= len(self.devices)
+            places = [jax.make_mesh((len(self.devices),), (sharded.AXIS,), devices=self.devices,
+                                    axis_types=(AxisType.Auto,))]
+        self.places = [_Place(place, [placed(net, place) for net in self.nets])
+                       for place in places]
+        self._changed = threading.Condition()  # guards all below, and what lanes are given
+        self._waiting = []  # Tasks, the oldest first
+        self._compiling, self._closed = set(), False  # Kinds
+        self._compilers = concurrent.futures.ThreadPoolExecutor(2)
+        self.lanes = [self.lane(self, place) for _ in range(at_once) for place in self.places]
+
+    @property
+    def capacity(self):
+        """Pictures that are denoised at a time."""
+        return self.slots * len(self.lanes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """End the threads; what is not done is taken back."""
+        with self._changed:
+            self._closed = True
+            tasks = [*self._waiting, *(task for lane in self.lanes for task in lane.tasks())]
+            self._waiting.clear()
+            self._changed.notify_all()
+        for task in tasks:
+            task.cancel()
+        self._compilers.shutdown(wait=False, cancel_futures=True)
+
+    def resolve(self, requests):
+        """`run.resolve` with the model's config."""
+        return resolve(requests, self.config)
+
+    def survey(self, request):
+        """A resolved request -> the Kinds of its stages, and how many model calls it takes (of
+        dpm_adaptive, at most). Raises as `prepare`."""
+        stages, _ = self.prepare(request)
+        return tuple(s.kind for s in stages), sum(int(s.calls[-1]) for s in stages)
+
+    def prepare(self, request, noise=None):
+        """A resolved request -> its Stages and its Canvas. Raises ValueError for what the model
+        cannot make, and ValueError or OSError for files that cannot be read."""
+        if self.spread and request.sampler == 'dpm_adaptive':
+            raise ValueError('dpm_adaptive: expected a sampler of fixed steps where the weights '
+                             'are spread over devices, which go step by step together')
+        whole = canvas.canvas(request, self.config)
+        if len(self.nets) == 1:
+            found = [inputs(self.nets[0], [request], noise, [whole])]
+        else:
+            plain = request.replace(controls=())  # made for the base model
+            found = [inputs(self.nets[0], [request], noise, [whole], 'base'),
+                     inputs(self.nets[1], [plain], self._nothing(request), [whole], 'refiner')]
+        names = tuple(sorted(texts.read(request).adapters))
+        return [Stage(Kind(i, request.height, request.width, program(data), names * (i == 0)),
+                      data._replace(factors=None)) for i, data in enumerate(found)], whole
+
+    def _nothing(self, request):
+        """In the place of the latents that a refiner will start from."""
+        vae = self.config.vae
+        return np.zeros((1, request.height // vae.factor, request.width // vae.factor,
+                         vae.latent_channels), np.float32)
+
+    def submit(self, request, watch=None, noise=None, every=None):
+        """Begin a resolved request's picture as soon as a slot is free -> Task. watch, every: see
+        Task. noise [1,h,w,L]: to start from instead of the seed's own. Raises as `prepare`."""
+        task = Task(request, *self.prepare(request, noise), watch, every)
+        self.add([task])
+        return task
+
+    def add(self, tasks):
+        """Begin Tasks as soon as slots are free."""
+        with self._changed:
+            if self._closed:
+                raise RuntimeError('the engine is closed')
+            self._waiting += tasks
+            self._admit()
+
+    def make(self, requests, watch=None, noise=None, every=None):
+        """Pictures of resolved requests -> a list of uint8 [H,W,3].
+
+        watch(tasks, i, look): as a Task's, i is the number of the picture; every: as there. noise
+        [B,h,w,L]: as of `submit`. Raises the error that the first picture came to."""
+        tasks = []
+        for i, request in enumerate(requests):
+            own = None if noise is None else noise[i:i + 1]
+            tasks.append(Task(request, *self.prepare(request, own), watch and (
+                lambda task, look, i=i: watch(tasks, i, look)), every))
+        try:
+            self.add(tasks)
+            left = {task.future for task in tasks}
+            while left:  # in short waits, so that signals are noticed
+                done, left = concurrent.futures.wait(left, 0.2, 'FIRST_COMPLETED')
+                for future in done:
+                    future.result()
+            return [task.future.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    @property
+    def alive(self):
+        """Whether pictures can be made."""
+        return not self._closed and all(lane.is_alive() for lane in self.lanes)
+
+    def counts(self):
+        """-> pictures that wait for a slot, and that have one."""
+        with self._changed:
+            return len(self._waiting), sum(len(lane.tasks()) for lane in self.lanes)
+
+    def drop_waiting(self):
+        """Take back all pictures that have no slot yet."""
+        with self._changed:
+            tasks, self._waiting = self._waiting, []
+        for task in tasks:
+            task.cancel()
+
+    def warm(self, requests):
+        """Compile what resolved requests need, on all devices."""
+        for stage in {stage.kind: stage for request in requests
+                      for stage in self.prepare(request)[0]}.values():
+            self.compile(stage)
+
+    def compile(self, stage):
+        """Compile what a stage needs, on all devices."""
+        for place in self.places:
+            place.programs(stage, self)
+
+    def _admit(self):
+        """Give waiting pictures to slots, the oldest first. The lock is held."""
+        for task in list(self._waiting):
+            kind = task.stage.kind
+            if task.future.cancelled():
+                self._waiting.remove(task)
+            elif not all(place.ready(kind) for place in self.places):
+                if kind not in self._compiling:
+                    self._compiling.add(kind)
+                    self._compilers.submit(self._have_ready, task.stage)
+            elif lanes := [lane for lane in self.lanes if lane.takes(kind)]:
+                self._waiting.remove(task)
+                min(lanes, key=lambda lane: len(lane.tasks())).take(task)
+            elif not any(kind in lane.groups for lane in self.lanes):
+                break  # until a lane is done with another kind: none may overtake it
+        self._changed.notify_all()
+
+    def _have_ready(self, stage):
+        """Compile beside the lanes; what goes wrong is the error of all pictures of the kind."""
+        problem = None
+        try:
+            self.compile(stage)
+        except BaseException as error:
+            problem = error
+        with self._changed:
+            self._compiling.discard(stage.kind)
+            failed = [t for t in self._waiting if problem and t.stage.kind == stage.kind]
+            self._waiting = [task for task in self._waiting if task not in failed]
+            self._admit()
+        for task in failed:
+            task.settle(problem)
+
+    def _go_on(self, task, latents):
+        """A picture goes to the next model, before those that have not begun."""
+        with self._changed:
+            task.number, task.latents = task.number + 1, latents
+            self._waiting.insert(0, task)
+            self._admit()
+
+    def _wait(self, lane):
+        """Until a lane has something to do -> its groups; None at the end."""
+        with self._changed:
+            for kind in [kind for kind, group in lane.groups.items() if not group.tasks()]:
+                del lane.groups[kind]
+            self._admit()
+            self._changed.wait_for(lambda: self._closed or lane.groups)
+            return None if self._closed else list(lane.groups.values())
+
+    def _more(self, kind):
+        """Whether a picture waits for a slot of this kind."""
+        return any(task.stage.kind == kind for task in self._waiting)
+
+
+class _Place:
+    """A device, or a mesh, with the models on it, and what it keeps: programs, encoded texts."""
+
+    def __init__(self, device, nets):
+        self.mesh = device if isinstance(device, Mesh) else None
+        self.here, self.nets = _here(device), nets
+        self._lock, self._programs, self._texts = threading.Lock(), {}, {}
+
+    def ready(self, kind):
+        """Whether a kind's programs are here."""
+        return kind in self._programs
+
+    def programs(self, stage, engine):
+        """-> _Programs of a stage."""
+        return self._kept(self._programs, stage.kind, KINDS,
+                          lambda: _Programs(self, stage, engine))
+
+    def text(self, stage, encode):
+        """The Conditioning of a stage's words, by encode() unless it is known."""
+        data = stage.inputs
+        leaves, tree = jax.tree.flatten([*(getattr(data, name) for name in WORDS), data.adapters])
+        key = hashlib.sha256(f'{stage.kind.net} {stage.kind.adapters} {tree}'.encode())
+        for leaf in leaves:
+            key.update(f'{leaf.dtype} {leaf.shape}'.encode() + np.ascontiguousarray(leaf).data)
+        return self._kept(self._texts, key.digest(), TEXTS, encode)
+
+    def _kept(self, kept, key, most, make):
+        """What a dict has for a key, else make(); those used least recently go first."""
+        with self._lock:
+            found = kept.pop(key, None)
+        found = make() if found is None else found
+        with self._lock:
+            kept[key] = found
+            while len(kept) > most:
+                del kept[next(iter(kept))]
+        return found
+
+
+class _Programs:
+    """The compiled programs of a kind at a place, each with the weights that it takes."""
+
+    def __init__(self, place, stage, engine):
+        kind, data = stage.kind, stage.inputs
+        params, config = networks(place.nets[kind.net], data)
+        if kind.adapters:
+            params['adapters'] = jax.device_put(
+                adapters.factors(place.nets[kind.net], kind.adapters), place.here)
+        self.parts = []  # (Program, its arguments), in order
+
+        def compiled(function, names, *arguments, **static):
+            """-> the program, a function of the arguments, and their results' shapes."""
+            arguments = [{name: params[name] for name in names if name in params}, *jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=place.here),
+                arguments)]
+            if place.mesh:
+                static |= {'function': function, 'mesh': place.mesh}
+                function = sharded.run
+            program = PROGRAMS.get(function, *arguments, **static)
+            self.parts.append((program, arguments))
+            return functools.partial(program.call, arguments[0]), program.result
+
+        shape = {'config': config, 'height': kind.height, 'width': kind.width}
+        words, rest = _parts(data)
+        self.text, text = compiled(_encode_text, (*TEXT_ENCODERS, 'unet', 'adapters'), words,
+                                   config=config)
+        self.encode, (encoded, state) = compiled(_encode, ('vae', 'controlnet'), rest, **shape)
+        one = encoded._replace(text=text), state
+        steps = data.steps if data.adaptive else chunk(data.steps, 0, 0, engine.rows)
+        self.advance, _ = compiled(
+            _advance, ('unet', 'controlnet', 'adapters'), [one] * engine.slots,
+            *_tables([(steps, data.adaptive)] * engine.slots), np.int32(0), config=config,
+            axis=sharded.AXIS if place.mesh else None)
+        self.decode, _ = compiled(_decode, ('vae',), state.x, config=config, tile=engine.tile)
+
+
+class Lane(threading.Thread):
+    """Denoises groups of pictures at a place, each a few rows at a time, in turns."""
+
+    def __init__(self, engine, place):
+        super().__init__(daemon=True)
+        self.engine, self.place, self.groups = engine, place, {}
+        self._running = collections.deque()  # what was begun: [(state, task, model calls then)]
+        self._finisher = concurrent.futures.ThreadPoolExecutor(1)
+        self.start()
+
+    def takes(self, kind):
+        """Whether there is a slot for a picture of this kind."""
+        group = self.groups.get(kind)
+        return len(self.groups) < GROUPS if group is None else None in group.slots
+
+    def take(self, task):
+        """Give a picture a slot."""
+        group = self.groups.setdefault(task.stage.kind, _Group(self.engine.slots))
+        group.slots[group.slots.index(None)] = _Slot(task)
+
+    def tasks(self):
+        """The pictures in its slots."""
+        return [task for group in self.groups.values() for task in group.tasks()]
+
+    def run(self):
+        """What goes wrong with a group is its pictures' error; anything else ends the engine."""
+        try:
+            while (groups := self.engine._wait(self)) is not None:
+                for group in groups:
+                    try:
+                        self.advance(group)
+                    except Exception as error:
+                        self._fail(group, error)
+        except BaseException:
+            self.engine.close()
+            raise
+        finally:
+            self._finisher.shutdown(wait=False)
+
+    def _fail(self, group, error):
+        failed = [slot for slot in group.slots if slot is not None]
+        group.slots[:] = [None] * len(group.slots)
+        for slot in failed:
+            slot.task.settle(error)
+
+    def advance(self, group):
+        """Run some rows of a group's pictures; those that are through leave their slots."""
+        engine = self.engine
+        for i, slot in enumerate(group.slots):
+            if slot is not None and slot.task.future.cancelled():
+                group.slots[i] = None
+        live = [(i, slot) for i, slot in enumerate(group.slots) if slot is not None]
+        if not live:
+            return
+        programs = self.place.programs(live[0][1].task.stage, engine)
+        for _, slot in live:
+            if slot.state is None:
+                self._begin(slot, programs)
+        left = [len(slot.calls) - slot.row for _, slot in live]
+        every = [slot.task.every for _, slot in live if slot.task.every]
+        more = engine._more(live[0][1].task.stage.kind)
+        count = min(engine.rows, (min if more else max)(left), *every)
+        some, first = dict(live), live[0][1]
+        tables = [some[i].table(count, engine.rows) if i in some else first.table(0, engine.rows)
+                  for i in range(engine.slots)]
+        slots = [(slot.encoded, slot.state) for slot in (
+            some.get(i, first) for i in range(engine.slots))]
+        states, going = programs.advance(slots, *_tables(tables), np.int32(count))
+        going = np.asarray(going) if first.adaptive is not None else None
+        begun = []
+        for i, slot in live:
+            slot.state, slot.row = states[i], min(slot.row + count, len(slot.calls))
+            begun.append((slot.state, slot.task, slot.before + int(slot.calls[slot.row - 1])))
+            if not going[i] if going is not None else slot.row == len(slot.calls):
+                group.slots[i] = None
+                self._end(slot, programs)
+        self._running.append(begun)
+        while len(self._running) > (not every):  # the next rows begin before these are done
+            self._report(self._running.popleft())
+
+    def _begin(self, slot, programs):
+        task = slot.task
+        task.begun = task.begun or time.monotonic()
+        words, rest = _parts(task.stage.inputs)
+        if task.latents is not None:
+            rest = rest._replace(noise=jax.device_put(task.latents, self.place.here))
+        text = self.place.text(task.stage, lambda: programs.text(words))
+        encoded, slot.state = programs.encode(rest)
+        slot.encoded = encoded._replace(text=text)
+
+    def _report(self, begun):
+        """Wait for some rows and tell those who watch."""
+        for state, task, done in begun:
+            jax.block_until_ready(state.x)
+            if not task.future.done() and done > task.done:
+                task.done = done
+                self._show(task, state.denoised)
+
+    def _show(self, task, latents):
+        if task.watch is None:
+            return
+        try:
+            task.watch(task, functools.partial(_look, latents))
+        except Exception as error:
+            task.settle(error)
+
+    def _end(self, slot, programs):
+        task = slot.task
+        if task.number < len(task.stages) - 1:
+            self.engine._go_on(task, slot.state.x)
+        else:
+            self._finisher.submit(self._finish, task, slot.state, programs.decode(slot.state.x))
+
+    def _finish(self, task, state, found):
+        try:
+            image, finite = map(np.asarray, found)
+            if not finite.all():
+                raise not_finite('the picture', task.request)
+            task.done = task.total
+            self._show(task, state.denoised)
+            task.settle(canvas.finish([task.canvas], image)[0])
+        except Exception as error:
+            task.settle(error)
+
+
+Engine.lane = Lane
+
+
+class _Group:
+    """The slots of pictures of one kind."""
+
+    def __init__(self, slots):
+        self.slots = [None] * slots
+
+    def tasks(self):
+        return [slot.task for slot in self.slots if slot is not None]
+
+
+class _Slot:
+    """A picture that is being denoised: row is the next of its table."""
+
+    def __init__(self, task):
+        self.task, self.row, self.encoded, self.state = task, 0, None, None
+        self.steps, self.adaptive = task.stage.inputs.steps, task.stage.inputs.adaptive
+        self.calls = task.stage.calls
+        self.before = sum(int(stage.calls[-1]) for stage in task.stages[:task.number])
+
+    def table(self, count, length):
+        """The next rows, at most `count`, and idle ones -> Steps [length,1], Adaptive of [1]."""
+        if self.adaptive is None:
+            stop = min(self.row + count, len(self.calls))
+            return chunk(self.steps, min(self.row, stop), stop, length), None
+        idle = self.adaptive._replace(max_calls=0 * self.adaptive.max_calls)
+        return self.steps, self.adaptive if count else idle
+
+
+def _parts(data):
+    """Inputs of a picture -> what `encode_text` reads, and the rest, without its table."""
+    words = {name: getattr(data, name) for name in (*WORDS, 'adapters')}
+    nothing = Inputs(*[None] * len(Inputs._fields))
+    first = jax.tree.map(lambda a: a[:1], data.steps._replace(noise=None))
+    return nothing._replace(**words), data._replace(steps=first, **dict.fromkeys(WORDS))
+
+
+def _tables(tables):
+    """[(Steps, Adaptive or None)] of one picture each -> those of all."""
+    steps, options = zip(*tables)
+    return beside(steps), None if options[0] is None else jax.tree.map(
+        lambda *fields: np.concatenate(fields), *options)
+
+
+# The programs. Beside pipeline's functions they only take slots together and apart.
+
+
+def _encode_text(params, data, *, config):
+    return pipeline.encode_text(params, config, data)
+
+
+def _encode(params, data, *, config, height, width):
+    encoded, x = pipeline.encode(params, config, data, None, height, width)
+    return encoded, pipeline.start(x, data.steps, data.adaptive)
+
+
+def _advance(params, slots, steps, options, count, *, config, axis=None):
+    """Run `count` rows -> the slots' states, and bool [S]: who has adaptive steps to go. axis: of a
+    mesh over whose devices the slots are dealt out."""
+    encoded, state = jax.tree.map(lambda *parts: jnp.concatenate(parts), *slots)
+    if axis is not None:
+        # All devices gather weights together: none may leave out a row that another computes.
+        sigma = steps.row.sigma
+        idle = (sigma > 0).any(1, keepdims=True) & (sigma == 0)
+        steps = steps._replace(row=steps.row._replace(sigma=jnp.where(idle, 1, sigma)))
+        each = len(slots) // lax.axis_size(axis)
+        first = lax.axis_index(axis) * each
+        encoded, state = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, each),
+                                      (encoded, state))
+        steps = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, each, 1), steps)
+    state, _ = pipeline.advance(params, config, state, encoded, steps, options, count)
+    if axis is not None:
+        state = jax.tree.map(lambda a: lax.all_gather(a, axis, tiled=True), state)
+    going = jnp.zeros(len(slots), bool) if options is None else adaptive.active(state, options)
+    return [jax.tree.map(lambda a, i=i: a[i:i + 1], state) for i in range(len(slots))], going
+
+
+def _decode(params, latents, *, config, tile=None):
+    return pipeline.decode(params, config, latents, tile)
+
+
+class _Only(NamedTuple):
+    vae: object
+
+
+def _look(latents, vae):
+    latents = jax.device_put(latents, next(iter(latents.devices())))
+    params = {'vae': jax.device_put(vae.params, latents.sharding)}
+    decode = PROGRAMS.get(_decode, params, latents, config=_Only(vae.config))
+    return np.asarray(decode.call(params, latents)[0])[0]
+
+
+_placed = weakref.WeakKeyDictionary()  # {Model: {device: the Model there}}, for all Engines
+
+
+def placed(model, device):
+    """A model on a device, with what is computed from its weights once."""
+    found = _placed.setdefault(model, {})
+    if device not in found:
+        nets = jax.device_put({name: net.params for name, net in model.controlnets.items()},
+                              _here(device))
+        if isinstance(device, Mesh):
+            params = sharded.place(model.params, device)
+        else:
+            params = jax.device_put(model.params, device)
+            params = params | {'unet': _once(params['unet'])}
+            nets = {name: _once(net) for name, net in nets.items()}
+        found[device] = model.replace(params=params, controlnets={
+            name: type(net)(net.config, nets[name]) for name, net in model.controlnets.items()})
+    return found[device]
+
+
+def _once(params):
+    return jax.jit(prepared)(params) if jax.default_backend() == 'cpu' else params
+
+
+def _here(device):
+    """Where what a whole place has lies; device: or a Mesh."""
+    return NamedSharding(device, PartitionSpec()) if isinstance(device, Mesh) else (
+        SingleDeviceSharding(device))
+
+
+def check_latents(what, found, vae):
+    """ValueError where the latents of two models differ."""
+    for name in ('latent_channels', 'factor'):
+        if getattr(found, name) != getattr(vae, name):
+            raise ValueError(f'{what}: expected latents like the model\'s, {name} '
+                             f'{getattr(vae, name)}; found {getattr(found, name)}')
+
+
+def latent_tile(tile, config):
+    """Pixels per side of a tile -> latents, or None. Raises ValueError for parts of latents."""
+    if tile is None:
+        return None
+    if tile < config.vae.factor or tile % config.vae.factor:
+        raise ValueError(f'tile={tile}: expected a multiple of {config.vae.factor} pixels')
+    return tile // config.vae.factor
+
+
+def not_finite(what, request):
+    """The error for a picture that is none."""
+    return ValueError(
+        f'{what} (seed {request.seed}) is not finite: the weights hold NaN or infinity, or '
+        'overflow in their dtype (float16: try bfloat16 or float32)')

@@ -1,0 +1,288 @@
+"""From arrays to pictures, pure functions: `encode_text`, `encode`, `advance` (the denoise loop),
+`decode`; and `pipeline`, all of it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsd import sampling
+from jaxsd.config import T2IAdapterConfig
+from jaxsd.models import controlnet, t2i_adapter, unet, vae
+from jaxsd.models.layers import attention, attention_received, prepared
+from jaxsd.prompt import conditioning
+from jaxsd.prompt.conditioning import Conditioning
+from jaxsd.weights import adapters
+
+# Where attention is perturbed, and where it is watched: diffusers' choices.
+PAG_PLACES = 'mid_block.'
+SAG_PLACE = 'mid_block.attentions.0.transformer_blocks.0.attn1'
+LOW_RES = np.uint32(2**31)  # the call number of the upscaler's noise, where no other is
+
+
+class Encoded(NamedTuple):
+    """What the denoise loop follows, of B pictures, the same in all steps. A field that is None is
+    absent from the program."""
+
+    text: Conditioning  # of N texts each
+    keys: jax.Array  # uint32 [B,2]: threefry key data, of the noise of stochastic samplers
+    adapters: dict | None = None  # {component: [B,A]}: weights
+    given: Any = None  # bool [B]: whose noise is the steps'; None: everybody's, if there is any
+    extra: Any = None  # [B,h,w,E]: channels beside the latents
+    labels: Any = None  # int [B,P]: classes
+    hints: Any = ()  # {ControlNet: [B,h,w,C]}, from controlnet.embed; t2i_adapter.apply's list
+    known: Any = None  # latents [B,h,w,L], kept where not free
+    free: Any = None  # [B,h,w,1]: mask, 1 where all is painted
+    by_strength: Any = None  # bool [B]: free where the mask is at least the step's strength
+
+
+def pipeline(params, inputs, config, height, width, tile=None):
+    """The whole as one pure function: text -> latents -> pixels.
+
+    params, config: of `inputs.networks`. inputs: Inputs of B pictures of height x width pixels.
+    -> images uint8 [B,height,width,3] and finite, bool [B].
+    """
+    return decode(params, config, latents(params, inputs, config, height, width), tile)
+
+
+def latents(params, inputs, config, height, width, info=None):
+    """`pipeline` up to its decoder -> latents [B,h,w,L]; info: as of `sampling.sample`, whose
+    result this is with it."""
+    params = once(params)
+    encoded, x = encode(params, config, inputs, encode_text(params, config, inputs), height, width)
+    state = start(x, inputs.steps, inputs.adaptive)
+    state, seen = advance(params, config, state, encoded, inputs.steps, inputs.adaptive, info=info)
+    return state.x if info is None else (state.x, seen)
+
+
+def once(params):
+    """What is computed from the weights once for many model calls: on CPU the tiles of wide
+    convolutions, see `layers.prepared`. Accelerators would rather have the memory."""
+    return params | {part: prepared(params[part]) for part in ('unet', 'controlnet')
+                     if part in params}
+
+
+def encode_text(params, config, inputs):
+    """The words of Inputs -> Conditioning of N texts for each of B pictures.
+
+    On CPU with what cross-attention makes of them in each of its layers, as XLA would compute that
+    in every step; accelerators would rather have the memory."""
+    params = _with_adapters(params, inputs.adapters)
+    found = conditioning.encode(params | {'embeddings': inputs.embeddings or {}}, config,
+                                inputs.tokens, inputs.ids, inputs.zero, inputs.skip)
+    if jax.default_backend() != 'cpu':
+        return found
+    texts = found.context  # [B,N,T,D]
+    cache = unet.cross_attention_cache(params['unet'], texts.reshape(-1, *texts.shape[2:]))
+    return found._replace(context=jax.tree.map(
+        lambda a: a.reshape(*texts.shape[:2], *a.shape[1:]), cache))
+
+
+def encode(params, config, inputs, text, height, width):
+    """Pictures, masks and hints of Inputs -> (Encoded, latents [B,h,w,L] at the first noise level).
+
+    text: of `encode_text`.
+    """
+    shape = (height // config.vae.factor, width // config.vae.factor, config.vae.latent_channels)
+    keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
+    x = _noise(inputs, keys, shape) * _each(inputs.sigma)
+    extra, known = inputs.extra, None
+    if inputs.picture is not None:
+        known = encode_image(params, config, _unit(inputs.picture))
+        x = x + inputs.signal * known
+    if inputs.hole is not None:  # an inpainting model: the mask, and the picture behind it
+        seen = jnp.zeros(()) if inputs.picture is None else _unit(inputs.picture)
+        seen = jnp.broadcast_to(jnp.where(inputs.hole, 0, seen), (*inputs.hole.shape[:3], 3))
+        extra = jnp.concatenate([extra, encode_image(params, config, seen)], -1)
+    if inputs.low is not None:
+        small, (signal, sigma) = _unit(inputs.low), map(_each, inputs.low_scale.T)
+        extra = signal * small + sigma * sampling.draw(keys, LOW_RES, small.shape[1:])
+    hints = {name: _embed(cfg, params['controlnet'][name], inputs.hints[name] / 255)
+             for name, cfg in config.controlnets}
+    return Encoded(text, inputs.keys, inputs.adapters, inputs.given, extra, inputs.labels, hints,
+                   None if inputs.free is None else known, inputs.free, inputs.by_strength), x
+
+
+def start(x, steps, adaptive=None):
+    """The state of the denoise loop before the first row -> sampling.State; of adaptive steps
+    adaptive.State. x: as of `encode`; the others as of `advance`."""
+    return sampling.init(x, steps.row if adaptive is None else adaptive,
+                         jnp.zeros_like(x) if steps.guidance.momentum else None)
+
+
+def advance(params, config, state, encoded, steps, adaptive=None, count=None, info=None):
+    """Go on with the denoise loop over the next rows -> (state, what info gave or None).
+
+    state: of `start` or of this. encoded: of `encode`. steps: Steps of [rows,B]; where an Adaptive
+    of [B] is given, of one row. count: how many rows, or model calls of adaptive steps; None: all.
+    info: as of `sampling.sample`.
+    """
+    keys = jax.random.wrap_key_data(encoded.keys, impl='threefry2x32')
+    shape, rows = state.x.shape[1:], steps.row if adaptive is None else adaptive
+
+    def noise(step):
+        path = jnp.zeros(2) if step.row is None else step.row.path
+        drawn = sampling.of_row(keys, step.call, path, shape)
+        if step.noise is None:
+            return drawn
+        return step.noise if encoded.given is None else (
+            jnp.where(_each(encoded.given), step.noise, drawn))
+
+    along = steps = jax.tree.map(jnp.asarray, steps)
+    if adaptive is not None:
+        first = jax.tree.map(lambda a: a[0], steps)
+        along = lambda calls: first._replace(call=calls)  # noqa: E731
+    return sampling.advance(denoiser(params, config, encoded), state, rows, noise, info, along,
+                            count)
+
+
+def denoiser(params, config, encoded):
+    """-> denoise(x, sigma, step), guided, for `sampling.sample`: ([B,h,w,L] and the same without
+    guidance), step: one row of Steps. Where the guidance has momentum, denoise(x, sigma, step,
+    memory) -> (those, memory).
+
+    params['controlnet']: {name: params} of the networks in config.controlnets.
+    """
+    params, schedule = _with_adapters(params, encoded.adapters), config.schedule
+
+    def denoise(x, sigma, step, *memory):
+        guidance = step.guidance
+        parts = guidance.parts - (guidance.pag is not None)
+        perturbed = [1] if guidance.pag is not None else []  # follows what the prompt's does
+
+        def model(which, pag=None, sag=None):
+            return sampling.denoiser(_network(params, config, encoded, step, which, pag, sag),
+                                     schedule)
+
+        guided = sampling.guided(
+            model([*range(parts), *perturbed], guidance.pag, guidance.sag), guidance,
+            schedule.prediction_type, model([0]), schedule.sigma_data if schedule.edm else None)
+        if encoded.free is not None:
+            free = encoded.free
+            if step.strength is not None:
+                free = jnp.where(_each(encoded.by_strength), free >= _each(step.strength), free)
+            guided = sampling.inpainted(guided, encoded.known, lambda i: free)
+        return guided(x, sigma, None, *memory)
+
+    return denoise
+
+
+def _network(params, config, encoded, step, which, pag, sag):
+    """The U-Net, net(x, t, i) for `sampling.denoiser`, of some parts of the guidance: pictures and
+    their parts are one axis, picture after picture. pag, sag: None, or so guided."""
+    which, parts = np.array(which), len(which)
+    labels = jax.tree.map(lambda a: a[:, which].reshape(-1), encoded.labels)
+    weights = jax.tree.map(lambda a: a[:, which], step.control or {})
+    context, added = encoded.text.of(which, step.text)
+    plain = context[''] if isinstance(context, dict) else context
+
+    def beside(a):
+        return jnp.repeat(a, parts, 0)
+
+    def net(x, t, i):
+        received = []
+
+        def hook(place, heads, q, k, v):
+            if sag is not None and place == SAG_PLACE:
+                received.append(attention_received(q, k, heads))
+            if pag is not None and place.startswith(PAG_PLACES):  # the identity, not attention
+                last = (np.arange(len(q)) % parts == parts - 1)[:, None, None]
+                return jnp.where(last, v, attention(q, k, v, heads))
+
+        freeu = step.guidance.freeu
+        if freeu is not None:
+            freeu = [beside(jnp.broadcast_to(a, len(x) // parts)) for a in freeu]
+        residuals, features = _controls(
+            params.get('controlnet'), config.controlnets, weights, (x, t, plain),
+            jax.tree.map(beside, encoded.hints), added, labels)
+        if encoded.extra is not None:
+            x = jnp.concatenate([x, beside(encoded.extra)], -1)
+        out = unet.apply(params['unet'], config.unet, x, t, context, added, labels, hook=hook,
+                         freeu=freeu, residuals=residuals, features=features)
+        return (out, *received) if received else out
+
+    return net
+
+
+def _with_adapters(params, weights):
+    """Params with the side paths of the adapters; weights {component: [B,A]} or None."""
+    for part, some in (weights or {}).items():
+        if part in params:
+            params = params | {part: adapters.attach(params[part], params['adapters'][part], some)}
+    return params
+
+
+def _noise(inputs, keys, shape):
+    """The noise that the pictures start from, [B,h,w,L]."""
+    if inputs.noise is not None and inputs.given is None:
+        return inputs.noise
+    drawn = sampling.initial(keys, shape)
+    return drawn if inputs.noise is None else jnp.where(_each(inputs.given), inputs.noise, drawn)
+
+
+def _each(per_image):
+    return per_image[:, None, None, None]
+
+
+def _embed(cfg, params, hint):
+    """A hint [B,H,W,3] in [0,1] as its network takes it in the loop."""
+    if not isinstance(cfg, T2IAdapterConfig):
+        return controlnet.embed(params, hint)
+    return t2i_adapter.apply(params, cfg, hint[..., :cfg.in_channels])  # if one, the hint is gray
+
+
+def _unit(image):
+    """uint8 -> float32 in [-1,1]."""
+    return image.astype(jnp.float32) / 127.5 - 1
+
+
+def _controls(nets, configs, weights, called, hints, added, labels):
+    """What to add to the U-Net, weighted and summed: ControlNets' residuals, or None, and
+    T2I-Adapters' features. A ControlNet whose weights are 0 for all pictures is not called."""
+    residuals, features = [], []
+    for name, cfg in configs:
+        weight = weights[name].reshape(-1, weights[name].shape[-1])  # [B*P,N]
+
+        def weighed(outputs, weight=weight):
+            return [weight[:, k, None, None, None] * r for k, r in enumerate(outputs)]
+
+        def call(net=nets[name], cfg=cfg, hint=hints[name], weighed=weighed):
+            known = labels if cfg.num_class_embeds else None
+            return weighed(controlnet.apply(net, cfg, *called, hint, added, known))
+
+        if isinstance(cfg, T2IAdapterConfig):
+            features.append(weighed(hints[name]))
+        else:
+            silent = jax.eval_shape(call)
+            residuals.append(lax.cond((weight != 0).any(), call, lambda shapes=silent: [
+                jnp.zeros(s.shape, s.dtype) for s in shapes]))
+    added_up = [[sum(parts) for parts in zip(*found, strict=True)]
+                for found in (residuals, features)]
+    return added_up[0] or None, added_up[1]
+
+
+def encode_image(params, config, image):
+    """image [B,H,W,3] in [-1,1] -> its latents as the U-Net sees them [B,h,w,L], the mean."""
+    mean, _ = vae.encode(_vae_weights(params, config), config.vae, image)
+    return vae.scale(config.vae, mean)
+
+
+def _vae_weights(params, config):
+    if not config.vae.force_upcast:
+        return params['vae']
+    return jax.tree.map(  # SDXL's: overflows in float16
+        lambda a: a.astype(jnp.float32) if a.dtype == jnp.float16 else a, params['vae'])
+
+
+def decode(params, config, latent, tile=None):
+    """Latents [B,h,w,L] as the U-Net sees them -> images uint8 [B,H,W,3], finite bool [B]."""
+    weights = _vae_weights(params, config)
+    latent = vae.unscale(config.vae, latent)
+    if tile is None:
+        image = vae.decode(weights, config.vae, latent)
+    else:
+        image = vae.decode_tiled(weights, config.vae, latent, tile=tile, overlap=tile // 4)
+    finite = jnp.isfinite(image).all((1, 2, 3))
+    return jnp.round(jnp.clip(image * 127.5 + 127.5, 0, 255)).astype(jnp.uint8), finite

@@ -1,0 +1,55 @@
+"""What changes from row to row of a sampler's table, for all kinds of conditions."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsd import sampling
+from jaxsd.sampling.guidance import Guidance
+from jaxsd.sampling.guidance_options import steps_of
+
+
+class Steps(NamedTuple):
+    """Rows of B pictures, [rows,B,...] of each field, or one row of them, [B,...]. A field that is
+    None is absent from the program. Adaptive steps have one row, which holds for all calls."""
+
+    row: sampling.Row | None  # the sampler's; None: Adaptive
+    call: Any  # int32: the row's number in the picture's own table, by which its noise is drawn
+    guidance: Guidance
+    text: Any = None  # int32 [...,P]: which text each part of the guidance follows; None: its own
+    control: dict | None = None  # {ControlNet: [...,P,N]}: weights of its N outputs
+    strength: Any = None  # a mask from here up is painted, where it says how strongly
+    noise: Any = None  # [...,h,w,L]: of stochastic samplers, where it is not drawn from the key
+
+
+def over_rows(values, sigmas, rows, what, varies):
+    """What pictures have for their steps, a list of [steps,...], dealt to rows -> [rows,B,...].
+
+    sigmas: of each picture, [steps + 1]. rows: Row of [rows,B], or Adaptive. varies bool [B]: for
+    whom it is not constant, which adaptive steps cannot have: ValueError that names `what`.
+    """
+    if not isinstance(rows, sampling.Adaptive):
+        return np.stack([some[steps_of(levels, rows.sigma[:, i])] for i, (some, levels)
+                         in enumerate(zip(values, sigmas))], 1)
+    if np.any(varies):
+        raise ValueError(f'{what}: expected no change over the steps with dpm_adaptive, which '
+                         'chooses its own steps; take another sampler')
+    return np.stack([some[:1] for some in values], 1)
+
+
+def chunk(steps, start, stop, length):
+    """Rows start to stop of a table, and idle ones up to `length` -> Steps [length,B,...]."""
+    def part(a):
+        tail = np.broadcast_to(a[max(stop - 1, 0)], (length - (stop - start), *a.shape[1:]))
+        return np.concatenate([a[start:stop], tail])
+
+    row = sampling.pad(sampling.Row(*(field[start:stop] for field in steps.row)), length)
+    return jax.tree.map(part, steps._replace(row=None))._replace(row=jax.tree.map(np.float32, row))
+
+
+def beside(tables):
+    """Steps of one picture each, of one length -> those of all, side by side."""
+    return tables[0] if len(tables) == 1 else jax.tree.map(
+        lambda *fields: np.concatenate(fields, 1), *tables)
+
