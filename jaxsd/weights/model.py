@@ -2,23 +2,62 @@
 
 import dataclasses
 
+import jax
+from jax.tree_util import GetAttrKey
+
 from jaxsd.config import ModelConfig
 
 
+class _Tree:
+    """A dataclass as a pytree: the fields in ARRAYS are children, the others are static, equal if
+    they are the same objects or, for a config, equal."""
+
+    def tree_flatten_with_keys(self):
+        """For jax.tree_util."""
+        rest = {name: value for name, value in vars(self).items() if name not in self.ARRAYS}
+        return [(GetAttrKey(name), getattr(self, name)) for name in self.ARRAYS], _Static(rest)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        """For jax.tree_util."""
+        return cls(**static.fields, **dict(zip(cls.ARRAYS, children)))
+
+
+class _Static:
+    def __init__(self, fields):
+        self.fields = fields
+
+    def _key(self):
+        return [value if name == 'config' else id(value)
+                for name, value in sorted(self.fields.items())]
+
+    def __eq__(self, other):
+        return isinstance(other, _Static) and self._key() == other._key()
+
+    def __hash__(self):
+        return hash(tuple(self._key()))
+
+
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
-class Network:
-    """One network alone: its config (VAEConfig, ControlNetConfig ...) and its nested arrays.
+class Network(_Tree):
+    """One network alone: its config (VAEConfig, ControlNetConfig ...) and its nested arrays. A
+    pytree of its params.
 
     A config has None where a file that holds only tensors cannot say, see `Model.with_vae`.
     """
+
+    ARRAYS = ('params',)
 
     config: object
     params: dict
 
 
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
-class Model:
-    """A model's static description, its arrays and its tokenizers.
+class Model(_Tree):
+    """A model's static description, its arrays and its tokenizers. A pytree of params and
+    controlnets, for jax.jit, jax.device_put, jax.tree.map and orbax; the rest is static.
 
     params: {component: nested dict of jax arrays}, in our axis order (models.spec.to_jax), keys
         as in a diffusers folder: params['unet']['conv_in']['weight'].
@@ -29,6 +68,8 @@ class Model:
     adapters: {name: Adapter}, LoRAs and their like, that requests may name; left out too.
     embeddings: {name: Embedding}, textual inversions that prompts may name; left out too.
     """
+
+    ARRAYS = ('params', 'controlnets')
 
     config: ModelConfig
     params: dict
