@@ -70,14 +70,15 @@ def run(path):
     for name, value in identity.settings.items():
         if value != config['settings'].get(name):
             print(f'note: {name} was {config["settings"].get(name)}, is {value}', file=sys.stderr)
-    begun = [(kept[job.number], runner.begin(maker, job))
-             for job in runner.jobs(maker, identity, requests)]
-    for record, future in begun:
-        image = future.result()
-        if isinstance(image, Exception):
-            wrong.append(f'{record["file"]}: {image}')
-        elif folder.pixels(image) != record['pixels']:
-            wrong.append(f'{record["file"]}: made again it is another picture')
+    jobs = runner.in_order(runner.jobs(maker, identity, requests))
+    size = 4 * maker.capacity  # so that not all pictures are in memory
+    for part in (jobs[i:i + size] for i in range(0, len(jobs), size)):
+        for job, future in [(job, runner.begin(maker, job)) for job in part]:
+            image, record = future.result(), kept[job.number]
+            if isinstance(image, Exception):
+                wrong.append(f'{record["file"]}: {image}')
+            elif folder.pixels(image) != record['pixels']:
+                wrong.append(f'{record["file"]}: made again it is another picture')
     for line in lines + wrong:
         print(line)
     print(f'{len(records) - len(wrong)} of {len(records)} pictures are equal to the bit')

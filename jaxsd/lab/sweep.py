@@ -156,7 +156,7 @@ def _runner(model, batch_size, total, on_step):
         key = config, jax.tree.structure(data), *(a.shape for a in jax.tree.leaves(data))
         if key not in programs:  # compiled beforehand, so that no picture's time includes it
             programs[key] = jax.jit(functools.partial(
-                _walk, config=config, height=part[0].height, width=part[0].width)).lower(
+                _latents, config=config, height=part[0].height, width=part[0].width)).lower(
                     params, data).compile()
         start = time.perf_counter()
         # Not in this thread, because nobody hears a Ctrl-C inside of XLA.
@@ -171,7 +171,7 @@ def _runner(model, batch_size, total, on_step):
     return run
 
 
-def _walk(params, data, *, config, height, width):
+def _latents(params, data, *, config, height, width):
     """-> latents [B,h,w,L], model calls [B]."""
     if data.adaptive is not None:
         return latents(params, data, config, height, width, info=lambda steps: steps.calls)

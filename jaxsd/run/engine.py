@@ -125,9 +125,9 @@ class Engine:
         at_once = at_once or AT_ONCE.get(platform, 1)
         if spread:
             at_once = 1  # two programs would wait for each other's collectives
-            self.slots *= len(self.devices)
             places = [jax.make_mesh((len(self.devices),), (sharded.AXIS,), devices=self.devices,
                                     axis_types=(AxisType.Auto,))]
+        self.width = self.slots * len(self.devices) // len(places)  # slots of a program
         self.places = [_Place(place, [placed(net, place) for net in self.nets])
                        for place in places]
         self._changed = threading.Condition()  # guards all below, and what lanes are given
@@ -139,7 +139,7 @@ class Engine:
     @property
     def capacity(self):
         """Pictures that are denoised at a time."""
-        return self.slots * len(self.lanes)
+        return self.width * len(self.lanes)
 
     def __enter__(self):
         return self
@@ -378,8 +378,8 @@ class _Programs:
         one = encoded._replace(text=text), state
         steps = data.steps if data.adaptive else chunk(data.steps, 0, 0, engine.rows)
         self.advance, _ = compiled(
-            _advance, ('unet', 'controlnet', 'adapters'), [one] * engine.slots,
-            *_tables([(steps, data.adaptive)] * engine.slots), np.int32(0), config=config,
+            _advance, ('unet', 'controlnet', 'adapters'), [one] * engine.width,
+            *_tables([(steps, data.adaptive)] * engine.width), np.int32(0), config=config,
             axis=sharded.AXIS if place.mesh else None)
         self.decode, _ = compiled(_decode, ('vae',), state.x, config=config, tile=engine.tile)
 
@@ -401,7 +401,7 @@ class Lane(threading.Thread):
 
     def take(self, task):
         """Give a picture a slot."""
-        group = self.groups.setdefault(task.stage.kind, _Group(self.engine.slots))
+        group = self.groups.setdefault(task.stage.kind, _Group(self.engine.width))
         group.slots[group.slots.index(None)] = _Slot(task)
 
     def tasks(self):
@@ -448,9 +448,9 @@ class Lane(threading.Thread):
         count = min(engine.rows, (min if more else max)(left), *every)
         some, first = dict(live), live[0][1]
         tables = [some[i].table(count, engine.rows) if i in some else first.table(0, engine.rows)
-                  for i in range(engine.slots)]
+                  for i in range(engine.width)]
         slots = [(slot.encoded, slot.state) for slot in (
-            some.get(i, first) for i in range(engine.slots))]
+            some.get(i, first) for i in range(engine.width))]
         states, going = programs.advance(slots, *_tables(tables), np.int32(count))
         going = np.asarray(going) if first.adaptive is not None else None
         begun = []

@@ -49,7 +49,7 @@ class Programs:
             if entry.program is None:
                 name = static.get('function', function).__name__
                 run = functools.partial(function, **static)
-                with _told(name, len(leaves)):
+                with _announced(name, len(leaves)):
                     lowered = jax.jit(run).lower(*arguments)
                     program = lowered.compile(self.options)
                 entry.program = Program(run, program, lowered.out_info)
@@ -58,7 +58,7 @@ class Programs:
 
 
 @contextlib.contextmanager
-def _told(name, size):
+def _announced(name, size):
     """Say what is compiled, and about how long that takes, where it takes long: as long as the last
     time, which is kept beside JAX's compilation cache."""
     folder = jax.config.jax_compilation_cache_dir

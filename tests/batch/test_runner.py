@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from mains import ROOT, run_code
+from run.test_engine import _requests
 
 import jaxsd
 from jaxsd import Request
@@ -18,13 +19,6 @@ from jaxsd.batch.identity import Identity
 from jaxsd.models import spec, unet, vae
 from jaxsd.run import Engine
 from jaxsd.run import engine as module
-
-SAMPLERS = ('euler', 'dpmpp_2m', 'heun', 'euler_ancestral')
-
-
-def _requests(count, **more):
-    return [Request(('red apple', 'a cat', 'green dog')[i % 3], seed=i, steps=2 + i % 3,
-                    sampler=SAMPLERS[i % 4], guidance=1.5 + i % 5, **more) for i in range(count)]
 
 
 @pytest.fixture(scope='module')

@@ -202,6 +202,8 @@ from jaxsd.run import Engine
 model = jaxsd.load(sys.argv[1])
 spread = sys.argv[2] == 'spread'
 engine = Engine(model, slots=2, spread=spread)
+assert (engine.slots, engine.capacity) == (2, 2 * len(engine.lanes) * len(engine.devices)
+                                           // len(engine.places))  # a record keeps the first
 requests = engine.resolve([jaxsd.Request(('red apple', 'cat')[i % 2], seed=i, steps=2 + i % 3,
     sampler=('euler', 'dpmpp_2m', 'heun', 'euler_ancestral')[i % 4]) for i in range(8)])
 for image in engine.make(requests):
