@@ -16,8 +16,9 @@ FLAGS = flags.FLAGS
 def define_flags():
     """Which model, and how much of it at once; not at import: other mains have flags so named."""
     generate.define_model_flags()
-    flags.DEFINE_integer('slots', None, 'Pictures that a program denoises at once, 1 on CPU and 8 '
-                         'elsewhere if left out; other numbers may change their last bits.', 1)
+    flags.DEFINE_integer('slots', None, 'Pictures that a program denoises at once; if left out, 8, '
+                         'on a CPU 4 of up to 64x64 pixels and 1 of larger ones; other numbers may '
+                         'change their last bits.', 1)
     flags.DEFINE_enum('weights', 'auto', ['auto', 'replicated', 'sharded'], 'Whole on each device, '
                       'or spread over those of a host and gathered layer by layer; auto: where '
                       'they would fill more than three quarters of a device.')
@@ -35,9 +36,10 @@ def describe():
             'weights': FLAGS.weights}
 
 
-def build(how, requests=None, devices=None):
+def build(how, requests=None, devices=None, lone=False):
     """-> Engine, Identity, and `how` with what it came to: dtype, the model's name, the settings
-    that ids are made of, and of LoRAs and embeddings those that the requests name (None: all)."""
+    that ids are made of, and of LoRAs and embeddings those that the requests name (None: all).
+    lone: as of Engine."""
     import jaxsd
     from jaxsd.batch.identity import Identity
     from jaxsd.run import Engine
@@ -52,7 +54,7 @@ def build(how, requests=None, devices=None):
     model, named = complete(model, requests, dtype, adapters, embeddings, strays=strays)
     tile = how['tile'] or None
     spread = how['weights'] == 'sharded' or how['weights'] == 'auto' and not _fits(model, refiner)
-    engine = Engine(model, refiner, how['slots'], tile, devices, spread)
+    engine = Engine(model, refiner, how['slots'], tile, devices, spread, lone=lone)
     identity = Identity(model, refiner, slots=engine.slots, tile=tile,
                         spread=len(engine.devices) if spread else None)
     print(f'{name}: {model.config.version}, {dtype}, on {len(engine.devices)} device(s), loaded in '

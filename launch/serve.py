@@ -97,7 +97,7 @@ def _load(metrics):
     """The model and all that requests may name, on all devices -> Loaded."""
     from jaxsd.serve.app import Loaded
     from jaxsd.serve.queue import Queue
-    maker, identity, how = engine.build(engine.describe())
+    maker, identity, how = engine.build(engine.describe(), lone=FLAGS.slots is None)
     print(f'{how["model"]} at http://{FLAGS.host}:{FLAGS.port}', flush=True)
     names = {flag: pathlib.Path(FLAGS[flag].value or '').stem for flag in ('vae', 'refiner')}
     kept = {name: how[name] for name in ('model', 'dtype', 'tile', 'settings')}  # no path of here

@@ -46,7 +46,7 @@ def of(engine, request):
             outside += sum(count(program.function, *given))
         some = int(stage.calls[-1])
         calls += some
-        inside += some * sum(count(loop.function, *arguments)) // engine.width
+        inside += some * sum(count(loop.function, *arguments)) // engine.width(stage.kind.slots)
         for program, _ in place.programs(stage, engine).parts:
             needs = program.call.memory_analysis()
             working = max(working, needs.temp_size_in_bytes + needs.output_size_in_bytes)

@@ -17,6 +17,7 @@ import numpy as np
 
 import jaxsd
 from jaxsd.run import picture, texts
+from jaxsd.run.engine import slots_for
 from jaxsd.run.request import PROMPTS
 
 # The rooms whose code pictures depend on; a comment or docstring changes nothing.
@@ -59,8 +60,8 @@ def digest(tree):
 class Identity:
     """Ids for the pictures of one Engine.
 
-    settings: what is common to all of them: hashes of the weights and of the code, slots,
-    tile, and over how many devices the weights are spread (None: not). Adapters, embeddings and
+    settings: what is common to all of them: hashes of the weights and of the code, the Engine's
+    slots (None: chosen by size), tile, and over how many devices the weights are spread (None: not). Adapters, embeddings and
     ControlNets count for the requests that name them.
     """
 
@@ -89,8 +90,9 @@ class Identity:
                 'embeddings': {name: digest(found.vectors)
                                for name, found in model.embeddings.items()}}
 
-    def of(self, request):
-        """A resolved request's id -> 32 hex digits. Reads the files that the request names."""
+    def of(self, request, slots=None):
+        """A resolved request's id -> 32 hex digits. Reads the files that the request names. slots:
+        of the program that makes it; None: the Engine's choice."""
         words = ' '.join(getattr(request, name) or '' for name in PROMPTS).lower()
         names = {'controlnets': [control.net for control in request.controls],
                  'adapters': texts.read(request).adapters,
@@ -101,7 +103,9 @@ class Identity:
         fields = json.loads(json.dumps(vars(request) | {'wildcards': None},
                                        default=picture.describe))
         fields = jax.tree.map(lambda value: hashes.get(value, value), fields)  # by content
-        whole = json.dumps([self.settings, used, fields], sort_keys=True)
+        cells = request.height * request.width // self.model.config.vae.factor ** 2
+        slots = slots or self.settings['slots'] or slots_for(jax.default_backend(), cells)
+        whole = json.dumps([self.settings | {'slots': slots}, used, fields], sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
     def unmade(self, request):

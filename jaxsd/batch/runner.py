@@ -102,8 +102,9 @@ def begin(engine, job):
 def encode(job, image, how):
     """A job's picture, uint8 [H,W,3] -> what Folder.add takes; how: as of Runner."""
     names = {name: pathlib.Path(how.get(name) or '').stem for name in ('vae', 'refiner')}
+    own = {'id': job.id, 'slots': job.kinds[0].slots}
     texts = {'parameters': picture.parameters(job.request, how.get('model', ''), **names),
-             'jaxsd': picture.record(job.request, **how, id=job.id)}
+             'jaxsd': picture.record(job.request, **how | own)}
     return folder.encode(image, texts)
 
 

@@ -34,7 +34,8 @@ from jaxsd.sampling import adaptive
 from jaxsd.weights import adapters
 
 ROWS = 4  # of a sampler's table that a program runs before it returns
-SLOTS, MOST_SLOTS = {'cpu': 1}, 8  # one picture keeps a CPU busy
+MOST_SLOTS = 8
+CPU_SLOTS, CPU_CELLS = 4, 64  # of more, or larger latents, a CPU makes no more in a second
 AT_ONCE = {'cpu': 2}  # programs that a device runs at a time: one leaves cores idle
 GROUPS = 2  # kinds of pictures that a lane works on in turns
 TEXTS, KINDS = 8, 16  # encoded texts, and programs of kinds, that a device keeps
@@ -49,6 +50,7 @@ class Kind(NamedTuple):
     width: int
     shapes: str  # see inputs.program
     adapters: tuple  # their names
+    slots: int  # of a device
 
 
 class Stage(NamedTuple):
@@ -87,6 +89,11 @@ class Task:
         """The stage that it is in."""
         return self.stages[self.number]
 
+    @property
+    def slots(self):
+        """How many a device has in the program that makes it."""
+        return self.stages[0].kind.slots
+
     def cancel(self):
         """Take it back: its slot is free after the rows that are on their way -> whether it was
         not done yet."""
@@ -103,19 +110,20 @@ class Engine:
     """Makes pictures on the devices of this host; threads may submit at once.
 
     model, refiner: Models, wherever their weights are; each of `devices` (None: the local ones)
-    gets a copy. slots: pictures that a program denoises at once (None: 1 on CPU, elsewhere 8).
-    tile: pixels per side in which to decode, for less memory. spread: the weights are shared out
-    over the devices, for models that do not fit on one; these then work together on `slots` each.
-    at_once: programs that a device runs at a time (None: 2 on CPU, else 1). rows: of a table, that
-    a program runs before it returns.
+    gets a copy. slots: pictures that a program denoises at once (None: see `slots_for`). lone: a
+    picture that finds a lane with nothing to do and none beside it that waits has a program of one
+    slot, which is fast; Task.slots says so. tile: pixels per side in which to decode, for less
+    memory. spread: the weights are shared out over the devices, for models that do not fit on one;
+    these then work together on `slots` each. at_once: programs that a device runs at a time (None:
+    2 on CPU, else 1). rows: of a table, that a program runs before it returns.
     """
 
     def __init__(self, model, refiner=None, slots=None, tile=None, devices=None, spread=False,
-                 at_once=None, rows=ROWS):
+                 at_once=None, rows=ROWS, lone=False):
         self.devices = list(devices or jax.local_devices())
         platform = self.devices[0].platform
-        self.slots = SLOTS.get(platform, MOST_SLOTS) if slots is None else slots
-        if self.slots < 1:
+        self.slots, self.lone = slots, lone
+        if slots is not None and slots < 1:
             raise ValueError(f'slots={slots}: expected at least one picture')
         if refiner is not None:
             check_latents('refiner', refiner.config.vae, model.config.vae)
@@ -127,7 +135,6 @@ class Engine:
             at_once = 1  # two programs would wait for each other's collectives
             places = [jax.make_mesh((len(self.devices),), (sharded.AXIS,), devices=self.devices,
                                     axis_types=(AxisType.Auto,))]
-        self.width = self.slots * len(self.devices) // len(places)  # slots of a program
         self.places = [_Place(place, [placed(net, place) for net in self.nets])
                        for place in places]
         self._changed = threading.Condition()  # guards all below, and what lanes are given
@@ -138,8 +145,13 @@ class Engine:
 
     @property
     def capacity(self):
-        """Pictures that are denoised at a time."""
-        return self.width * len(self.lanes)
+        """Pictures that are denoised at a time, at most."""
+        each = self.slots or slots_for(self.devices[0].platform, 1)
+        return self.width(each) * len(self.lanes)
+
+    def width(self, slots):
+        """So many slots of each device -> those of a program."""
+        return slots * len(self.devices) // len(self.places)
 
     def __enter__(self):
         return self
@@ -181,9 +193,15 @@ class Engine:
             plain = request.replace(controls=())  # made for the base model
             found = [inputs(self.nets[0], [request], noise, [whole], 'base'),
                      inputs(self.nets[1], [plain], self._nothing(request), [whole], 'refiner')]
-        names = tuple(sorted(texts.read(request).adapters))
-        return [Stage(Kind(i, request.height, request.width, program(data), names * (i == 0)),
-                      data._replace(factors=None)) for i, data in enumerate(found)], whole
+        names, slots = tuple(sorted(texts.read(request).adapters)), self.slots_of(request)
+        return [Stage(Kind(i, request.height, request.width, program(data), names * (i == 0),
+                           slots), data._replace(factors=None))
+                for i, data in enumerate(found)], whole
+
+    def slots_of(self, request):
+        """The slots of a device in the programs for a resolved request."""
+        return self.slots or slots_for(self.devices[0].platform, request.height * request.width
+                                       // self.config.vae.factor ** 2)
 
     def _nothing(self, request):
         """In the place of the latents that a refiner will start from."""
@@ -259,10 +277,12 @@ class Engine:
     def _admit(self):
         """Give waiting pictures to slots, the oldest first. The lock is held."""
         for task in list(self._waiting):
-            kind = task.stage.kind
             if task.future.cancelled():
                 self._waiting.remove(task)
-            elif not all(place.ready(kind) for place in self.places):
+                continue
+            self._slim(task)
+            kind = task.stage.kind
+            if not all(place.ready(kind) for place in self.places):
                 if kind not in self._compiling:
                     self._compiling.add(kind)
                     self._compilers.submit(self._have_ready, task.stage)
@@ -272,6 +292,14 @@ class Engine:
             elif not any(kind in lane.groups for lane in self.lanes):
                 break  # until a lane is done with another kind: none may overtake it
         self._changed.notify_all()
+
+    def _slim(self, task):
+        """With `lone`, choose the slots of a picture that has not begun. The lock is held."""
+        if not self.lone or task.begun or task.number:
+            return
+        idle = sum(not lane.groups for lane in self.lanes)
+        slots = 1 if len(self._waiting) <= idle else self.slots_of(task.request)
+        task.stages = [s._replace(kind=s.kind._replace(slots=slots)) for s in task.stages]
 
     def _have_ready(self, stage):
         """Compile beside the lanes; what goes wrong is the error of all pictures of the kind."""
@@ -375,11 +403,11 @@ class _Programs:
         self.text, text = compiled(_encode_text, (*TEXT_ENCODERS, 'unet', 'adapters'), words,
                                    config=config)
         self.encode, (encoded, state) = compiled(_encode, ('vae', 'controlnet'), rest, **shape)
-        one = encoded._replace(text=text), state
+        one, width = (encoded._replace(text=text), state), engine.width(kind.slots)
         steps = data.steps if data.adaptive else chunk(data.steps, 0, 0, engine.rows)
         self.advance, _ = compiled(
-            _advance, ('unet', 'controlnet', 'adapters'), [one] * engine.width,
-            *_tables([(steps, data.adaptive)] * engine.width), np.int32(0), config=config,
+            _advance, ('unet', 'controlnet', 'adapters'), [one] * width,
+            *_tables([(steps, data.adaptive)] * width), np.int32(0), config=config,
             axis=sharded.AXIS if place.mesh else None)
         self.decode, _ = compiled(_decode, ('vae',), state.x, config=config, tile=engine.tile)
 
@@ -401,7 +429,8 @@ class Lane(threading.Thread):
 
     def take(self, task):
         """Give a picture a slot."""
-        group = self.groups.setdefault(task.stage.kind, _Group(self.engine.width))
+        kind = task.stage.kind
+        group = self.groups.setdefault(kind, _Group(self.engine.width(kind.slots)))
         group.slots[group.slots.index(None)] = _Slot(task)
 
     def tasks(self):
@@ -448,9 +477,9 @@ class Lane(threading.Thread):
         count = min(engine.rows, (min if more else max)(left), *every)
         some, first = dict(live), live[0][1]
         tables = [some[i].table(count, engine.rows) if i in some else first.table(0, engine.rows)
-                  for i in range(engine.width)]
+                  for i in range(len(group.slots))]
         slots = [(slot.encoded, slot.state) for slot in (
-            some.get(i, first) for i in range(engine.width))]
+            some.get(i, first) for i in range(len(group.slots)))]
         states, going = programs.advance(slots, *_tables(tables), np.int32(count))
         going = np.asarray(going) if first.adaptive is not None else None
         begun = []
@@ -631,6 +660,14 @@ def _here(device):
     """Where what a whole place has lies; device: or a Mesh."""
     return NamedSharding(device, PartitionSpec()) if isinstance(device, Mesh) else (
         SingleDeviceSharding(device))
+
+
+def slots_for(platform, cells):
+    """The slots that suit a kind of device and latents of so many cells. On a CPU one picture is
+    enough, unless it is so small that the time goes into reading the weights."""
+    if platform != 'cpu':
+        return MOST_SLOTS
+    return CPU_SLOTS if cells <= CPU_CELLS else 1
 
 
 def check_latents(what, found, vae):

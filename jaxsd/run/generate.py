@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxsd.run.engine import MOST_SLOTS, SLOTS, Engine, check_latents
+from jaxsd.run.engine import MOST_SLOTS, Engine, check_latents
 from jaxsd.run.request import Request, resolve
 from jaxsd.weights.model import Network
 
@@ -63,8 +63,10 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None,
 
 def slots_for(count):
     """The slots that `generate` takes for so many requests."""
+    if jax.default_backend() == 'cpu':
+        return 1
     each = -(-count // jax.local_device_count())
-    return SLOTS.get(jax.default_backend()) or min(MOST_SLOTS, 1 << (each - 1).bit_length())
+    return min(MOST_SLOTS, 1 << (each - 1).bit_length())
 
 
 def _watch(on_step, preview):

@@ -156,7 +156,7 @@ class Service:
                                     names | {'refiner': ''}) for r in requests]
         files = [picture.png(made.image, {
             'parameters': line, 'jaxsd': picture.record(
-                request, id=made.id, slots=loaded.queue.engine.slots, **loaded.run)})
+                request, id=made.id, slots=made.slots, **loaded.run)})
             for made, line, request in zip(found, lines, requests)]
         return json.dumps(a1111.answer(body, list(zip(requests, files)), lines, loaded.model),
                           allow_nan=False).encode()

@@ -23,10 +23,11 @@ class Stopped(Exception):
 
 
 class Made(NamedTuple):
-    """image: uint8 [H,W,3]; id: 32 hex digits, see Identity."""
+    """image: uint8 [H,W,3]; id: 32 hex digits, see Identity; slots: of the program that made it."""
 
     image: Any
     id: str
+    slots: int
 
 
 class Job:
@@ -51,8 +52,9 @@ class Queue:
         self._stopping = False
 
     def warm(self, request):
-        """Make a resolved request's picture, so that its kind is compiled."""
+        """Make a resolved request's picture, so that its kind is compiled, for one and for many."""
         self.engine.make([request])
+        self.engine.warm([request])
 
     @property
     def alive(self):
@@ -131,15 +133,19 @@ class Queue:
 
     def _settle(self, key, future):
         """A picture has come to its end: the jobs of which it was the last are done."""
+        task = self._tasks[key]
         if future.cancelled():
             outcome, what = Stopped(self._why()), 'cancelled'
         elif error := future.exception():
             traceback.print_exception(error)
             outcome, what = error, 'failed'
         else:
-            outcome, what = Made(future.result(), key), 'made'
+            own = key if task.slots == self.engine.slots_of(task.request) else (
+                self.identity.of(task.request, task.slots))
+            outcome, what = Made(future.result(), own, task.slots), 'made'
         with self._lock:
-            task, jobs = self._tasks.pop(key), self._jobs.pop(key)
+            self._tasks.pop(key)
+            jobs = self._jobs.pop(key)
             now = time.monotonic()
             if what != 'cancelled':
                 self.metrics.queueing.observe((task.begun or now) - task.arrived)

@@ -91,6 +91,29 @@ def test_kinds_keep_apart_what_would_be_another_program(engine):
     assert {engine.survey(r)[0] for r in engine.resolve(same)} == {kinds[0]}
 
 
+def test_a_lone_picture_costs_one(tiny_model):
+    """lone=True: a picture that nothing else waits with has a program of its own, the others share
+    one; each has the bits of the slots that its task names."""
+    model, pictures = tiny_model('sd1'), {}
+    with Engine(model, lone=True) as engine:
+        requests = engine.resolve(_requests(9))
+        tasks = [engine.submit(requests[0])]
+        tasks[0].future.result()
+        tasks += [module.Task(r, *engine.prepare(r)) for r in requests[1:]]
+        engine.add(tasks[1:])
+        for task in tasks:
+            pictures.setdefault(task.slots, []).append((task.request, task.future.result()))
+    assert [len(pictures[n]) for n in (1, module.CPU_SLOTS)] == [1, 8]
+    for slots, made in pictures.items():
+        with Engine(model, slots=slots) as engine:
+            np.testing.assert_array_equal(engine.make([r for r, _ in made]), [p for _, p in made])
+
+
+def test_slots_that_suit_a_device():
+    assert [module.slots_for('cpu', cells) for cells in (64, 65)] == [module.CPU_SLOTS, 1]
+    assert module.slots_for('gpu', 4096) == module.MOST_SLOTS
+
+
 def test_one_compilation_serves_all_of_a_kind(tiny_model, monkeypatch):
     programs = Programs()
     monkeypatch.setattr(module, 'PROGRAMS', programs)

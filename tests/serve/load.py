@@ -33,7 +33,8 @@ NAMES = (ROOT / 'tests' / 'data' / 'emoji_eval.txt').read_text().splitlines()
 
 
 def client(url, number, until, steps):
-    """Ask until then -> a list of (body, seconds, hash of the pixels or None)."""
+    """Ask until then -> a list of (body, seconds, hash of the pixels or None, slots of the
+    program that made them)."""
     draw, found = random.Random(number), []
     with httpx.Client(timeout=600) as http:
         while time.monotonic() < until:
@@ -43,8 +44,11 @@ def client(url, number, until, steps):
             while (answer := http.post(f'{url}/sdapi/v1/txt2img', json=body)).status_code == 429:
                 time.sleep(int(answer.headers['retry-after']))
             images = answer.json().get('images', [])
-            made = pixels(opened(images[0])) if len(images) == 1 else None
-            found.append((body, time.monotonic() - began, made))
+            took, made, slots = time.monotonic() - began, None, 0
+            if len(images) == 1:
+                picture = opened(images[0])
+                made, slots = pixels(picture), json.loads(picture.text['jaxsd'])['slots']
+            found.append((body, took, made, slots))
     return found
 
 
@@ -55,7 +59,7 @@ def load(url, clients, seconds, steps, seed):
         runs = [pool.submit(client, url, seed + n, began + seconds, steps) for n in range(clients)]
         found = [answer for run in runs for answer in run.result()]
     took = time.monotonic() - began
-    p50, p95, p99 = np.percentile([t for _, t, _ in found], [50, 95, 99])
+    p50, p95, p99 = np.percentile([t for _, t, *_ in found], [50, 95, 99])
     print(f'{clients} client(s): {len(found)} pictures in {took:.1f} s, {len(found) / took:.2f} '
           f'pictures/s; p50 {p50:.2f} s, p95 {p95:.2f} s, '
           f'p99 {p99:.2f} s', flush=True)
@@ -63,7 +67,8 @@ def load(url, clients, seconds, steps, seed):
 
 
 def again(bodies, slots, solo):
-    """The hashes of the bodies' pictures: of the first `solo` alone, of the others together."""
+    """The hashes of the bodies' pictures, made by programs of so many slots: of the first `solo`
+    alone, of the others together."""
     engine = Engine(jaxsd.load(ROOT / 'checkpoints' / 'emoji', 'float32'), slots=slots)
     requests = engine.resolve([
         a1111.requests(a1111.parse(schemas.Txt2Img, json.dumps(body).encode()), DEFAULTS,
@@ -87,13 +92,17 @@ def main():
         found = load(url, flags.clients, flags.seconds, flags.steps, seed=0)
         found += load(url, 1, flags.alone, flags.steps, seed=10**6)
     random.Random(0).shuffle(found)
-    expected = again([body for body, _, _ in found], flags.slots, flags.solo)
-    hashes = [made for _, _, made in found]
-    lost = hashes.count(None)
-    wrong = sum(made not in (None, alone) for made, alone in zip(hashes, expected))
+    hashes, expected = [], []
+    for number in sorted({number for *_, number in found} - {0}):
+        some = [(body, made) for body, _, made, slots in found if slots == number]
+        print(f'{len(some)} in programs of {number} slot(s)')
+        hashes += [made for _, made in some]
+        expected += again([body for body, _ in some], number, flags.solo)
+    lost = len(found) - len(hashes)
+    wrong = sum(made != other for made, other in zip(hashes, expected))
     doubled = len(hashes) - len(set(hashes)) - (len(expected) - len(set(expected)))
     print(f'{len(found)} requests: {lost} lost, {wrong} wrong, {doubled} doubled; '
-          f'{min(flags.solo, len(found))} compared with pictures made alone, the others with '
+          f'of each {flags.solo} compared with pictures made alone, the others with '
           'pictures made beside others')
     return int(bool(lost or wrong or doubled))
 

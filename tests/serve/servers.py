@@ -71,7 +71,7 @@ def colour(seed, width=64, height=64):
 def gated(**options):
     """-> a Gated engine with the shipped model, and its Identity."""
     model = jaxsd.load(ROOT / 'checkpoints' / 'emoji', 'float32')
-    return Gated(model, **{'at_once': 1, **options}), Identity(model, slots=1)
+    return Gated(model, **{'at_once': 1, 'slots': 1, **options}), Identity(model, slots=1)
 
 
 def service(engine, identity, queue=16, load=None, **settings):
