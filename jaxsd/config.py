@@ -322,6 +322,23 @@ class ModelConfig:
         """A copy with some parts replaced, e.g. `replace(schedule=...)`."""
         return dataclasses.replace(self, **parts)
 
+    @property
+    def task(self):
+        """What the U-Net sees beside the latents: '' (nothing), 'depth', 'inpainting' (a mask and
+        what is around it) or 'upscaler' (a small image).
+
+        Raises ValueError for input channels that none of these has.
+        """
+        latents, image = self.vae.latent_channels, self.vae.in_channels
+        tasks = {0: '', 1: 'depth', 1 + latents: 'inpainting', image: 'upscaler'}
+        found = tasks.get(self.unet.in_channels - latents)
+        if found is None or (found == 'upscaler') != (self.low_res is not None):
+            raise ValueError(
+                f'a U-Net of {self.unet.in_channels} input channels for latents of {latents}: '
+                f'expected as many (text to image), one more (depth), {1 + latents} more '
+                f'(inpainting), or {image} more and a low_res_scheduler (upscaler)')
+        return found
+
     def with_prediction(self, prediction_type):
         """A copy with another prediction type: epsilon, v_prediction or sample."""
         schedule = dataclasses.replace(self.schedule, prediction_type=prediction_type)

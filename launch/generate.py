@@ -53,6 +53,8 @@ def define_flags():
         'start=0, end=1, guess=original, preprocess=canny (with its low=100, high=200; scribble, '
         'tile, or pose from JSON); '
         'repeat for several.')
+    flags.DEFINE_boolean('warm', False, 'Compile what these flags need, for later starts, and draw '
+                         'nothing.')
     flags.DEFINE_string('wildcards', None, 'A folder of NAME.txt, for __NAME__ in prompts.')
     flags.DEFINE_string('preview', None, 'A small VAE (TAESD: folder, files or Hub id) that shows '
                         'the pictures come, in preview.png in the folder.')
@@ -128,7 +130,7 @@ def run():
     import jax
 
     import jaxsd
-    from jaxsd.run import resolve
+    from jaxsd.run import Engine, resolve
     from jaxsd.run.generate import slots_for
     slots = (past and past.run.get('slots')) or slots_for(len(requests))
     model, name, dtype = load(recipe, FLAGS.checkpoint, strays=FLAGS.strays)
@@ -149,6 +151,11 @@ def run():
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
 
     start = time.perf_counter()
+    if FLAGS.warm:
+        with Engine(model, refiner, slots, recipe.tile or None) as engine:
+            engine.warm(requests)
+        print(f'the programs are ready in {time.perf_counter() - start:.1f} s')
+        return
     with Bar() as bar:
         images = jaxsd.generate(model, requests, on_step=bar, tile=recipe.tile or None,
                                 refiner=refiner, preview=preview, slots=slots)
@@ -217,9 +224,9 @@ def _note(lines, kind='note'):
 
 
 def _check_adapters(requests, loras):
-    from jaxsd.run import texts
+    from jaxsd.run.text_conditioning import parse_prompts
     from jaxsd.sampling.choice import choose
-    for name in sorted({name for request in requests for name in texts.read(request).adapters}):
+    for name in sorted({name for request in requests for name in parse_prompts(request).adapters}):
         if not loras:
             raise ValueError(f'adapter {name!r}: expected its file as --lora=PATH')
         choose('adapter', name, loras)

@@ -300,7 +300,7 @@ def run():
         raise ValueError(str(error).strip().splitlines()[0]) from error
     except KeyboardInterrupt:
         print('error: interrupted', file=sys.stderr, flush=True)
-        os._exit(130)  # the interpreter's own exit would wait for the walk under way
+        os._exit(130)  # the interpreter's own exit would wait for the loop under way
 
 
 def parse(argv):

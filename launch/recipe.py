@@ -87,11 +87,11 @@ def complete(model, requests, dtype, loras, embeddings, device=None, strays=Fals
     ControlNets are named by their paths. strays: see `jaxsd.load_adapter`.
     """
     import jaxsd
-    from jaxsd.run import texts
     from jaxsd.run.request import PROMPTS
+    from jaxsd.run.text_conditioning import parse_prompts
     nets = sorted({control.net for request in requests or () for control in request.controls})
     if requests is not None:
-        asked = {name for request in requests for name in texts.read(request).adapters}
+        asked = {name for request in requests for name in parse_prompts(request).adapters}
         words = ' '.join({getattr(r, name) or '' for r in requests for name in PROMPTS}).lower()
         loras = {name: path for name, path in loras.items() if name in asked}
         embeddings = {name: path for name, path in embeddings.items() if name.lower() in words}

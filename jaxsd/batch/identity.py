@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 import jaxsd
-from jaxsd.run import picture, texts
+from jaxsd.run import picture
 from jaxsd.run.engine import slots_for
 from jaxsd.run.request import PROMPTS
+from jaxsd.run.text_conditioning import parse_prompts
 
 # The rooms whose code pictures depend on; a comment or docstring changes nothing.
 ROOMS = ('config.py', 'images', 'models', 'prompt', 'run',
@@ -61,8 +62,8 @@ class Identity:
     """Ids for the pictures of one Engine.
 
     settings: what is common to all of them: hashes of the weights and of the code, the Engine's
-    slots (None: chosen by size), tile, and over how many devices the weights are spread (None: not). Adapters, embeddings and
-    ControlNets count for the requests that name them.
+    slots (None: chosen by size), tile, and over how many devices the weights are spread (None:
+    not). Adapters, embeddings and ControlNets count for the requests that name them.
     """
 
     def __init__(self, model, refiner=None, *, slots, tile=None, spread=None):
@@ -95,7 +96,7 @@ class Identity:
         of the program that makes it; None: the Engine's choice."""
         words = ' '.join(getattr(request, name) or '' for name in PROMPTS).lower()
         names = {'controlnets': [control.net for control in request.controls],
-                 'adapters': texts.read(request).adapters,
+                 'adapters': parse_prompts(request).adapters,
                  'embeddings': [n for n in self._named['embeddings'] if n.lower() in words]}
         used = {kind: {name: self._named[kind].get(name) for name in sorted(found)}
                 for kind, found in names.items() if found}

@@ -1,7 +1,7 @@
 """The probability-flow ODE, dx/dsigma = eps(x, sigma) = (x - denoised) / sigma, run upwards.
 
 Here `denoise` is what `sampling.sample` takes: denoise(x, sigma, i) -> denoised [B,...], or
-(denoised, uncond). `i` is the index of the step in the downward walk over the same sigmas.
+(denoised, uncond). `i` is the index of the step on the way down over the same sigmas.
 """
 
 import jax
@@ -25,7 +25,7 @@ PROBES = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}
 
 
 def problem(model, requests):
-    """Requests of one size -> run.Inputs, for walks over other levels than the requests' own.
+    """Requests of one size -> run.Inputs, for other levels than the requests' own.
 
     Prompts and guidance are the requests', the noise what their seeds start from, standard normal;
     sampler, schedule and steps do not matter. Raises ValueError for guidance that changes on the
@@ -42,7 +42,7 @@ def problem(model, requests):
     noise = sampling.initial(sampling.keys([r.seed for r in requests]), shape)
     data = inputs(model, requests, noise)
     called = data.rows.sigma > 0
-    if data.steps.text is not None or any(
+    if data.steps.text_index is not None or any(
             (leaf != leaf[:1])[called].any() for leaf in jax.tree.leaves(data.steps.guidance)):
         raise ValueError('a prompt or guidance that changes over the steps: expected the same at '
                          'all levels')
@@ -69,11 +69,11 @@ def denoiser(params, config, data):
 
 
 def invert(denoise, x, sigmas, iterations=50, tolerance=None):
-    """Find the noise from which the Euler walk (DDIM) over `sigmas` leads exactly to x.
+    """Find the noise from which the Euler method (DDIM) over `sigmas` leads exactly to x.
 
     x: [B,...] at sigmas[-1] > 0. sigmas: numpy [steps + 1], strictly decreasing.
     -> (the point at sigmas[0] [B,...], residual [B]: the largest over the steps, relative).
-    A step a -> b of the walk, x_b = x_a + (b - a) eps(x_a, a), is solved for x_a by iterating
+    A step a -> b of it, x_b = x_a + (b - a) eps(x_a, a), is solved for x_a by iterating
     x_a <- x_b + (a - b) eps(x_a, a), each image until its residual, relative and root mean
     square, is within the tolerance (None: 10 roundings of x's dtype), or `iterations` times. A
     step costs two model calls and one per iteration, as many as its slowest image needs.
@@ -167,11 +167,11 @@ def log_likelihood(denoise, x, sigmas, keys, probes=1, method='heun', probe='rad
 
 
 def _positive(sigmas):
-    """Check the sigmas of a walk that is to be reversed -> float64 [steps + 1]."""
+    """Check the sigmas of steps that are to be reversed -> float64 [steps + 1]."""
     sampling.plan('euler', sigmas)  # its errors
     sigmas = np.asarray(sigmas, np.float64)
     if sigmas[-1] == 0:
-        raise ValueError("sigmas end in 0, where the walk cannot be reversed: expected a last "
+        raise ValueError("sigmas end in 0, where steps cannot be reversed: expected a last "
                          "sigma above 0; use final='sigma_min', or drop the 0")
     return sigmas
 

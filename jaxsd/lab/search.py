@@ -31,7 +31,7 @@ def gits(model, requests, steps, levels=60, schedule='karras', teacher='dpmpp_2m
          spread=0.3):
     """Pick the best of many levels by dynamic programming, for all numbers of steps at once.
 
-    One fine walk of the teacher (a sampler of one call a step) over `levels` levels of a schedule
+    The teacher's fine solution (a sampler of one call a step) over `levels` levels of a schedule
     gives the points x_i; a jump i -> j costs the distance of an Euler step from x_i to x_j. The
     path of the least sum of coeff^k cost_k is taken: Chen et al. 2024, section 4,
     https://arxiv.org/abs/2405.11326. Unlike there, a distance at level sigma counts for what is
@@ -46,7 +46,7 @@ def gits(model, requests, steps, levels=60, schedule='karras', teacher='dpmpp_2m
     rows = sampling.plan(teacher, sigmas)
     if len(rows.sigma) != levels:
         raise ValueError(f'teacher {teacher!r}: expected a sampler of one call a step')
-    x, (points, denoised) = _walk(model.params, data, rows, _start(data, sigmas),
+    x, (points, denoised) = _denoise_loop(model.params, data, rows, _start(data, sigmas),
                                   config=model.config, info=_seen)
     points = np.append(points, x[None], axis=0)  # [levels + 1,B,...]
     cost = jumps(points, np.asarray(denoised), sigmas) / np.hypot(1, sigmas / spread)
@@ -87,11 +87,12 @@ def shortest(cost, steps, coeff=1.0):
 
 def learned(model, requests, steps, sampler='dpmpp_2m', start='karras', updates=30, rate=0.15,
             batch=8, reference=100, progress=None, **options):
-    """Learn schedules for a sampler by gradients through its walk, see `learn`.
+    """Learn schedules for a sampler by gradients through its steps, see `learn`.
 
-    The loss is the root mean square distance, in latents, of the walk's end to what `reference`
+    The loss is the root mean square distance, in latents, of its end to what `reference`
     steps of dpmpp_2m make of the same prompt and seed, mean over the images of a batch; batches
-    take turns. An update costs about as much as four walks. start: the schedule to begin with.
+    take turns. An update costs about as much as four of its solutions. start: the schedule to begin
+    with.
     options: the sampler's.
     """
     config, params = model.config, model.params
@@ -114,17 +115,17 @@ def learned(model, requests, steps, sampler='dpmpp_2m', start='karras', updates=
 
 def converged(model, data, steps):
     """The ends of many steps of dpmpp_2m over karras' levels, for a `problem` -> [B,h,w,L]."""
-    return walk(model, data, 'dpmpp_2m', sampling.schedule('karras', steps, model.config.schedule))
+    return solve(model, data, 'dpmpp_2m', sampling.schedule('karras', steps, model.config.schedule))
 
 
-def walk(model, data, sampler, sigmas, **options):
+def solve(model, data, sampler, sigmas, **options):
     """Walk a `problem` down the sigmas, without fresh noise -> latents [B,h,w,L]."""
     rows = _table(sampler, sigmas, options)
-    return _walk(model.params, data, rows, _start(data, sigmas), config=model.config)
+    return _denoise_loop(model.params, data, rows, _start(data, sigmas), config=model.config)
 
 
 def learn(loss, sampler, sigmas, updates=30, rate=0.15, progress=None, **options):
-    """Gradient descent on the levels of a walk, its ends kept -> float64 sigmas [steps + 1].
+    """Gradient descent on the levels of a sampler, its ends kept -> float64 sigmas [steps + 1].
 
     loss(rows, k) -> (value, its gradient with respect to rows), for update k; rows are padded to
     `sampling.bucket`. sampler: one without noise; options: its own. sigmas: where to begin. Adam
@@ -180,7 +181,7 @@ def _start(data, sigmas):
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'info'))
-def _walk(params, data, rows, x, *, config, info=None):
+def _denoise_loop(params, data, rows, x, *, config, info=None):
     memory = jnp.zeros_like(x) if data.steps.guidance.momentum else None
     return sampling.sample(denoiser(once(params), config, data), x, rows,
                            lambda i: jnp.zeros_like(x), info, memory)
@@ -194,7 +195,7 @@ def _seen(call):
 def _slope(params, data, rows, x, target, *, config):
     """Mean distance to the target, and its gradient with respect to the table."""
     def loss(rows):
-        miss = _walk(params, data, rows, x, config=config) - target
+        miss = _denoise_loop(params, data, rows, x, config=config) - target
         return jnp.sqrt(jnp.square(miss).mean(range(1, miss.ndim)) + 1e-12).mean()
 
     rows = jax.tree.map(lambda field: jnp.asarray(field, jnp.float32), rows)

@@ -19,7 +19,7 @@ ROWS = {  # field of Trace: what it says at the left
 
 
 class Trace(NamedTuple):
-    """One walk; a leading axis of model calls, all pictures decoded to uint8 [calls,H,W,3]."""
+    """One denoise loop; a leading axis of calls, all pictures decoded to uint8 [calls,H,W,3]."""
 
     call: np.ndarray  # [calls] from 1
     step: np.ndarray  # [calls] from 1; samplers with several calls a step repeat it
@@ -44,7 +44,7 @@ def trace(model, request):
                          'beforehand; trace another one')
     data = lengthened(data)
     params, config = networks(model, data)
-    final, seen = _walk(params, data, config=config, height=request.height, width=request.width)
+    final, seen = _loop(params, data, config=config, height=request.height, width=request.width)
     called = data.rows.sigma[:, 0] > 0
     x, eps, denoised = (np.asarray(field)[called, 0] for field in seen)  # [calls,h,w,L]
     sigma = data.rows.sigma[called, 0].astype(np.float64)
@@ -114,7 +114,7 @@ def picture(trace, request, columns=7):
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'height', 'width'))
-def _walk(params, data, *, config, height, width):
+def _loop(params, data, *, config, height, width):
     return latents(params, data, config, height, width,
                    info=lambda call: (call.x, call.eps, call.denoised))
 

@@ -8,11 +8,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from jaxsd.models import shapes, spec, unet
 from jaxsd.models.layers import children, conv, pointwise
 
+# How much the outputs count in guess mode, from the finest to the coarsest.
+GUESS_MODES = {'diffusers': lambda count: np.logspace(-1, 0, count),
+               'original': lambda count: 0.825 ** np.arange(count - 1, -1, -1)}
 FAMILIES = {768: '1.x', 1024: '2.x', 1280: 'the SDXL refiner', 2048: 'SDXL'}  # by width of the text
 
 

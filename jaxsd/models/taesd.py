@@ -14,18 +14,18 @@ def encode(params, cfg, image):
     """image [B,fH,fW,3] in [-1,1] -> latent [B,H,W,L] float32, as the U-Net sees it."""
     first, *rest = children(params['encoder']['layers'])
     x = (image.astype(first['weight'].dtype) + 1) / 2
-    return _walk(rest, conv(first, x), lambda p, x: conv(p, x, stride=2))
+    return _blocks(rest, conv(first, x), lambda p, x: conv(p, x, stride=2))
 
 
 def decode(params, cfg, latent):
     """latent [B,H,W,L], as the U-Net sees it -> image [B,fH,fW,3] float32, about [-1,1]."""
     first, *rest = children(params['decoder']['layers'])
     x = 3 * jnp.tanh(latent.astype(first['weight'].dtype) / 3)
-    x = _walk(rest, jax.nn.relu(conv(first, x)), lambda p, x: upsample({'conv': p}, x))
+    x = _blocks(rest, jax.nn.relu(conv(first, x)), lambda p, x: upsample({'conv': p}, x))
     return 2 * x - 1
 
 
-def _walk(layers, x, resample):
+def _blocks(layers, x, resample):
     for p in layers:
         if 'conv' in p:
             x = _block(p['conv'], x)

@@ -25,11 +25,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from jaxsd.config import TEXT_ENCODERS
 from jaxsd.models.layers import prepared
-from jaxsd.run import canvas, pipeline, sharded, texts
+from jaxsd.run import image_conditioning, pipeline, sharded
 from jaxsd.run.inputs import Inputs, inputs, networks, program
 from jaxsd.run.programs import PROGRAMS
 from jaxsd.run.request import resolve
 from jaxsd.run.steps import beside, chunk
+from jaxsd.run.text_conditioning import parse_prompts
 from jaxsd.sampling import adaptive
 from jaxsd.weights import adapters
 
@@ -76,12 +77,13 @@ class Task:
     small VAE (a Network).
     """
 
-    def __init__(self, request, stages, whole, watch=None, every=None):
-        self.request, self.stages, self.canvas = request, stages, whole
+    def __init__(self, request, stages, init_image, watch=None, every=None):
+        self.request, self.stages, self.init_image = request, stages, init_image
         self.watch, self.every = watch, every
         self.future = concurrent.futures.Future()
         self.number, self.latents = 0, None  # of the stage, and what the one before came to
         self.arrived, self.begun = time.monotonic(), None
+        self.turn = 0  # those of lower ones are begun first, and of the same the oldest
         self.done, self.total = 0, sum(int(stage.calls[-1]) for stage in stages)
 
     @property
@@ -138,7 +140,7 @@ class Engine:
         self.places = [_Place(place, [placed(net, place) for net in self.nets])
                        for place in places]
         self._changed = threading.Condition()  # guards all below, and what lanes are given
-        self._waiting = []  # Tasks, the oldest first
+        self._waiting = []  # Tasks, in the order in which they are begun
         self._compiling, self._closed = set(), False  # Kinds
         self._compilers = concurrent.futures.ThreadPoolExecutor(2)
         self.lanes = [self.lane(self, place) for _ in range(at_once) for place in self.places]
@@ -181,22 +183,22 @@ class Engine:
         return tuple(s.kind for s in stages), sum(int(s.calls[-1]) for s in stages)
 
     def prepare(self, request, noise=None):
-        """A resolved request -> its Stages and its Canvas. Raises ValueError for what the model
+        """A resolved request -> its Stages and its InitImage. Raises ValueError for what the model
         cannot make, and ValueError or OSError for files that cannot be read."""
         if self.spread and request.sampler == 'dpm_adaptive':
             raise ValueError('dpm_adaptive: expected a sampler of fixed steps where the weights '
                              'are spread over devices, which go step by step together')
-        whole = canvas.canvas(request, self.config)
+        init_image = image_conditioning.load(request, self.config)
         if len(self.nets) == 1:
-            found = [inputs(self.nets[0], [request], noise, [whole])]
+            found = [inputs(self.nets[0], [request], noise, [init_image])]
         else:
             plain = request.replace(controls=())  # made for the base model
-            found = [inputs(self.nets[0], [request], noise, [whole], 'base'),
-                     inputs(self.nets[1], [plain], self._nothing(request), [whole], 'refiner')]
-        names, slots = tuple(sorted(texts.read(request).adapters)), self.slots_of(request)
+            found = [inputs(self.nets[0], [request], noise, [init_image], 'base'),
+                     inputs(self.nets[1], [plain], self._nothing(request), [init_image], 'refiner')]
+        names, slots = tuple(sorted(parse_prompts(request).adapters)), self.slots_of(request)
         return [Stage(Kind(i, request.height, request.width, program(data), names * (i == 0),
                            slots), data._replace(factors=None))
-                for i, data in enumerate(found)], whole
+                for i, data in enumerate(found)], init_image
 
     def slots_of(self, request):
         """The slots of a device in the programs for a resolved request."""
@@ -221,7 +223,7 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise RuntimeError('the engine is closed')
-            self._waiting += tasks
+            self._waiting = sorted([*self._waiting, *tasks], key=lambda task: task.turn)
             self._admit()
 
     def make(self, requests, watch=None, noise=None, every=None):
@@ -275,7 +277,7 @@ class Engine:
             place.programs(stage, self)
 
     def _admit(self):
-        """Give waiting pictures to slots, the oldest first. The lock is held."""
+        """Give waiting pictures to slots, in turn. The lock is held."""
         for task in list(self._waiting):
             if task.future.cancelled():
                 self._waiting.remove(task)
@@ -319,7 +321,7 @@ class Engine:
     def _go_on(self, task, latents):
         """A picture goes to the next model, before those that have not begun."""
         with self._changed:
-            task.number, task.latents = task.number + 1, latents
+            task.number, task.latents, task.turn = task.number + 1, latents, -1
             self._waiting.insert(0, task)
             self._admit()
 
@@ -533,7 +535,7 @@ class Lane(threading.Thread):
                 raise not_finite('the picture', task.request)
             task.done = task.total
             self._show(task, state.denoised)
-            task.settle(canvas.finish([task.canvas], image)[0])
+            task.settle(image_conditioning.paste_back(task.init_image, image[0]))
         except Exception as error:
             task.settle(error)
 
@@ -664,7 +666,7 @@ def _here(device):
 
 def slots_for(platform, cells):
     """The slots that suit a kind of device and latents of so many cells. On a CPU one picture is
-    enough, unless it is so small that the time goes into reading the weights."""
+    enough, unless it is so small that the time goes into parsed the weights."""
     if platform != 'cpu':
         return MOST_SLOTS
     return CPU_SLOTS if cells <= CPU_CELLS else 1

@@ -348,7 +348,7 @@ def foreign(text):
         fields['weighting'] = 'comfy'
     for key in [key for key in FIELDS if key in pairs]:
         fields |= _value(FIELDS[key], key, pairs.pop(key), notes) or {}
-    fields |= _walk(pairs, program, notes)
+    fields |= _sampling(pairs, program, notes)
     if 'strength' in fields:
         notes.append('the picture that it was made from is not in the text: give it as --image')
         if program == 'A1111':
@@ -368,7 +368,7 @@ def _value(convert, key, text, notes):
         notes.append(f'{key}: {text} is not understood')
 
 
-def _walk(pairs, program, notes):
+def _sampling(pairs, program, notes):
     """Sampler, schedule and their options -> fields of a Request; takes them out of the pairs."""
     name, kind = pairs.pop('Sampler', ''), pairs.pop('Schedule type', '')
     sampler, schedule = _sampler(name.lower())

@@ -9,8 +9,15 @@ import numpy as np
 from jaxsd import sampling
 from jaxsd.config import TEXT_ENCODERS
 from jaxsd.prompt import blocks, conditioning
-from jaxsd.run import canvas, texts
+from jaxsd.run import image_conditioning
 from jaxsd.run.steps import Steps, chunk, over_rows
+from jaxsd.run.text_conditioning import (
+    adapters_of,
+    arrange_texts,
+    embeddings_of,
+    parse_prompts,
+    variants,
+)
 from jaxsd.sampling.guidance_options import stack, table
 
 REFINER = np.uint32([0x9E3779B9, 0])  # so that a refiner draws other noise than the base did
@@ -32,19 +39,19 @@ class Inputs(NamedTuple):
     noise: np.ndarray | None = None  # [B,h,w,L] to start from; None: drawn from the keys
     given: np.ndarray | None = None  # bool [B]: whose noise holds, also the steps'; None: all
     labels: np.ndarray | None = None  # int32 [B,P] classes
-    picture: np.ndarray | None = None  # uint8 [B,H,W,3] to start from, or to keep where not `free`
-    signal: np.ndarray | None = None  # [B,h,w,1]: weight of its latent at the start
-    hole: np.ndarray | None = None  # bool [B,H,W,1]: what inpainting models may not see of it
+    init_image: np.ndarray | None = None  # uint8 [B,H,W,3], to start from
+    init_weight: np.ndarray | None = None  # [B,h,w,1]: weight of its latent at the start
+    inpaint_mask: np.ndarray | None = None  # bool [B,H,W,1]: hidden
     extra: np.ndarray | None = None  # [B,h,w,E]: channels beside the latent: a mask, or depth
-    low: np.ndarray | None = None  # uint8 [B,h,w,3]: the upscaler's small picture
-    low_scale: np.ndarray | None = None  # [B,2]: weights of it and of noise
-    free: np.ndarray | None = None  # [B,h,w,1]: mask, 1 where all is painted
-    by_strength: np.ndarray | None = None  # bool [B]: the mask is how strongly, not a mixture
+    low_res: np.ndarray | None = None  # uint8 [B,h,w,3]: the upscaler's small picture
+    low_res_scale: np.ndarray | None = None  # [B,2]: weights of it and of noise
+    mask: np.ndarray | None = None  # [B,h,w,1]: 1 where all is new
+    differential: np.ndarray | None = None  # bool [B]: the mask says how strongly
     hints: dict | None = None  # {ControlNet: uint8 [B,H,W,3]}
     skip: np.ndarray | None = None  # int32 [B]: layers of the text encoders that are left out
     adapters: dict | None = None  # {component: [B,A]}: weights of the adapters
     embeddings: dict | None = None  # {text encoder: [E,D]}: vectors beyond its vocabulary
-    factors: dict | None = None  # {component: side paths of the A adapters}, for `networks`
+    factors: dict | None = None  # {component: low-rank factors of the A adapters}, for `networks`
 
     @property
     def rows(self):
@@ -75,38 +82,41 @@ def lengthened(data):
     return data._replace(steps=chunk(data.steps, 0, count, sampling.bucket(count)))
 
 
-def inputs(model, requests, noise=None, canvases=None, stage=None):
+def inputs(model, requests, noise=None, init_images=None, stage=None):
     """Resolved requests -> Inputs, numpy on the host: tokens, tables, keys. Compiles nothing.
 
-    canvases: of `canvas.canvas`, opened here if None. stage: 'base' or 'refiner', the part of
-    the walk up to `switch` or from there on; a refiner starts from `noise`, the base's latents.
+    init_images: of `image_conditioning.load`, opened here if None. stage: 'base' or 'refiner', the
+    part of the steps up to `switch` or from there on; a refiner starts from `noise`, the base's
+    latents.
     """
     config = model.config
     for name in TEXT_ENCODERS:
         if getattr(config, name) is not None and name not in model.tokenizers:
             raise ValueError(f'model.tokenizers: expected one for {name!r}, '
                              f'found {sorted(model.tokenizers)}')
-    if canvases is None:
-        canvases = [canvas.canvas(r, config) for r in requests]
-    readings = [texts.read(r) for r in requests]
-    sigmas, starts, tables = zip(*(_plan(r, config.schedule, stage) for r in requests))
+    if init_images is None:
+        init_images = [image_conditioning.load(r, config) for r in requests]
+    parsed = [parse_prompts(r) for r in requests]
+    sigmas, starts, tables = zip(*(_table(r, config.schedule, stage) for r in requests))
     rows = sampling.stack(tables, max(len(getattr(t, 'sigma', '')) for t in tables))
     keys = np.array([divmod(r.seed, 2**32) for r in requests], np.uint32)
-    told, text, prompts = _told(model, requests, readings, sigmas, rows, stage)
-    follow, strength, control = canvas.arrays(model, requests, canvases, sigmas, rows, prompts)
+    words, text, prompts = _text(model, requests, parsed, sigmas, rows, stage)
+    images, strength, control = image_conditioning.inputs(
+        model, requests, init_images, sigmas, rows, prompts)
     start, fresh = _noise(config, requests, rows, noise, stage)
     if stage == 'refiner':
         keys, starts = keys ^ REFINER, np.ones(len(requests))
-        follow |= {'signal': np.zeros_like(follow['signal'])} if 'signal' in follow else {}
+        if 'init_weight' in images:
+            images['init_weight'] = np.zeros_like(images['init_weight'])
     adaptive = isinstance(rows, sampling.Adaptive)
     rows = jax.tree.map(np.float32, rows)
     count = 1 if adaptive else len(rows.sigma)
     call = np.broadcast_to(np.arange(count, dtype=np.int32)[:, None], (count, len(requests)))
-    guidance = _guidance(requests, readings, sigmas, rows)
+    guidance = _guidance(requests, parsed, sigmas, rows)
     return Inputs(
         keys=keys, sigma=np.array(starts, np.float32), adaptive=rows if adaptive else None,
         steps=Steps(None if adaptive else rows, call, guidance, text, control, strength, fresh),
-        **start, **told, **follow)
+        **start, **words, **images)
 
 
 def networks(model, data):
@@ -121,12 +131,12 @@ def networks(model, data):
         controlnets=tuple((name, net.config) for name, net in nets.items()))
 
 
-def walks(request):
+def has_steps(request):
     """Whether a resolved request has steps: at strength 0 one by A1111's convention, else none."""
     return request.strength > 0 or request.schedule_options.get('convention') == 'a1111'
 
 
-def _plan(request, schedule, stage=None):
+def _table(request, schedule, stage=None):
     """A request's sigmas, the one that its stage starts from, and the stage's table, with A1111's
     habit for the samplers that need it."""
     options = dict(request.schedule_options)
@@ -135,7 +145,7 @@ def _plan(request, schedule, stage=None):
     if request.strength < 1:
         options = {'convention': 'diffusers', **options, 'denoise': request.strength}
     sigmas = part = np.zeros(1)
-    if walks(request):
+    if has_steps(request):
         sigmas = part = sampling.schedule(request.schedule, request.steps, schedule, **options)
     if stage is not None:
         # As diffusers' denoising_end: a fraction of the timesteps trained on, not of the steps.
@@ -152,7 +162,7 @@ def _plan(request, schedule, stage=None):
     return sigmas, part[0], sampling.plan(request.sampler, part, config=schedule, **options)
 
 
-def _guidance(requests, readings, sigmas, rows):
+def _guidance(requests, parsed, sigmas, rows):
     """The batch's Guidance of [calls,B]; of [1,B] for adaptive steps, which have no rows."""
     levels = getattr(rows, 'sigma', np.stack([s[:1] for s in sigmas], 1))
     for r in requests:
@@ -162,8 +172,8 @@ def _guidance(requests, readings, sigmas, rows):
             raise ValueError(f'{varied[0]} over the steps: expected a constant with '
                              f'{r.sampler}, which chooses its own steps')
     return jax.tree.map(np.float32, stack([
-        table(r.guidance, r.guidance_options, s, levels[:, i], reading.weights)
-        for i, (r, reading, s) in enumerate(zip(requests, readings, sigmas))]))
+        table(r.guidance, r.guidance_options, s, levels[:, i], p.weights)
+        for i, (r, p, s) in enumerate(zip(requests, parsed, sigmas))]))
 
 
 def _noise(config, requests, rows, noise, stage):
@@ -193,23 +203,23 @@ def _noise(config, requests, rows, noise, stage):
     return {'noise': start, 'given': None if given.all() else given}, draws
 
 
-def _told(model, requests, readings, sigmas, rows, stage):
+def _text(model, requests, parsed, sigmas, rows, stage):
     """What comes from words -> fields of Inputs, Steps.text, and which parts are prompts."""
     config = model.config
-    found, followed, prompts = texts.arrange(readings)
-    if followed:
-        followed = over_rows(followed, sigmas, rows, 'a prompt that changes over the steps',
+    found, index, prompts = arrange_texts(parsed)
+    if index:
+        index = over_rows(index, sigmas, rows, 'a prompt that changes over the steps',
                              [True]).astype(np.int32)
     widths = {name: getattr(config, name).hidden_size for name in model.tokenizers}
     tokens, embeddings = blocks.texts(
-        model.tokenizers, texts.variants(found), [r.weighting for r in requests],
-        [r.cut for r in requests], texts.embeddings(model, readings), widths)
+        model.tokenizers, variants(found), [r.weighting for r in requests],
+        [r.cut for r in requests], embeddings_of(model, parsed), widths)
     for name, some in tokens.items():
         size = getattr(config, name).vocab_size
         if some.tokens.max() >= size:
             raise ValueError(f'{name}: token {some.tokens.max()} is outside its vocabulary of '
                              f'{size}; the tokenizer belongs to another model')
-    factors, weights = (None, None) if stage == 'refiner' else texts.side_paths(model, readings)
+    factors, weights = (None, None) if stage == 'refiner' else adapters_of(model, parsed)
     skip = np.array([r.clip_skip - 1 for r in requests], np.int32)
     empty = [config.zero_negative and not (r.negative_prompt or r.negative_prompt_2)
              for r in requests]
@@ -217,9 +227,9 @@ def _told(model, requests, readings, sigmas, rows, stage):
         'tokens': tokens, 'embeddings': embeddings, 'adapters': weights, 'factors': factors,
         'skip': _skips(config, skip) if skip.any() else None,
         'ids': _ids(config, requests, found),
-        'zero': np.array([[e and side == 'negative' for side, _ in row]
+        'zero': np.array([[e and role == 'negative' for role, _ in row]
                           for e, row in zip(empty, found)]),
-    }, followed, prompts
+    }, index, prompts
 
 
 def _skips(config, skip):
@@ -243,5 +253,5 @@ def _ids(config, requests, found):
             pair = conditioning.aesthetic_ids(original, r.crop, r.aesthetic, r.negative_aesthetic)
         else:
             pair = conditioning.time_ids(original, r.crop, r.target_size or size)
-        ids.append([pair[int(side == 'prompt')] for side, _ in row])
+        ids.append([pair[int(role == 'positive')] for role, _ in row])
     return np.array(ids)

@@ -33,9 +33,9 @@ class Encoded(NamedTuple):
     extra: Any = None  # [B,h,w,E]: channels beside the latents
     labels: Any = None  # int [B,P]: classes
     hints: Any = ()  # {ControlNet: [B,h,w,C]}, from controlnet.embed; t2i_adapter.apply's list
-    known: Any = None  # latents [B,h,w,L], kept where not free
-    free: Any = None  # [B,h,w,1]: mask, 1 where all is painted
-    by_strength: Any = None  # bool [B]: free where the mask is at least the step's strength
+    init_latents: Any = None  # [B,h,w,L], kept where the mask is 0
+    mask: Any = None  # [B,h,w,1]: mask, 1 where all is painted
+    differential: Any = None  # bool [B]: new where the mask is at least the step's strength
 
 
 def pipeline(params, inputs, config, height, width, tile=None):
@@ -88,21 +88,21 @@ def encode(params, config, inputs, text, height, width):
     shape = (height // config.vae.factor, width // config.vae.factor, config.vae.latent_channels)
     keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
     x = _noise(inputs, keys, shape) * _each(inputs.sigma)
-    extra, known = inputs.extra, None
-    if inputs.picture is not None:
-        known = encode_image(params, config, _unit(inputs.picture))
-        x = x + inputs.signal * known
-    if inputs.hole is not None:  # an inpainting model: the mask, and the picture behind it
-        seen = jnp.zeros(()) if inputs.picture is None else _unit(inputs.picture)
-        seen = jnp.broadcast_to(jnp.where(inputs.hole, 0, seen), (*inputs.hole.shape[:3], 3))
+    extra, init = inputs.extra, None
+    if inputs.init_image is not None:
+        init = encode_image(params, config, _unit(inputs.init_image))
+        x = x + inputs.init_weight * init
+    if (hidden := inputs.inpaint_mask) is not None:  # the mask, and the image around it
+        seen = jnp.zeros(()) if inputs.init_image is None else _unit(inputs.init_image)
+        seen = jnp.broadcast_to(jnp.where(hidden, 0, seen), (*hidden.shape[:3], 3))
         extra = jnp.concatenate([extra, encode_image(params, config, seen)], -1)
-    if inputs.low is not None:
-        small, (signal, sigma) = _unit(inputs.low), map(_each, inputs.low_scale.T)
+    if inputs.low_res is not None:
+        small, (signal, sigma) = _unit(inputs.low_res), map(_each, inputs.low_res_scale.T)
         extra = signal * small + sigma * sampling.draw(keys, LOW_RES, small.shape[1:])
     hints = {name: _embed(cfg, params['controlnet'][name], inputs.hints[name] / 255)
              for name, cfg in config.controlnets}
     return Encoded(text, inputs.keys, inputs.adapters, inputs.given, extra, inputs.labels, hints,
-                   None if inputs.free is None else known, inputs.free, inputs.by_strength), x
+                   None if inputs.mask is None else init, inputs.mask, inputs.differential), x
 
 
 def start(x, steps, adaptive=None):
@@ -159,11 +159,11 @@ def denoiser(params, config, encoded):
         guided = sampling.guided(
             model([*range(parts), *perturbed], guidance.pag, guidance.sag), guidance,
             schedule.prediction_type, model([0]), schedule.sigma_data if schedule.edm else None)
-        if encoded.free is not None:
-            free = encoded.free
+        if encoded.mask is not None:
+            mask = encoded.mask
             if step.strength is not None:
-                free = jnp.where(_each(encoded.by_strength), free >= _each(step.strength), free)
-            guided = sampling.inpainted(guided, encoded.known, lambda i: free)
+                mask = jnp.where(_each(encoded.differential), mask >= _each(step.strength), mask)
+            guided = sampling.inpainted(guided, encoded.init_latents, lambda i: mask)
         return guided(x, sigma, None, *memory)
 
     return denoise
@@ -175,7 +175,7 @@ def _network(params, config, encoded, step, which, pag, sag):
     which, parts = np.array(which), len(which)
     labels = jax.tree.map(lambda a: a[:, which].reshape(-1), encoded.labels)
     weights = jax.tree.map(lambda a: a[:, which], step.control or {})
-    context, added = encoded.text.of(which, step.text)
+    context, added = encoded.text.of(which, step.text_index)
     plain = context[''] if isinstance(context, dict) else context
 
     def beside(a):

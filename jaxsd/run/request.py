@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxsd import images
+from jaxsd.models.controlnet import GUESS_MODES
 from jaxsd.prompt.wildcards import expand
-from jaxsd.run import canvas
 from jaxsd.sampling import SAMPLERS, known_schedule
 from jaxsd.sampling.choice import choose, one_of
 from jaxsd.sampling.guidance_options import check, per_step
@@ -59,7 +60,7 @@ class Control:
         if self.start >= self.end:
             raise ValueError(f'control start={self.start}, end={self.end}: expected start < end')
         if self.guess is not None:
-            one_of('guess mode', self.guess, canvas.GUESS)
+            one_of('guess mode', self.guess, GUESS_MODES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +266,7 @@ def resolve(requests, config):
 
 def _strength(request, config):
     """A request's strength, or what stands for None: 1 where there is nothing to start from."""
-    upscaler = canvas.kind(config) == 'upscaler'
+    upscaler = config.task == 'upscaler'
     if upscaler and request.strength not in (None, 1):
         raise ValueError(f'strength={request.strength}: expected 1 with an upscaler, which sees '
                          'the image and starts from noise')
@@ -284,11 +285,26 @@ def _size(request, config):
                              'several; give width and height instead')
         found = bucket(request.aspect)
     else:
-        found = canvas.size(request, config)
+        found = _image_size(request, config)
     if found is not None and asked not in ((None, None), found):
         raise ValueError(f'width={request.width}, height={request.height}: expected neither beside '
                          f'aspect or outpaint, which make it {found[0]}x{found[1]}')
     return found or (None, None)
+
+
+def _image_size(request, config):
+    """The (width, height) that a request's image gives it, or None; opens the image."""
+    factor = config.vae.factor
+    if request.outpaint is not None:
+        left, top, right, bottom = request.outpaint
+        height, width, _ = images.read(request.image).shape
+        return tuple(-(-n // factor) * factor
+                     for n in (width + left + right, height + top + bottom))
+    if config.task == 'upscaler' and request.image is not None and not (
+            request.width or request.height):
+        height, width, _ = images.read(request.image).shape
+        return width * factor, height * factor
+    return None
 
 
 # The landscape sizes that SDXL was trained on; the portrait ones are the same, turned

@@ -17,7 +17,7 @@ class Steps(NamedTuple):
     row: sampling.Row | None  # the sampler's; None: Adaptive
     call: Any  # int32: the row's number in the picture's own table, by which its noise is drawn
     guidance: Guidance
-    text: Any = None  # int32 [...,P]: which text each part of the guidance follows; None: its own
+    text_index: Any = None  # int32 [...,P]: the text of each part of the guidance; None: its own
     control: dict | None = None  # {ControlNet: [...,P,N]}: weights of its N outputs
     strength: Any = None  # a mask from here up is painted, where it says how strongly
     noise: Any = None  # [...,h,w,L]: of stochastic samplers, where it is not drawn from the key

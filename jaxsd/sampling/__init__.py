@@ -4,6 +4,7 @@ from .adaptive import Adaptive, Steps
 from .denoise import denoiser, guided, inpainted, pair, timestep
 from .levels import alphas_cumprod, betas, model_sigmas, sigma_to_t, t_to_sigma
 from .noise import draw, fresh, initial, keys, of_row
+from .noise_schedule import CONVENTIONS, DISCARD_PENULTIMATE, known_schedule, schedule
 from .plans import SAMPLERS, calls, plan
 from .scan import (
     Call,
@@ -22,7 +23,6 @@ from .schedule_tables import write_schedule
 from .schedules import SCHEDULES
 from .sources import randn
 from .tables import HISTORY, NOISE, Row, Rows
-from .walk import CONVENTIONS, DISCARD_PENULTIMATE, known_schedule, schedule
 
 __all__ = [
     'Adaptive', 'CONVENTIONS', 'Call', 'DISCARD_PENULTIMATE', 'HISTORY', 'NOISE', 'Row', 'Rows',

@@ -40,7 +40,7 @@ class Adaptive(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What an adaptive walk took, per image [B]: what `info` of `sample` is called with."""
+    """What adaptive steps took, per image [B]: what `info` of `sample` is called with."""
 
     calls: jax.Array  # model calls
     accepted: jax.Array  # steps taken
@@ -70,7 +70,7 @@ def dpm_adaptive(sigmas, order=3, rtol=0.05, atol=0.0078, h_init=0.05, pcoeff=0.
                  dcoeff=0.0, accept_safety=0.81, eta=0.0, s_noise=1.0, max_calls=1000):
     """DPM-Solver-12 or -23 (https://arxiv.org/abs/2206.00927, app. C) -> Adaptive.
 
-    Of the sigmas only the first and the last above 0 count; there the walk ends, without a step to
+    Of the sigmas only the first and the last above 0 count; there the steps end, without a step to
     0. The options are k-diffusion's sample_dpm_adaptive's, whose error is taken over the batch.
     Raises ValueError for options that no step size can meet.
     """
@@ -85,7 +85,7 @@ def dpm_adaptive(sigmas, order=3, rtol=0.05, atol=0.0078, h_init=0.05, pcoeff=0.
             raise ValueError(f'{name}={value}: expected a finite number')
     positive = sigmas[sigmas > 0]
     if len(positive) < 2:
-        raise ValueError(f'sigmas {sigmas}: dpm_adaptive walks from the first to the last above 0; '
+        raise ValueError(f'sigmas {sigmas}: dpm_adaptive goes from the first to the last above 0; '
                          'it needs two of them, so use more steps')
     return Adaptive(*np.array([*-np.log(positive[[0, -1]]), order, rtol, atol, h_init, pcoeff,
                                icoeff, dcoeff, accept_safety, eta, s_noise, max_calls]))
@@ -191,7 +191,7 @@ def _take(state, options, point, sigma, denoised, fresh):
     high = jnp.where(options.order == 2, second, third)
     factor, inverse, past = _control(state, options, low, high)
     last = state.stage + 1 == options.order
-    accept = last & ~(factor < options.accept_safety)  # so what is not a number ends the walk
+    accept = last & ~(factor < options.accept_safety)  # so what is not a number ends the loop
     taken = jnp.where(accept, jnp.stack([inverse, past[0]]), past)
     return State(
         x=jnp.where(accept, high + up * options.s_noise * fresh, state.x),

@@ -117,8 +117,9 @@ def inpainted(denoise, picture, free):
     """A denoiser whose answer is known in part: `picture` where free is 0, its own where it is 1.
 
     denoise: as `guided` gives it, or plain. picture [B,...]: latents; free(i) -> [B,...,1], 0 to 1,
-    in row i. Started from picture + sigma * noise, a walk then carries the known part along at the
-    right noise level, whatever the sampler: all are exact for a constant denoised picture.
+    in row i. Started from picture + sigma * noise, the denoise loop then carries the known part
+    along at the right noise level, whatever the sampler: all are exact for a constant denoised
+    picture.
     diffusers' 4-channel StableDiffusionInpaintPipeline, which replaces the known part of x after
     each step instead, gives the same for a sampler without noise of its own.
     """

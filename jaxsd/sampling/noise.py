@@ -55,8 +55,8 @@ SPAN, DEPTH = 10.0, 18
 
 
 def fresh(keys, rows, shape):
-    """The noise of a walk: `noise(i)` for `sample`, standard normal, float32 [B, *shape]; see
-    `of_row`. keys: [B]. rows: the table, shared or per image."""
+    """The noise of the denoise loop: `noise(i)` for `sample`, standard normal, float32
+    [B, *shape]; see `of_row`. keys: [B]. rows: the table, shared or per image."""
     path = jnp.asarray(rows.path, jnp.float32)
     return lambda i: of_row(keys, i, path[i], shape)
 

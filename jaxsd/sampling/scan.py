@@ -79,13 +79,13 @@ def sample(denoise, x, rows, noise, info=None, memory=None, along=None):
     rows: from `plan`, shared by all images, or from `stack`, one table per image; or Adaptive.
     noise(i) -> array like x, standard normal; drawn only where a row asks for it.
     info(Call): optional; whatever it returns is stacked on a leading axis of rows, and the result
-    is (x, stacked). Of an Adaptive walk it is called once, at the end, with adaptive.Steps.
+    is (x, stacked). Of Adaptive steps it is called once, at the end, with adaptive.Steps.
     memory: optional; a pytree that denoise takes as a fourth argument and returns, changed, beside
     its output: guidance with momentum.
     along: see `advance`.
 
     A row where no image has sigma > 0 costs no model call. An image that is finished before the
-    others of its batch stays as it is, bit for bit. Gradients through the walk recompute each row
+    others of its batch stays as it is, bit for bit. Gradients through the loop recompute each row
     (jax.checkpoint): memory grows with the rows by one state each, not by the model's activations.
     """
     state, stacked = advance(denoise, init(x, rows, memory), rows, noise, info, along)
@@ -165,7 +165,7 @@ def bucket(count):
 
 
 def idle():
-    """A table of one row that does nothing: the walk is where it starts."""
+    """A table of one row that does nothing: the loop ends where it starts."""
     return pad(Row(np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2, HISTORY + 4)), np.zeros((0, 2))),
                1)
 

@@ -68,18 +68,18 @@ def restart(sigmas, s_noise=1.0, restart_list=None):
     """Heun, and now and then noise back up and down again: https://arxiv.org/abs/2306.14878.
 
     restart_list: {sigma_min: (levels, times, sigma_max)}: at the level nearest to sigma_min, noise
-    up to that nearest to sigma_max and walk down `levels` karras levels, `times` times. None: from
+    up to that nearest to sigma_max and go down `levels` karras levels, `times` times. None: from
     20 steps on, restarts from 0.1 to 2 that take their steps from a shorter karras schedule, so
     that the number of calls stays heun's. A1111 restart_sampler.
     """
     sigmas, again = _restarts(sigmas, restart_list)
-    walk = []
+    path = []
     for i, step in enumerate(pairs(sigmas), 1):
         levels, times, high = again.get(i, (0, 0, 0.0))
         down = _karras(sigmas[_nearest(sigmas, high)], sigmas[i], levels)
-        walk += [step] + times * [*pairs(down)]
-    starts = [a for a, _ in walk[1:]] + [sigmas[-1]]
-    for (a, b), start in zip(walk, starts):
+        path += [step] + times * [*pairs(down)]
+    starts = [a for a, _ in path[1:]] + [sigmas[-1]]
+    for (a, b), start in zip(path, starts):
         yield from _heun(a, b, s_noise * np.sqrt(max(start**2 - b**2, 0)))
 
 
@@ -141,7 +141,7 @@ def _midpoint(a, b, noise, path=(0, 0)):
 def dpm_fast(sigmas, eta=0.0, s_noise=1.0):
     """DPM-Solver-fast: steps of orders 3, ..., 2, 1, as many calls as `sigmas` has steps.
 
-    Of sigmas only the number of steps, the first and the last positive level are used: it walks
+    Of sigmas only the number of steps, the first and the last positive level are used: it goes
     evenly in log sigma and ends at that last level, not at 0; a single step is Euler's.
     k-diffusion sample_dpm_fast; https://arxiv.org/abs/2206.00927, section 3.4.
     """

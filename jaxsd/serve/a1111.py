@@ -75,7 +75,7 @@ def requests(body, defaults, limits, model='', vae='', refiner='', read=images.r
         ) if getattr(body, theirs) is not None}
     if body.width or body.height:
         given['aspect'] = None
-    given |= _walk(body, defaults)
+    given |= _denoising(body, defaults)
     if body.eta is not None and 'eta' in signature(SAMPLERS[given['sampler']]).parameters:
         given['eta'] = body.eta  # clients send it always: A1111 passes over it as well
     given |= _settings(body.override_settings or {}, model, vae)
@@ -94,7 +94,7 @@ def requests(body, defaults, limits, model='', vae='', refiner='', read=images.r
     return [first.replace(seed=(seed + i) % (MAX_SEED + 1)) for i in range(count)]
 
 
-def _walk(body, defaults):
+def _denoising(body, defaults):
     """Sampler and schedule, by A1111's names, its old ones ('DPM++ 2M Karras'), or ours."""
     found, schedule = {}, None
     name = body.sampler_name or body.sampler_index

@@ -17,8 +17,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from jaxsd import images
-from jaxsd.run import canvas, picture, texts
+from jaxsd.run import picture
 from jaxsd.run.request import Request
+from jaxsd.run.text_conditioning import arrange_texts, count_blocks, parse_prompts
 from jaxsd.serve import a1111, schemas
 from jaxsd.serve.middleware import (
     LOOPBACK,
@@ -88,7 +89,7 @@ class Service:
         try:
             loaded = load()
             engine = loaded.queue.engine
-            needs = canvas.kind(engine.config) in ('depth', 'upscaler')
+            needs = engine.config.task in ('depth', 'upscaler')
             image = np.full((64, 64, 3), 127, np.uint8) if needs else None
             [first] = engine.resolve([Request(**self.settings.defaults, image=image)])
             loaded.queue.warm(first)
@@ -167,11 +168,11 @@ def _check(request, limits, model):
     if request.width * request.height > limits.pixels:
         raise ValueError(f'{request.width}x{request.height}: expected at most {limits.pixels} '
                          'pixels')
-    reading = texts.read(request)
-    if (parts := sum(map(len, reading.sides.values()))) > PARTS:
+    parsed = parse_prompts(request)
+    if (parts := sum(map(len, parsed.roles.values()))) > PARTS:
         raise ValueError(f'prompt: {parts} parts: expected at most {PARTS}, the negative prompt '
                          'and those between AND')
-    count = len(texts.arrange([reading]).texts[0]) * texts.count(model, request)
+    count = len(arrange_texts([parsed]).texts[0]) * count_blocks(model, request)
     if count > TEXTS:
         raise ValueError(f'prompt: {count} blocks of 75 tokens in all of its steps: expected at '
                          f'most {TEXTS}')

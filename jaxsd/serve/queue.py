@@ -38,7 +38,11 @@ class Job:
 
 
 class Queue:
-    """Takes jobs for an Engine. most: pictures that may wait."""
+    """Takes jobs for an Engine. most: pictures that may wait.
+
+    A short picture passes a longer one that was asked for earlier where fewer pictures came
+    between them than it takes fewer model calls.
+    """
 
     def __init__(self, engine, identity, metrics, most=64):
         if most < 1:
@@ -47,6 +51,7 @@ class Queue:
         self._lock = threading.RLock()  # guards everything below
         self._tasks, self._jobs = {}, {}  # {id: its run.engine.Task}, {id: [Job that wants it]}
         self._found = {}  # {id: what it came to}, as long as a job wants it
+        self._asked = 0  # pictures ever
         self._done = 0  # pictures since there were none
         self._each, self._last = 1.0, None  # s for a picture, a running mean; when one was done
         self._stopping = False
@@ -86,23 +91,33 @@ class Queue:
         Raises Busy, Stopped, and ValueError for what the model cannot make.
         """
         ids = [self.identity.of(r) for r in requests]
-        with self._lock:
-            new = {key: r for key, r in zip(ids, requests) if key not in self._tasks}
-        stages = {key: self.engine.prepare(r) for key, r in new.items()}
-        job = Job(ids)
-        with self._lock:
-            new = {key: r for key, r in new.items() if key not in self._tasks}
-            self.check(len(new))
-            if not self._tasks:
-                self._done, self._last = 0, time.monotonic()
-            for key in dict.fromkeys(ids):
-                self._jobs.setdefault(key, []).append(job)
-            for key, request in new.items():
-                self._tasks[key] = task = Task(request, *stages[key])
-                task.future.add_done_callback(lambda future, key=key: self._settle(key, future))
-            self._count('shared', len(ids) - len(new))
-            self.engine.add([self._tasks[key] for key in new])
+        asked, stages = dict(zip(ids, requests)), {}
+        while True:  # what is on its way now may be done, and forgotten, when the others are ready
+            with self._lock:
+                new = [key for key in asked if key not in self._tasks]
+                if all(key in stages for key in new):
+                    job = self._begin(ids, [(key, Task(asked[key], *stages[key])) for key in new])
+                    break
+            stages |= {key: self.engine.prepare(asked[key]) for key in new if key not in stages}
         self._gauge()
+        return job
+
+    def _begin(self, ids, new):
+        """A Job of these ids; new: [(id, Task)] of those that are not on their way. The lock is
+        held."""
+        self.check(len(new))
+        if not self._tasks:
+            self._done, self._last = 0, time.monotonic()
+        job = Job(ids)
+        for key in dict.fromkeys(ids):
+            self._jobs.setdefault(key, []).append(job)
+        for key, task in new:
+            self._tasks[key] = task
+            self._asked += 1
+            task.turn = self._asked + task.total
+            task.future.add_done_callback(lambda future, key=key: self._settle(key, future))
+        self._count('shared', len(ids) - len(new))
+        self.engine.add([task for _, task in new])
         return job
 
     def cancel(self, job):
@@ -154,7 +169,8 @@ class Queue:
                 self._last = now
             self._done += 1
             self._count(what)
-            self._found[key] = outcome
+            if jobs:  # else it was taken back, and an earlier one may have been made
+                self._found[key] = outcome
             for job in jobs:
                 if not job.future.done() and all(k in self._found for k in job.ids):
                     job.future.set_result([self._found[k] for k in job.ids])

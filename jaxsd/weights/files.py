@@ -15,6 +15,8 @@ import re
 import ml_dtypes
 import numpy as np
 
+from jaxsd.weights.pickles import PickleFile, read_at
+
 PICKLES = ('.ckpt', '.pt', '.pth', '.bin', '.pkl')
 DTYPES = {
     'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16,
@@ -67,16 +69,6 @@ class TensorFile:
         return read_at(self.path, offset, size).view(dtype).reshape(shape)
 
 
-def read_at(path, offset, size):
-    """`size` bytes of a file as uint8."""
-    with open(path, 'rb', buffering=0) as file:
-        file.seek(offset)
-        data = np.fromfile(file, np.uint8, size)
-    if data.size != size:
-        raise ValueError(f'{path}: ends inside a tensor; it changed while it was read')
-    return data
-
-
 def printable(text):
     """Text with names out of a file in it, for a message: without line breaks and the like."""
     return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
@@ -88,7 +80,6 @@ def open_tensors(path):
     Both have `path`, `metadata`, `shapes`, `dtypes` and `read`, and raise alike. Weights with a
     scale beside them are read as their product.
     """
-    from jaxsd.weights.pickles import PickleFile
     path = pathlib.Path(path)
     file = (TensorFile if not path.is_file() or _is_safetensors(path) else PickleFile)(path)
     return ScaledFile(file) if any(map(_BESIDE.fullmatch, file.shapes)) else file

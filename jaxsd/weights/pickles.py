@@ -13,11 +13,20 @@ import zipfile
 
 import numpy as np
 
-from jaxsd.weights.files import read_at
 from jaxsd.weights.unpickling import LONGEST_NAME, Machine, Named, Refused, Tensor
 
 MAGIC = 0x1950a86a20f9469cfc6c  # torch's, in the first pickle of its older format
 WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'params')
+
+
+def read_at(path, offset, size):
+    """`size` bytes of a file as uint8."""
+    with open(path, 'rb', buffering=0) as file:
+        file.seek(offset)
+        data = np.fromfile(file, np.uint8, size)
+    if data.size != size:
+        raise ValueError(f'{path}: ends inside a tensor; it changed while it was read')
+    return data
 
 
 class PickleFile:

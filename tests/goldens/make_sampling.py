@@ -21,7 +21,7 @@ import torch
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests' / 'sampling')]
 from golden_cases import CASES, denoise, start  # noqa: E402
-from reference import WALKS  # noqa: E402
+from reference import SCHEDULES  # noqa: E402
 
 COMMIT = '4601bf085320592473f681a62808ed873d17fad5'
 
@@ -50,7 +50,7 @@ def main(folder):
     x, noises = start()
     out = {'commit': np.array(COMMIT)}
     for (case, (name, options)), ((schedule, steps), sigmas) in itertools.product(
-            CASES.items(), WALKS.items()):
+            CASES.items(), SCHEDULES.items()):
         count = itertools.count()
         calls = 0
 

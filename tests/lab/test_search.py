@@ -68,7 +68,7 @@ def toy_problem():
 @pytest.mark.parametrize('sampler', ['euler', 'heun', 'dpmpp_2m', 'unipc'])
 @pytest.mark.parametrize('last', [0.0, 0.05])
 def test_the_gradient_is_that_of_the_whole_walk(sampler, last):
-    """Against differences of the loss itself, in float64: table and walk together."""
+    """Against differences of the loss itself, in float64: table and loop together."""
     x = 14.6 * np.random.default_rng(0).standard_normal((1, 20))
     inner = np.log([14.6, 4.0, 1.5, 0.6, 0.2])
 
@@ -131,7 +131,7 @@ def test_found_schedules_beat_karras_on_prompts_and_seeds_not_seen(emoji):
     target = search.converged(emoji, data, 40)
 
     def error(sampler, sigmas):
-        ends = search.walk(emoji, data, sampler, sigmas)
+        ends = search.solve(emoji, data, sampler, sigmas)
         return float(np.sqrt(np.square(ends - target).mean((1, 2, 3))).mean())
 
     karras = sampling.schedule('karras', 6, emoji.config.schedule)

@@ -93,7 +93,7 @@ def theirs(pipe, sampler, draws, **call):
 
 
 # Compiling takes most of these tests' time, half of it in the last optimisations.
-_walk = jax.jit(latents, static_argnames=('config', 'height', 'width'),
+_latents = jax.jit(latents, static_argnames=('config', 'height', 'width'),
                 compiler_options={'xla_backend_optimization_level': '0'})
 
 
@@ -102,7 +102,7 @@ def ours(model, requests, noise, stage=None):
     requests = resolve(requests, model.config)
     data = lengthened(inputs(model, requests, noise, stage=stage))
     params, config = networks(model, data)
-    return np.asarray(_walk(params, data, config=config, height=requests[0].height,
+    return np.asarray(_latents(params, data, config=config, height=requests[0].height,
                             width=requests[0].width))
 
 

@@ -51,7 +51,7 @@ def models(tokenizer_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def walked(models):
+def sampled(models):
     """Our latents where the refiner takes over, and at the end, of all the cases."""
     base, refiner, _ = models
     requests = [request(sampler=sampler, switch=switch, **ASKED) for sampler, switch in CASES]
@@ -60,10 +60,10 @@ def walked(models):
 
 
 @pytest.mark.parametrize('i', range(len(CASES)), ids=[f'{s}-{switch}' for s, switch in CASES])
-def test_ensemble(models, walked, i):
+def test_ensemble(models, sampled, i):
     base, _, pipes = models
     sampler, switch = CASES[i]
-    middle, last = (found[i:i + 1] for found in walked)
+    middle, last = (found[i:i + 1] for found in sampled)
     noise = normal(len(CASES))[i:i + 1]
     if sampler in UNIT:
         sigmas = sampling.schedule('simple', STEPS, base.config.schedule)

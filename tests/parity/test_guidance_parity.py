@@ -56,15 +56,15 @@ def trajectories(pipeline, guidance, prediction='epsilon', prepare=None, size=SI
     sigmas = sampling.schedule('simple', STEPS, config.schedule)
     rows = sampling.plan('ddim', sigmas)
 
-    def walk(params, guidance):
+    def sample(params, guidance):
         return np.asarray(jax.jit(lambda p, x, g: denoised(
             {'unet': p}, config, x, Conditioning(context, None), g, rows))(
                 params, latent * np.hypot(sigmas[0], 1), guidance))
 
     params = arrays(module)  # of `module` as made: FreeU changes no parameter
     scale = max(1.0, theirs.std())
-    assert np.abs(walk(params, Guidance(SCALE)) - theirs).max() / scale > 1e-2, 'no effect to see'
-    return np.abs(walk(params, guidance) - theirs).max() / scale
+    assert np.abs(sample(params, Guidance(SCALE)) - theirs).max() / scale > 1e-2, 'no effect to see'
+    return np.abs(sample(params, guidance) - theirs).max() / scale
 
 
 @pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])

@@ -47,7 +47,7 @@ SEEN = {
 }
 
 
-def walked(model, cases, start):
+def sampled(model, cases, start):
     """{case: our latents}."""
     found = ours(model, [request(image=picture(i, SIZE), **fields)
                          for i, fields in enumerate(cases.values())], start)
@@ -70,7 +70,7 @@ def sides(tokenizer_folder, tmp_path_factory):
     pipes = {'img2img': pipeline(diffusers.StableDiffusionImg2ImgPipeline, model, folder)}
     pipes['inpaint'] = diffusers.StableDiffusionInpaintPipeline(**pipes['img2img'].components)
     pipes['inpaint'].set_progress_bar_config(disable=True)
-    return model, pipes, walked(model, CASES, normal(len(CASES)))
+    return model, pipes, sampled(model, CASES, normal(len(CASES)))
 
 
 def start(name, cases=CASES):
@@ -113,7 +113,7 @@ def seeing(request, tokenizer_folder, tmp_path_factory):
     model = random_model(tiny(request.param, levels=2, in_channels=9), tokenizer_folder)
     kind = {'sd1': diffusers.StableDiffusionInpaintPipeline,
             'sdxl': diffusers.StableDiffusionXLInpaintPipeline}[request.param]
-    return pipeline(kind, model, folder), walked(model, SEEN, normal(len(SEEN)))
+    return pipeline(kind, model, folder), sampled(model, SEEN, normal(len(SEEN)))
 
 
 @pytest.mark.parametrize('name', SEEN)

@@ -9,7 +9,7 @@ from run.test_generate import _far, compilations
 import jaxsd
 from jaxsd import Request, sampling
 from jaxsd.run import picture
-from jaxsd.run.inputs import _plan, inputs
+from jaxsd.run.inputs import _table, inputs
 from jaxsd.run.request import resolve
 
 KINDS = {
@@ -89,5 +89,5 @@ def test_samplers_that_ask_for_the_config_get_the_models(tiny_model, monkeypatch
         return sampling.plan('euler', sigmas)
 
     monkeypatch.setitem(sampling.SAMPLERS, 'curious', curious)
-    _plan(Request(sampler='curious', steps=3, strength=1), config)
+    _table(Request(sampler='curious', steps=3, strength=1), config)
     assert given == [config]

@@ -39,15 +39,15 @@ def test_schedules_are_an_index_into_encoded_texts(sd1):
     """Of each step the text that holds; a batch with a plain prompt, which follows its own."""
     data = data_of(sd1, '[cat:dog:2] a', 'apple')
     rows = data.rows.sigma[:, 0] > 0
-    text = data.steps.text[rows]
+    text = data.steps.text_index[rows]
     assert (text[:, :, 0] == text[0, :, 0]).all()  # the negative prompt
     cat, *_, dog = text[:, 0, 1]
     assert text[:, 0, 1].tolist() == [cat, cat, cat, dog] and cat != dog  # as A1111 counts
-    turns = data_of(sd1, '[cat|dog]', 'apple').steps.text[rows][:, 0, 1]
+    turns = data_of(sd1, '[cat|dog]', 'apple').steps.text_index[rows][:, 0, 1]
     assert turns.tolist() == [turns[0], turns[0], turns[2], turns[0]] and turns[0] != turns[2]
     assert len(set(text[:, 1, 1])) == 1
     constant = data_of(sd1, 'cat', 'apple')
-    assert constant.steps.text is None
+    assert constant.steps.text_index is None
 
 
 def test_a_schedule_walks_as_its_texts_do(sd1):

@@ -15,7 +15,7 @@ from jaxsd import sampling
 from jaxsd.config import ScheduleConfig
 
 CONFIG = ScheduleConfig()
-WALKS = {(name, steps): sampling.schedule(name, steps, CONFIG)
+SCHEDULES = {(name, steps): sampling.schedule(name, steps, CONFIG)
          for name, steps in itertools.product(('karras', 'normal', 'exponential'), (5, 10, 20, 30))}
 
 
@@ -52,10 +52,10 @@ def compare(rows, x, noises, expected):
     assert np.abs(single - expected).max() <= 3e-6 * scale, 'float32'
 
 
-def check(name, loop, walks=WALKS, **options):
-    """A sampler equals its reference on all walks, with the same number of model calls."""
+def check(name, loop, schedules=SCHEDULES, **options):
+    """A sampler equals its reference on all schedules, with the same number of model calls."""
     noise_start, noises = start()
-    for sigmas in walks.values():
+    for sigmas in schedules.values():
         calls, pool = 0, iter(noises)
 
         def model(x, sigma, both=False):

@@ -27,7 +27,7 @@ def analytic(x, sigma, i):
 
 
 @jax.jit
-def walk(x, plan, pool):
+def sample(x, plan, pool):
     return sampling.sample(analytic, x, plan, lambda i: pool[i % len(pool)], info=lambda s: s)
 
 
@@ -37,7 +37,7 @@ def run(cases, dtype=np.float64):
     x = np.stack([X * np.exp(-p.start) for p in plans]).astype(dtype)
     pool = np.repeat(NOISES[:, None], len(cases), 1).astype(dtype)
     with jax.enable_x64(dtype == np.float64):
-        x, steps = jax.tree.map(np.asarray, walk(x, sampling.stack(plans), pool))
+        x, steps = jax.tree.map(np.asarray, sample(x, sampling.stack(plans), pool))
     assert x.dtype == dtype
     return x, steps
 
@@ -58,12 +58,12 @@ def all_in_one_batch(dtype):
 def test_a_batch_equals_its_solo_runs_in_one_program():
     """Other options, orders and ends side by side; the first image ends 100 calls early."""
     mixed, steps = all_in_one_batch(np.float64)
-    programs = walk._cache_size()
+    programs = sample._cache_size()
     for i, case in enumerate(CASES):
         x, alone = run([case])
         assert [field[0] for field in alone[:3]] == [field[i] for field in steps[:3]]
         np.testing.assert_allclose(mixed[i], x[0], rtol=0, atol=1e-12)
-    assert walk._cache_size() <= programs + 1, 'options compiled anew'
+    assert sample._cache_size() <= programs + 1, 'options compiled anew'
     assert np.ptp(steps.calls) > 100
     ends = np.exp([-plan(case).end for case in CASES])
     np.testing.assert_allclose(steps.sigma, ends, rtol=1e-12)

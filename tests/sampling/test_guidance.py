@@ -27,7 +27,7 @@ def model(parts):
     return denoise
 
 
-def walk(guidance, prediction='epsilon', i=0):
+def sample(guidance, prediction='epsilon', i=0):
     guide = sampling.guided(model(guidance.parts), guidance, prediction)
     if guidance.momentum:
         return guide(X, SIGMA, i, jnp.zeros_like(X))[0]
@@ -35,12 +35,12 @@ def walk(guidance, prediction='epsilon', i=0):
 
 
 def test_every_kind_at_its_neutral_value_changes_nothing():
-    expected, uncond = walk(Guidance(5.0))
+    expected, uncond = sample(Guidance(5.0))
     np.testing.assert_allclose(expected, 5 * PICTURES[1] - 4 * PICTURES[0], atol=1e-5)
     kinds = [name for name in Guidance._fields if name not in ('scale', 'sag', 'perp_neg')]
     off = written.OFF._replace(scale=5.0, perp_neg=(0.0,), sag=None)
     for guidance in [off] + [Guidance(5.0)._replace(**{k: getattr(off, k)}) for k in kinds]:
-        out, raw = walk(guidance)
+        out, raw = sample(guidance)
         np.testing.assert_allclose(out, expected, atol=1e-5)
         np.testing.assert_array_equal(raw, uncond)
 
@@ -71,8 +71,8 @@ def test_what_is_off_is_absent_from_the_program():
 def test_each_image_and_each_row_has_its_own_values():
     scale = np.array([[2.0, 3.0], [4.0, 5.0]])
     for i, b in np.ndindex(2, 2):
-        out, _ = walk(Guidance(scale, rescale=scale / 10), i=i)
-        alone, _ = walk(Guidance(scale[i, b], rescale=scale[i, b] / 10))
+        out, _ = sample(Guidance(scale, rescale=scale / 10), i=i)
+        alone, _ = sample(Guidance(scale[i, b], rescale=scale[i, b] / 10))
         np.testing.assert_allclose(out[b], alone[b], atol=1e-6)
 
 
@@ -113,7 +113,7 @@ def test_threshold():
         limit = np.abs(mimic - mimic.mean()).max()
         s = max(limit, np.quantile(np.abs(centred), 0.9))
         expected[b, ..., c] = picture.mean() + np.clip(centred, -s, s) / s * limit
-    out, _ = walk(Guidance(9.0, threshold=Threshold(2.0, 0.9, 1.0)))
+    out, _ = sample(Guidance(9.0, threshold=Threshold(2.0, 0.9, 1.0)))
     np.testing.assert_allclose(out, expected, atol=1e-5)
     assert np.abs(expected - high).max() > 1
 
@@ -129,15 +129,15 @@ def test_perp_neg_with_several_negatives():
             pull = pull + weight * (
                 other - (other * positive).sum() / np.linalg.norm(positive) ** 2 * positive)
         expected[b] += 6 * (positive - pull)
-    out, _ = walk(Guidance(6.0, perp_neg=(0.7, 1.5)))
+    out, _ = sample(Guidance(6.0, perp_neg=(0.7, 1.5)))
     np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
 def test_several_prompts_add_up_and_leave_single_ones_alone():
     """Composable diffusion by hand; beside it an image with one prompt, equal to the bit."""
     weights = [np.array([1.0, 0.7], np.float32), np.array([0.0, -1.5], np.float32)]
-    out, uncond = walk(Guidance(3.0, prompts=weights))
-    plain, _ = walk(Guidance(3.0))
+    out, uncond = sample(Guidance(3.0, prompts=weights))
+    plain, _ = sample(Guidance(3.0))
     np.testing.assert_array_equal(out[0], plain[0])
     u, c, d = PICTURES[:3, 1].astype(np.float64)
     np.testing.assert_allclose(out[1], u + 3 * (0.7 * (c - u) - 1.5 * (d - u)), atol=1e-5)
@@ -152,12 +152,12 @@ def test_several_prompts_add_up_and_leave_single_ones_alone():
 
 def test_projection_removes_what_is_parallel_and_limits_the_rest():
     cond = PICTURES[1].astype(np.float64)
-    out, _ = walk(Guidance(8.0, apg=Projection(0.0, 2.5)))
+    out, _ = sample(Guidance(8.0, apg=Projection(0.0, 2.5)))
     change = np.asarray(out) - cond
     for b in range(2):
         assert abs((change[b] * cond[b]).sum()) < 1e-3 * np.linalg.norm(cond[b])
         assert np.linalg.norm(change[b]) <= 7 * 2.5 * (1 + 1e-5)
-    np.testing.assert_allclose(walk(Guidance(1.0, apg=Projection(0.0, 2.5)))[0], cond, atol=1e-6)
+    np.testing.assert_allclose(sample(Guidance(1.0, apg=Projection(0.0, 2.5)))[0], cond, atol=1e-6)
 
 
 def test_momentum_goes_through_the_scan_and_skips_rows_without_a_call():

@@ -306,12 +306,12 @@ def test_variants_of_one_loop(name, loop, fixed, options):
 
 
 def test_walks_that_end_above_zero():
-    walks = {'above': np.geomspace(14.6, 0.1, 9), 'one step': np.array([3.0, 1.0]),
+    schedules = {'above': np.geomspace(14.6, 0.1, 9), 'one step': np.array([3.0, 1.0]),
              'to zero at once': np.array([3.0, 0.0])}
     for loop, options in ((plms, {}), (ipndm, {}), (ipndm_v, {}), (deis, {}), (er_sde, {}),
                           (dpm_solver_multistep, {'order': 3}), (res_multistep, {}),
                           (sa_solver, {}), (dpmpp_2m_cfg_pp, {})):
-        check(loop.__name__, loop, walks, **options)
+        check(loop.__name__, loop, schedules, **options)
 
 
 @pytest.mark.parametrize('name, options', [

@@ -23,7 +23,7 @@ STOCHASTIC = [
     ('ddim', {'eta': 1.0}), ('dpm_fast', {'eta': 1.0})]
 
 
-def walk(rows, denoise, x, fresh=None):
+def sample(rows, denoise, x, fresh=None):
     """The definition of a table, in a float64 numpy loop that shares nothing with scan.py."""
     y, history = 0 * x, [0 * x] * sampling.HISTORY
     for sigma, push, mix in zip(rows.sigma, rows.push, rows.mix):
@@ -56,11 +56,11 @@ def test_constant_denoiser_is_the_answer(name, schedule):
     sigmas = sampling.schedule(schedule, 10, CONFIG)
     rows = sampling.plan(name, sigmas, config=CONFIG)
     start = np.array([-14.0, 0.3, 9.0])
-    end = walk(rows, lambda x, sigma: np.full_like(x, 0.3), start)
+    end = sample(rows, lambda x, sigma: np.full_like(x, 0.3), start)
     left = sigmas[-2] / sigmas[0] if name == 'dpm_fast' else 0  # it makes no step to 0
     np.testing.assert_allclose(end, 0.3 + left * (start - 0.3), rtol=0, atol=1e-12)
     quiet = sampling.plan(name, sigmas[:-1], config=CONFIG)
-    stay = walk(quiet, lambda x, sigma: np.full_like(x, 0.3), np.array([0.3]))
+    stay = sample(quiet, lambda x, sigma: np.full_like(x, 0.3), np.array([0.3]))
     np.testing.assert_allclose(stay, 0.3, rtol=0, atol=1e-12)
 
 
@@ -121,7 +121,7 @@ def test_convergence_order(name, options, order):
             tail = sigmas[-1] + np.append(h * 0.5 ** np.arange(1, fine * 2), 0.0)
             sigmas = np.concatenate([head, sigmas[1:-1], tail])
         rows = sampling.plan(name, sigmas, config=CONFIG, **options)
-        end = walk(rows, lambda x, sigma: x * s2 / (s2 + sigma**2), np.array([1.0]))
+        end = sample(rows, lambda x, sigma: x * s2 / (s2 + sigma**2), np.array([1.0]))
         return abs(end[0] - np.sqrt((s2 + sigmas[-1] ** 2) / (s2 + sigmas[0] ** 2)))
 
     measured = np.log2(error(168) / error(336))  # steps that 2 and 3 divide
@@ -141,7 +141,7 @@ def test_variance_on_gaussian_data(name, options):
     count = int((rows.mix[:, 0, 2] != 0).sum())
     basis = iter(np.eye(count + 1)[1:])
     start = np.eye(count + 1)[0] * np.sqrt(s2 + sigmas[0] ** 2)
-    weights = walk(rows, lambda x, sigma: x * s2 / (s2 + sigma**2), start, lambda: next(basis))
+    weights = sample(rows, lambda x, sigma: x * s2 / (s2 + sigma**2), start, lambda: next(basis))
     assert abs((weights**2).sum() / s2 - 1) < 0.04
     assert (weights[1:] ** 2).sum() > 0.9 * s2  # it is the fresh noise that makes the picture
 
@@ -154,7 +154,7 @@ def test_names_for_one_table():
              (('lms', {'order': 1}), ('euler', {}))]
     for (a, a_options), (b, b_options) in pairs:
         x = np.array([14.0, -3.0])
-        ends = [walk(sampling.plan(n, sigmas, **o), lambda x, s: np.tanh(x / (1 + s)), x,
+        ends = [sample(sampling.plan(n, sigmas, **o), lambda x, s: np.tanh(x / (1 + s)), x,
                      lambda: np.array([0.5, -0.5])) for n, o in ((a, a_options), (b, b_options))]
         np.testing.assert_allclose(*ends, rtol=1e-13)
 

@@ -174,13 +174,13 @@ def test_log_probability_of_stochastic_steps():
                           length=4)
     x, pool = jnp.full((2, *SHAPE), 3.0), np.random.default_rng(0).normal(size=(4, 2, *SHAPE))
 
-    def walk(shift):
+    def sample(shift):
         return sampling.sample(
             lambda x, sigma, i: denoise(x, sigma, i) + shift, x, rows,
             lambda i: jnp.asarray(pool, jnp.float32)[i],
             info=lambda call: (sampling.log_probability(call), call.x, call.after.x, call.denoised))
 
-    logs, before, after, denoised = map(np.asarray, walk(0.0)[1])
+    logs, before, after, denoised = map(np.asarray, sample(0.0)[1])
     assert logs.shape == (4, 2) and not logs[:, 1].any() and not logs[2:, 0].any()
     for i in range(2):
         mix = rows.mix[i, 0, 0]
@@ -189,7 +189,7 @@ def test_log_probability_of_stochastic_steps():
         expected = -(0.5 * z**2 + np.log(mix[2] * np.sqrt(2 * np.pi))).sum()
         np.testing.assert_allclose(logs[i, 0], expected, rtol=1e-4)
     # d log N / d shift at the first step: (x' - mean) / w^2 times d mean / d shift
-    gradient = jax.jacobian(lambda shift: walk(shift)[1][0][0, 0])(0.0)
+    gradient = jax.jacobian(lambda shift: sample(shift)[1][0][0, 0])(0.0)
     mix = rows.mix[0, 0, 0]
     np.testing.assert_allclose(gradient, mix[3] * pool[0, 0].sum() / mix[2], rtol=1e-3)
 

@@ -52,10 +52,10 @@ def test_zero_terminal_snr_is_clamped_and_keeps_the_clean_end():
     np.testing.assert_allclose(sigmas[0], sampling.model_sigmas(CONFIG)[0])
     for name in EVERY:
         steps = min(20, most(name))
-        walk = sampling.schedule(name, steps, ZERO)
-        assert np.isfinite(sampling.plan('dpmpp_2m', walk).mix).all()
+        sigmas = sampling.schedule(name, steps, ZERO)
+        assert np.isfinite(sampling.plan('dpmpp_2m', sigmas).mix).all()
         np.testing.assert_array_equal(
-            sampling.schedule(name, steps, CONFIG, rescale_betas_zero_snr=True), walk)
+            sampling.schedule(name, steps, CONFIG, rescale_betas_zero_snr=True), sigmas)
         np.testing.assert_array_equal(
             sampling.schedule(name, steps, ZERO, rescale_betas_zero_snr=False),
             sampling.schedule(name, steps, CONFIG))
@@ -73,7 +73,7 @@ def test_timesteps_and_sigmas_are_inverse():
 # All schedules, all modifiers
 
 
-def walks(sigmas, steps):
+def check_sigmas(sigmas, steps):
     assert sigmas.shape == (steps + 1,) and sigmas.dtype == np.float64
     assert sigmas[-1] == 0 and np.all(np.diff(sigmas) < 0) and np.isfinite(sigmas).all()
 
@@ -85,7 +85,7 @@ def test_from_the_largest_sigma_to_zero(name, config):
     first = min(first, 1e-5**-0.5) if name == 'laplace' else first  # its own end is at sigma 316
     for steps in range(1, most(name) + 1):
         sigmas = sampling.schedule(name, steps, config)
-        walks(sigmas, steps)
+        check_sigmas(sigmas, steps)
         if name != 'ddim_uniform':  # begins at timestep 1 + (steps - 1) (T // steps)
             np.testing.assert_allclose(sigmas[0], first, rtol=1e-7)
         assert sigmas[0] <= first * (1 + 1e-7)
@@ -99,7 +99,7 @@ def test_sigma_min_and_sigma_max(name, ends):
         ends = {**ends, 'sigma_max': 14.0}  # they have no timestep above the model's largest sigma
     for steps in range(1, most(name) + 1):
         sigmas = sampling.schedule(name, steps, CONFIG, **ends)
-        walks(sigmas, steps)
+        check_sigmas(sigmas, steps)
         first = ends.get('sigma_max', plain(name, steps)[0])
         np.testing.assert_allclose(sigmas[0], first, rtol=1e-12)
         if steps > 1 and 'sigma_min' in ends and name != 'sgm_uniform':  # it leaves that end out
@@ -130,27 +130,28 @@ def test_discard_and_final(name):
 @pytest.mark.parametrize('part', [1.0, 0.75, 0.6, 0.3, 0.11])
 @pytest.mark.parametrize('name', EVERY)
 def test_part_of_the_way(name, part):
-    """ComfyUI walks as many steps of a finer schedule, diffusers fewer of the same one."""
+    """ComfyUI makes as many steps of a finer schedule, diffusers fewer of the same one."""
     for steps in range(1, most(name) + 1):
         total = int(steps / part)
         if total <= most(name):
-            walk = sampling.schedule(name, steps, CONFIG, denoise=part)
+            sigmas = sampling.schedule(name, steps, CONFIG, denoise=part)
             np.testing.assert_array_equal(
-                walk, plain(name, total)[total - steps:])
+                sigmas, plain(name, total)[total - steps:])
         whole = plain(name, steps)
         kept = int(steps * part)
         for convention, count in (('diffusers', kept), ('a1111', int(steps * min(part, .999)) + 1)):
             if count > 0:
-                walk = sampling.schedule(name, steps, CONFIG, denoise=part, convention=convention)
-                np.testing.assert_array_equal(walk, whole[steps - count:])
+                sigmas = sampling.schedule(name, steps, CONFIG, denoise=part, convention=convention)
+                np.testing.assert_array_equal(sigmas, whole[steps - count:])
 
 
 @pytest.mark.parametrize('name', ['normal', 'karras', 'exponential', 'sgm_uniform', 'kl_optimal'])
 def test_more_steps_than_timesteps(name):
-    """ComfyUI walks 200 steps at denoise 0.05: the last 200 of 4000 (comfy/samplers.py)."""
-    walk = sampling.schedule(name, 200, CONFIG, denoise=0.05)
-    np.testing.assert_array_equal(walk, np.append(sampling.SCHEDULES[name](4000, CONFIG), 0)[-201:])
-    assert len(walk) == 201 and walk[0] < 1
+    """ComfyUI makes 200 steps at denoise 0.05: the last 200 of 4000 (comfy/samplers.py)."""
+    sigmas = sampling.schedule(name, 200, CONFIG, denoise=0.05)
+    expected = np.append(sampling.SCHEDULES[name](4000, CONFIG), 0)[-201:]
+    np.testing.assert_array_equal(sigmas, expected)
+    assert len(sigmas) == 201 and sigmas[0] < 1
 
 
 def test_conventions_by_hand():

@@ -6,10 +6,16 @@ It starts `launch.serve` with the shipped model, on loopback, and asks for one r
 request, with four samplers and 4 to 20 steps (`--steps`); no two requests are the same. Then one
 client alone. Then the pictures are made again here, by Engine: `--solo` of them alone, the others
 beside other neighbours than on the server.
+
+python tests/serve/load.py --sizes=40 --requests=500
+
+asks for pictures of so many sizes, four of a size after each other, round and round, and prints
+what memory the server holds.
 """
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import pathlib
 import random
@@ -77,6 +83,24 @@ def again(bodies, slots, solo):
     return [*map(pixels, alone + engine.make(requests[solo:]))]
 
 
+def grow(url, pid, sizes, requests):
+    """Ask for pictures of 2 steps in so many sizes -> 0, or 1 where one is not of its size."""
+    sides = itertools.product(range(32, 104, 8), repeat=2)
+    sides = sorted(sides, key=lambda side: side[0] * side[1])[:sizes]
+    with httpx.Client(timeout=600) as http:
+        for i in range(requests):
+            width, height = sides[i // 4 % sizes]
+            body = {'prompt': 'red apple', 'seed': i, 'steps': 2, 'width': width, 'height': height}
+            answer = http.post(f'{url}/sdapi/v1/txt2img', json=body).json()
+            if opened(answer['images'][0]).size != (width, height):
+                return 1
+            if (i + 1) % (2 * sizes) == 0 or i + 1 == requests:
+                status = pathlib.Path(f'/proc/{pid}/status').read_text()
+                held = int(status.partition('VmRSS:')[2].split()[0]) // 1024
+                print(f'{i + 1} requests of {sizes} sizes: {held} MiB', flush=True)
+    return 0
+
+
 def main():
     """Load, one client alone, comparison -> exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -86,7 +110,12 @@ def main():
     parser.add_argument('--slots', type=int, help='as of launch.serve')
     parser.add_argument('--steps', type=int, nargs=2, default=(4, 20), help='fewest and most')
     parser.add_argument('--solo', type=int, default=200, help='pictures made again alone')
+    parser.add_argument('--sizes', type=int, help='ask for so many sizes instead, see above')
+    parser.add_argument('--requests', type=int, default=500, help='of --sizes, in all')
     flags = parser.parse_args()
+    if flags.sizes:
+        with process('--max_pixels=65536') as (url, server):
+            return grow(url, server.pid, flags.sizes, flags.requests)
     slots = [f'--slots={flags.slots}'] if flags.slots else []
     with process('--queue=512', *slots) as (url, _):
         found = load(url, flags.clients, flags.seconds, flags.steps, seed=0)

@@ -152,6 +152,36 @@ def test_stop_finishes_what_runs(engine, make):
     assert not stopping.is_alive()
 
 
+def test_a_shared_picture_that_is_done_before_the_others_are_prepared(engine, make, monkeypatch):
+    queue, prepare = make(), engine.prepare
+    engine.gate.clear()
+    first = ask(engine, queue, 1)
+
+    def slow(request):
+        engine.gate.set()
+        first.future.result(30)
+        wait_for(lambda: not queue._tasks)
+        return prepare(request)
+
+    monkeypatch.setattr(engine, 'prepare', slow)
+    both = ask(engine, queue, 1, 2)
+    assert [made.id for made in both.future.result(30)] == both.ids
+
+
+def test_a_picture_that_is_asked_for_again_and_taken_back_stays_made(engine, make):
+    queue = make()
+    engine.gate.clear()
+    both = ask(engine, queue, 1, 2)
+    wait_for(lambda: engine.started == [1])
+    task = queue._tasks[both.ids[0]]
+    task.settle(colour(1))
+    wait_for(lambda: both.ids[0] in queue._found)
+    assert queue.cancel(ask(engine, queue, 1))
+    engine.gate.set()
+    for made, seed in zip(both.future.result(30), (1, 2), strict=True):
+        np.testing.assert_array_equal(made.image, colour(seed))
+
+
 def test_many_threads_lose_nothing(engine, make):
     queue = make(most=1000)
     engine.gate.set()

@@ -1,4 +1,4 @@
-"""In which steps to walk down the noise levels: any schedule, whole or part-way."""
+"""The noise levels of the steps: any schedule, whole or part-way."""
 
 import dataclasses
 import functools
@@ -19,11 +19,11 @@ DISCARD_PENULTIMATE = {
     'comfyui': ('dpm_2', 'dpm_2_ancestral', 'unipc'),
 }
 
-# How a walk starts part-way (image to image):
-# (steps, denoise) -> steps of the whole schedule, and how many of its last ones are walked.
+# How denoising starts part-way (image to image):
+# (steps, denoise) -> steps of the whole schedule, and how many of its last ones are made.
 # ComfyUI: KSampler and BasicScheduler. diffusers: StableDiffusionImg2ImgPipeline.get_timesteps.
 # A1111: modules/sd_samplers_common.py (setup_img2img_steps), always one more than diffusers, so
-# that it walks one at 0.
+# that one is left at 0.
 CONVENTIONS = {
     'comfyui': lambda steps, denoise: (int(steps / denoise), steps) if denoise else (steps, 0),
     'diffusers': lambda steps, denoise: (steps, int(steps * denoise)),
@@ -57,7 +57,7 @@ def schedule(name, steps, config, final=None, discard_penultimate=False, denoise
     ends as it says.
     discard_penultimate: make one step more and drop the last sigma before the final one
     (see DISCARD_PENULTIMATE for who does so when).
-    denoise: the part of the noise to walk, up to 1, from a picture with noise of sigmas[0] added.
+    denoise: the part of the noise to remove, up to 1, from a picture with noise of sigmas[0] added.
     Under convention 'comfyui' the last `steps` of int(steps / denoise) steps, 10,000 at most; under
     'diffusers' the last int(steps * denoise) of `steps`, so that fewer come back; 'a1111' one more.
     rescale_betas_zero_snr: replaces config's. options: those of the schedule's function.
@@ -100,7 +100,7 @@ def _part(steps, count, denoise, convention):
         raise ValueError(
             f'steps={steps} at denoise={denoise} (the strength) are {kept} of {total} steps by the '
             f'convention {convention!r}: expected at least 1, and {MAX_TOTAL} at most; change '
-            "steps or strength, or take the convention 'a1111', which walks 1 at least")
+            "steps or strength, or take the convention 'a1111', which makes 1 at least")
     return total, kept
 
 

@@ -1,7 +1,7 @@
-"""What a walk follows besides its text, as arrays: pictures, masks, depth, hints, classes.
+"""Conditioning besides text, as arrays: initial images, masks, depth, ControlNets' hints, classes.
 
-All of it on the host, in numpy, before anything compiles; and pasting what was painted into the
-picture that it was painted on, after.
+All of it on the host, in numpy, before anything compiles; and pasting back what was inpainted,
+after.
 """
 
 from typing import NamedTuple
@@ -15,68 +15,33 @@ from jaxsd.run import depth
 from jaxsd.run.steps import over_rows
 from jaxsd.sampling.choice import unknown
 
-# How much a ControlNet's outputs count in guess mode, from the finest to the coarsest.
-GUESS = {'diffusers': lambda count: np.logspace(-1, 0, count),
-         'original': lambda count: 0.825 ** np.arange(count - 1, -1, -1)}
 NOISE_LEVEL = 20  # of the upscaler's small picture, where a request names none
 
 
-class Canvas(NamedTuple):
-    """One request's picture at the size at which the model works, and where it came from."""
+class InitImage(NamedTuple):
+    """One request's image and mask at the size of the model's picture, and how to paste back."""
 
-    picture: np.ndarray | None = None  # uint8 [H,W,3]
+    image: np.ndarray | None = None  # uint8 [H,W,3]
     mask: np.ndarray | None = None  # [H,W], 0 to 1
-    whole: np.ndarray | None = None  # uint8 [H',W',3]: the picture to paste into
-    opaque: np.ndarray | None = None  # [H',W']: how much of what was painted goes into it
-    box: tuple | None = None  # (left, top, right, bottom) of `whole` that was painted
-    inside: tuple | None = None  # (width, height): the rest only made the latents whole
+    original: np.ndarray | None = None  # uint8 [H',W',3]: to paste into; None: nothing is pasted
+    opacity: np.ndarray | None = None  # [H',W']: how much of what was inpainted goes into it
+    box: tuple | None = None  # (left, top, right, bottom) of `original` that was inpainted
+    crop: tuple | None = None  # (width, height): the rest only made the latents whole
 
 
-def kind(config):
-    """What a model's U-Net sees beside the latent: '', 'depth', 'inpainting' or 'upscaler'.
-
-    Raises ValueError for channels that none of these has.
-    """
-    more = config.unet.in_channels - config.vae.latent_channels
-    kinds = {0: '', 1: 'depth', 1 + config.vae.latent_channels: 'inpainting',
-             config.vae.in_channels: 'upscaler'}
-    if more not in kinds or (kinds[more] == 'upscaler') != (config.low_res is not None):
-        raise ValueError(
-            f'a U-Net of {config.unet.in_channels} input channels for latents of '
-            f'{config.vae.latent_channels}: expected as many (text to image), one more (depth), '
-            f'{1 + config.vae.latent_channels} more (inpainting), or {config.vae.in_channels} more '
-            'and a low_res_scheduler (upscaler)')
-    return kinds[more]
-
-
-def size(request, config):
-    """The (width, height) that a request's image gives it, or None; opens the image."""
-    if request.outpaint is not None:
-        left, top, right, bottom = request.outpaint
-        height, width, _ = images.read(request.image).shape
-        factor = config.vae.factor
-        grown = width + left + right, height + top + bottom
-        return tuple(-(-n // factor) * factor for n in grown)
-    if kind(config) == 'upscaler' and request.image is not None and not (
-            request.width or request.height):
-        height, width, _ = images.read(request.image).shape
-        return width * config.vae.factor, height * config.vae.factor
-    return None
-
-
-def canvas(request, config):
-    """Open a resolved request's pictures and bring them to its size -> Canvas."""
+def load(request, config):
+    """Open a resolved request's image and mask and bring them to its size -> InitImage."""
     if request.image is None:
-        return Canvas()
+        return InitImage()
     width, height = request.width, request.height
     picture = images.read(request.image)
-    if kind(config) == 'upscaler':
+    if config.task == 'upscaler':
         factor = config.vae.factor
-        return Canvas(images.fit(picture, width // factor, height // factor, request.resize))
+        return InitImage(images.fit(picture, width // factor, height // factor, request.resize))
     if request.outpaint is not None:
         return _outpainted(request, picture)
     if request.mask is None:
-        return Canvas(images.fit(picture, width, height, request.resize))
+        return InitImage(images.fit(picture, width, height, request.resize))
     mask = images.read_gray(request.mask)
     images.check_sizes(picture, mask)
     mask = images.feather(mask, request.mask_blur)
@@ -88,19 +53,19 @@ def canvas(request, config):
     left, top, right, bottom = box
     part, hole = (images.fit(a[top:bottom, left:right], width, height, 'stretch')
                   for a in (picture, mask))
-    opaque = (mask > 0).astype(np.float32) if request.mask_mode == 'strength' else mask
-    return Canvas(_filled(request, part, hole), hole, picture, opaque, box)
+    opacity = (mask > 0).astype(np.float32) if request.mask_mode == 'strength' else mask
+    return InitImage(_filled(request, part, hole), hole, picture, opacity, box)
 
 
 def _outpainted(request, picture):
-    """A picture grown by request.outpaint, and on to whole latents at the right and bottom."""
+    """A picture grown by request.outpaint, and on to full latents at the right and bottom."""
     left, top, right, bottom = request.outpaint
     height, width = picture.shape[0] + top + bottom, picture.shape[1] + left + right
     fill = 'noise' if request.fill == 'noise' else 'edge'
     grown, mask = images.pad(picture, left, top, right + request.width - width,
                              bottom + request.height - height, fill=fill, seed=request.seed)
     mask = images.feather(mask, request.mask_blur)
-    return Canvas(grown, mask, grown[:height, :width], mask[:height, :width],
+    return InitImage(grown, mask, grown[:height, :width], mask[:height, :width],
                   (0, 0, width, height), (width, height))
 
 
@@ -111,62 +76,63 @@ def _filled(request, picture, mask):
     return images.cover(picture, mask, request.fill, request.seed)
 
 
-def finish(canvases, painted):
-    """Paste what was painted, uint8 [B,H,W,3], into the pictures -> the same, or a list of them
-    where their sizes differ. Pixels outside a mask come back as they were."""
-    done = []
-    for c, image in zip(canvases, painted):
-        if c.inside is not None:
-            image = image[:c.inside[1], :c.inside[0]]
-        done.append(image if c.box is None else images.paste(c.whole, image, c.box, c.opaque))
-    return np.stack(done) if len({image.shape for image in done}) == 1 else done
+def paste_back(init_image, image):
+    """Paste what was inpainted, uint8 [H,W,3], into the original -> uint8 [H',W',3]. Pixels outside
+    a mask come back as they were."""
+    if init_image.crop is not None:
+        image = image[:init_image.crop[1], :init_image.crop[0]]
+    if init_image.box is None:
+        return image
+    return images.paste(init_image.original, image, init_image.box, init_image.opacity)
 
 
-def arrays(model, requests, canvases, sigmas, rows, prompts):
-    """What to follow besides text -> fields of `inputs.Inputs`, and of its Steps strength, control.
+def inputs(model, requests, init_images, sigmas, rows, prompts):
+    """Conditioning besides text -> fields of `inputs.Inputs`, and of its Steps strength, control.
 
-    sigmas: a list of the walks' levels, [steps + 1] each; rows: stacked, or Adaptive; prompts: bool
+    sigmas: a list of noise levels, [steps + 1] for each picture; rows: stacked, or Adaptive;
+    prompts: bool
     [P], which texts of a picture are its prompts.
     Raises ValueError for requests that the model cannot serve.
     """
     config = model.config
-    what, factor = kind(config), config.vae.factor
+    task, factor = config.task, config.vae.factor
     height, width = requests[0].height, requests[0].width
     cell = (len(requests), height // factor, width // factor, 1)
-    found = {'labels': _labels(config, requests, prompts, what)}
-    if what == 'upscaler':
-        if any(c.picture is None for c in canvases):
+    found = {'labels': _labels(config, requests, prompts)}
+    if task == 'upscaler':
+        if any(c.image is None for c in init_images):
             raise ValueError('image: expected one, the small picture that this model enlarges')
         for r in requests:
             for name, given in (('mask', r.mask), ('outpaint', r.outpaint), ('depth', r.depth),
                                 ('controls', r.controls or None)):
                 if given is not None:
                     raise ValueError(f'{name}: an upscaler follows its image and text alone')
-        found['low'] = np.stack([c.picture for c in canvases])
+        found['low_res'] = np.stack([c.image for c in init_images])
         abar = sampling.alphas_cumprod(config.low_res)[found['labels'][:, 1]]
-        found['low_scale'] = np.stack([np.sqrt(abar), np.sqrt(1 - abar)], 1).astype(np.float32)
+        found['low_res_scale'] = np.stack([np.sqrt(abar), np.sqrt(1 - abar)], 1).astype(np.float32)
         return found, None, None
 
-    if any(c.picture is not None for c in canvases):
+    if any(c.image is not None for c in init_images):
         blank = np.zeros((height, width, 3), np.uint8)
-        found['picture'] = np.stack([blank if c.picture is None else c.picture for c in canvases])
-        found['signal'] = np.stack([_signal(r, c, cell[1:], factor, what == 'inpainting')
-                                    for r, c in zip(requests, canvases)])
-    masked, strength = any(c.mask is not None for c in canvases), None
-    if what == 'inpainting':
-        found['hole'] = np.stack([_hole(r, c) for r, c in zip(requests, canvases)])
+        found['init_image'] = np.stack([blank if c.image is None else c.image for c in init_images])
+        found['init_weight'] = np.stack([_init_weight(r, c, cell[1:], factor, task == 'inpainting')
+                                    for r, c in zip(requests, init_images)])
+    masked, strength = any(c.mask is not None for c in init_images), None
+    if task == 'inpainting':
+        found['inpaint_mask'] = np.stack([*map(_inpaint_mask, requests, init_images)])
         found['extra'] = np.stack([images.downsample(m, factor)[..., None]
-                                   for m in found['hole'][..., 0].astype(np.float32)])
+                                   for m in found['inpaint_mask'][..., 0].astype(np.float32)])
     elif masked:
-        found['free'] = np.stack([np.ones(cell[1:], np.float32) if c.mask is None else
-                                  images.downsample(c.mask, factor)[..., None] for c in canvases])
-        found['by_strength'] = np.array([r.mask_mode == 'strength' for r in requests])
+        found['mask'] = np.stack([
+            np.ones(cell[1:], np.float32) if c.mask is None else
+            images.downsample(c.mask, factor)[..., None] for c in init_images])
+        found['differential'] = np.array([r.mask_mode == 'strength' for r in requests])
         strength = over_rows(
-            [max(r.strength, 1e-6) * (1 - _fractions(levels))  # above 0: black is never painted
+            [max(r.strength, 1e-6) * (1 - _fractions(levels))  # above 0: black is never inpainted
              for r, levels in zip(requests, sigmas)],
-            sigmas, rows, 'mask_mode=strength', found['by_strength']).astype(np.float32)
-    if what == 'depth':
-        found['extra'] = _depths(model, requests, canvases, cell)
+            sigmas, rows, 'mask_mode=strength', found['differential']).astype(np.float32)
+    if task == 'depth':
+        found['extra'] = _depths(model, requests, init_images, cell)
     elif any(r.depth is not None for r in requests):
         raise ValueError('depth: this model does not follow depth maps; load a depth model (2.x '
                          'depth), or give the map as the hint of a depth ControlNet')
@@ -175,17 +141,17 @@ def arrays(model, requests, canvases, sigmas, rows, prompts):
 
 
 def _fractions(levels):
-    """The part of the walk that lies before each step, [steps]; [0.] for one without steps."""
+    """The part of the steps that lies before each, [steps]; [0.] for one without steps."""
     steps = max(len(levels) - 1, 1)
     return np.arange(steps) / steps
 
 
-def _signal(request, c, shape, factor, seen):
-    """How much of the picture's latent the walk starts from [h,w,1]: none where all is painted.
+def _init_weight(request, c, shape, factor, seen):
+    """How much of the image's latents is in the start [h,w,1]: none where all is inpainted.
 
     seen: the model sees picture and mask; it then starts from noise alone, as it was published.
     """
-    if c.picture is None or (request.strength == 1 and (seen or c.mask is None)):
+    if c.image is None or (request.strength == 1 and (seen or c.mask is None)):
         return np.zeros(shape, np.float32)
     if c.mask is None or (request.strength < 1 and request.fill != 'latent'):
         return np.ones(shape, np.float32)
@@ -193,14 +159,14 @@ def _signal(request, c, shape, factor, seen):
     return 1 - images.downsample(mask.astype(np.float32), factor)[..., None]
 
 
-def _hole(request, c):
+def _inpaint_mask(request, c):
     """What an inpainting model may not see, bool [H,W,1]; without a mask everything."""
     if c.mask is None:
         return np.ones((request.height, request.width, 1), bool)
     return c.mask[..., None] >= 0.5
 
 
-def _labels(config, requests, prompts, what):
+def _labels(config, requests, prompts):
     """Class labels int32 [B,P]: the class of prompts, the negative one of the other texts."""
     count = config.unet.num_class_embeds
     if not count:
@@ -208,14 +174,15 @@ def _labels(config, requests, prompts, what):
             if any(getattr(r, name) is not None for r in requests):
                 raise ValueError(f'{name}: this model has no classes; expected None')
         return None
-    null = NOISE_LEVEL if what == 'upscaler' else count - 1
-    limit = min(count - 1, config.max_noise_level) if what == 'upscaler' else count - 1
+    upscaler = config.task == 'upscaler'
+    null = NOISE_LEVEL if upscaler else count - 1
+    limit = min(count - 1, config.max_noise_level) if upscaler else count - 1
     labels = []
     for r in requests:
         label = null if r.class_label is None else r.class_label
         negative = r.negative_class_label
         if negative is None:
-            negative = label if what == 'upscaler' else null
+            negative = label if upscaler else null
         for value in (label, negative):
             if value > limit:
                 raise ValueError(f'class_label={value}: expected 0 to {limit}')
@@ -223,16 +190,16 @@ def _labels(config, requests, prompts, what):
     return np.array(labels, np.int32)
 
 
-def _depths(model, requests, canvases, cell):
+def _depths(model, requests, init_images, cell):
     """Depth maps as a depth model sees them, float32 [B,h,w,1]; estimated where none is given."""
     maps = {i: images.fit(images.read_gray(r.depth), r.width, r.height, r.resize)
             for i, r in enumerate(requests) if r.depth is not None}
     rest = [i for i in range(len(requests)) if i not in maps]
-    if any(canvases[i].picture is None for i in rest):
+    if any(init_images[i].image is None for i in rest):
         raise ValueError('this model follows a depth map: expected depth=, or image= to estimate '
                          'the depth of')
     if rest:
-        maps |= zip(rest, depth.estimate(model, np.stack([canvases[i].picture for i in rest])))
+        maps |= zip(rest, depth.estimate(model, np.stack([init_images[i].image for i in rest])))
     return np.concatenate([depth.condition(maps[i][None], *cell[1:3])
                            for i in range(len(requests))])
 
@@ -277,6 +244,6 @@ def _weights(control, net, before, prompts):
     after = (np.arange(len(before)) + 1) / len(before)
     on = (before >= control.start) & (after <= control.end)
     only = pooled or control.guess is not None
-    profile = np.ones(count) if pooled or not only else GUESS[control.guess](count)
+    profile = np.ones(count) if pooled or not only else controlnet.GUESS_MODES[control.guess](count)
     counted = prompts if only else np.ones(len(prompts))
     return control.scale * on[:, None, None] * counted[:, None] * profile

@@ -1,4 +1,4 @@
-"""What a batch's text encoders read: prompts taken apart, and which text holds in which step."""
+"""Conditioning by text: prompts taken apart, and which text holds in which step."""
 
 import itertools
 from typing import NamedTuple
@@ -10,18 +10,18 @@ from jaxsd.prompt import blocks, grammar
 from jaxsd.sampling.choice import unknown
 from jaxsd.weights import adapters
 
-SIDES = ('negative', 'prompt', 'further')  # in the order of guidance's parts
+ROLES = ('negative', 'positive', 'perp_neg')  # in the order of guidance's parts
 
 
-class Reading(NamedTuple):
+class Prompts(NamedTuple):
     """One request's texts.
 
-    sides: {side: list of schedules}; a schedule has for each step a text: the segments that each of
+    roles: {role: list of schedules}; a schedule has for each step a text: the segments that each of
     TEXT_ENCODERS reads, see prompt.grammar. weights: of the prompts; adapters: {name: (weight in
     the U-Net, in the text encoders)}.
     """
 
-    sides: dict
+    roles: dict
     weights: tuple
     adapters: dict
 
@@ -29,18 +29,18 @@ class Reading(NamedTuple):
 class Arrangement(NamedTuple):
     """A batch's texts: N for each picture, of which each of its P parts follows one at a time.
 
-    texts: per picture N pairs of side and text; followed: per picture int [steps,P], indices into
+    texts: per picture N pairs of role and text; index: per picture int [steps,P], indices into
     the N, or None where all parts have one text in all steps, in their order; prompts: bool [P],
     the parts that are prompts.
     """
 
     texts: list
-    followed: list | None
+    index: list | None
     prompts: np.ndarray
 
 
-def read(request):
-    """Take a request's prompts apart -> Reading."""
+def parse_prompts(request):
+    """Take a request's prompts apart -> Prompts."""
     def parts(text, second, **options):
         plans = [grammar.plan(t, request.steps, request.weighting, **options)
                  for t in (text, text if second is None else second)]
@@ -52,19 +52,20 @@ def read(request):
                                     for tag in plan.adapters]
 
     negative, *_ = parts(request.negative_prompt, request.negative_prompt_2, negative=True)
-    prompts, weights, tags = parts(request.prompt, request.prompt_2)
-    further = [schedule for text, _ in request.guidance_options.get('perp_neg', ())
+    positive, weights, tags = parts(request.prompt, request.prompt_2)
+    perp_neg = [schedule for text, _ in request.guidance_options.get('perp_neg', ())
                for schedule in parts(text, None, negative=True)[0]]
     named = dict(request.adapters)
     for name, *both in tags:
         named[name] = tuple(np.add(named.get(name, (0, 0)), both).tolist())
-    return Reading({'negative': negative, 'prompt': prompts, 'further': further}, weights, named)
+    roles = {'negative': negative, 'positive': positive, 'perp_neg': perp_neg}
+    return Prompts(roles, weights, named)
 
 
 def _by_step(part, steps):
     """The segments of each step; of a prompt that the other text encoder does not have, none.
 
-    A1111 counts its steps from 0 and an entry's last one from 1, so that `[a:b:5]` hears a six
+    A1111 counts its steps from 0 and an entry's last one from 1, so that `[a:b:5]` has a six
     times and `[a|b]` a, a, b, a ...: here too, for the same pictures.
     """
     if part is None:
@@ -73,24 +74,24 @@ def _by_step(part, steps):
             for step in range(steps)]
 
 
-def arrange(readings):
-    """A batch's Readings -> Arrangement. Pictures with fewer parts than others get empty ones."""
-    counts = {side: max(len(r.sides[side]) for r in readings) for side in SIDES}
+def arrange_texts(parsed):
+    """A batch's Prompts -> Arrangement. Pictures with fewer parts than others get empty ones."""
+    counts = {role: max(len(r.roles[role]) for r in parsed) for role in ROLES}
     nothing = (((),) * len(TEXT_ENCODERS),)
-    rows = [[(side, schedule) for side in SIDES for schedule in
-             [*r.sides[side], *[nothing] * (counts[side] - len(r.sides[side]))]]
-            for r in readings]
-    prompts = np.repeat([side == 'prompt' for side in SIDES], list(counts.values()))
+    rows = [[(role, schedule) for role in ROLES for schedule in
+             [*r.roles[role], *[nothing] * (counts[role] - len(r.roles[role]))]]
+            for r in parsed]
+    prompts = np.repeat([role == 'positive' for role in ROLES], list(counts.values()))
     if all(len(set(schedule)) == 1 for row in rows for _, schedule in row):
-        return Arrangement([[(side, schedule[0]) for side, schedule in row] for row in rows], None,
+        return Arrangement([[(role, schedule[0]) for role, schedule in row] for row in rows], None,
                      prompts)
-    found = [list(dict.fromkeys((side, text) for side, schedule in row for text in schedule))
+    found = [list(dict.fromkeys((role, text) for role, schedule in row for text in schedule))
              for row in rows]
-    followed = [np.array(list(itertools.zip_longest(*(
-        [texts.index((side, text)) for text in schedule] for side, schedule in row),
+    index = [np.array(list(itertools.zip_longest(*(
+        [texts.index((role, text)) for text in schedule] for role, schedule in row),
         fillvalue=0))) for texts, row in zip(found, rows)]
     most = blocks.bucket(max(map(len, found)))  # so that few numbers compile
-    return Arrangement([texts + texts[:1] * (most - len(texts)) for texts in found], followed,
+    return Arrangement([texts + texts[:1] * (most - len(texts)) for texts in found], index,
                        prompts)
 
 
@@ -102,30 +103,30 @@ def variants(texts):
     return of
 
 
-def count(model, request):
+def count_blocks(model, request):
     """The blocks of 75 tokens that a request's longest text takes; a batch has one number of them.
     """
-    readings = [read(request)]
-    found = variants(arrange(readings).texts)
-    return int(blocks.count(model.tokenizers, found, [request.cut], embeddings(model, readings))[0])
+    parsed = [parse_prompts(request)]
+    found, own = variants(arrange_texts(parsed).texts), embeddings_of(model, parsed)
+    return int(blocks.count(model.tokenizers, found, [request.cut], own)[0])
 
 
-def embeddings(model, readings):
+def embeddings_of(model, parsed):
     """What words of each picture stand for: the model's embeddings, and those in the files of the
     adapters that it names; of one name the model's, then the first adapter's -> list of dicts."""
-    def of(reading):
+    def of(one):
         inside = {}
-        for adapter in reading.adapters:
+        for adapter in one.adapters:
             if adapter in model.adapters:
                 inside = model.adapters[adapter].embeddings | inside
         return inside | model.embeddings if inside else model.embeddings
 
-    return [of(reading) for reading in readings]
+    return [of(one) for one in parsed]
 
 
-def side_paths(model, readings):
+def adapters_of(model, parsed):
     """The adapters that a batch names -> their `factors` and weights {component: float32 [B,A]}."""
-    names = sorted({name for r in readings for name in r.adapters})
+    names = sorted({name for r in parsed for name in r.adapters})
     for name in names:
         if name not in model.adapters:
             raise unknown('adapter', name, model.adapters) if model.adapters else ValueError(
@@ -133,7 +134,7 @@ def side_paths(model, readings):
                 'model.replace(adapters={name: jaxsd.load_adapter(path, model)})')
     if not names:
         return None, None
-    both = np.array([[r.adapters.get(name, (0, 0)) for name in names] for r in readings],
+    both = np.array([[r.adapters.get(name, (0, 0)) for name in names] for r in parsed],
                     np.float32)  # [B,A,2]
     factors = adapters.factors(model, names)
     return factors, {part: both[..., int(part != 'unet')] for part in factors}
