@@ -189,8 +189,8 @@ def differences(run):
     """What of a record's versions and device is otherwise here: a line, '' for nothing."""
     then = {**run['versions'], 'device': run.get('device')}
     now = {**picture.versions(), 'device': picture.device()}
-    changed = [f'{name} {value}, here {now.get(name)}' for name, value in then.items()
-               if value and value != now.get(name)]
+    changed = [f'{name} {value}, here {now[name]}' for name, value in then.items()
+               if value and name in now and value != now[name]]
     return f'made with {"; ".join(changed)}: the last bits may differ' if changed else ''
 
 

@@ -102,7 +102,7 @@ def record(request, **run):
 
 def versions():
     """What the bits of a picture may depend on -> {package: version}."""
-    names = ('jax', 'jaxlib', 'flax', 'transformers', 'numpy')
+    names = ('jax', 'jaxlib', 'flax', 'tokenizers', 'numpy')
     return {'jaxsd': jaxsd.__version__} | {
         name: importlib.metadata.version(name) for name in names}
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxsd.models.spec import from_jax, spec
+from jaxsd.prompt.tokenizer import SPECIAL
 from jaxsd.weights import marks, names
 from jaxsd.weights.configs import TOKENIZERS, write_config
 from jaxsd.weights.files import as_dtype, write_tensors
@@ -108,10 +109,9 @@ def check(shapes, arrays):
 def _write_tokenizer(tokenizer, folder):
     """vocab.json, merges.txt and the two settings files, which every transformers version reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = json.loads(tokenizer.backend.backend_tokenizer.to_str())['model']
+    model = json.loads(tokenizer.backend.to_str())['model']
     merges = [m if isinstance(m, str) else ' '.join(m) for m in model['merges']]
-    special = {f'{kind}_token': getattr(tokenizer.backend, f'{kind}_token')
-               for kind in ('bos', 'eos', 'unk', 'pad')}
+    special = dict(zip(SPECIAL, tokenizer.special))
     settings = {'tokenizer_class': 'CLIPTokenizer', 'model_max_length': tokenizer.length,
                 'do_lower_case': True, 'add_prefix_space': False, 'errors': 'replace', **special}
     vocab = json.dumps(model['vocab'], ensure_ascii=False, separators=(',', ':'))
