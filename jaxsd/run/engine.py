@@ -282,7 +282,7 @@ class Engine:
             if task.future.cancelled():
                 self._waiting.remove(task)
                 continue
-            self._slim(task)
+            self._choose_slots(task)
             kind = task.stage.kind
             if not all(place.ready(kind) for place in self.places):
                 if kind not in self._compiling:
@@ -295,7 +295,7 @@ class Engine:
                 break  # until a lane is done with another kind: none may overtake it
         self._changed.notify_all()
 
-    def _slim(self, task):
+    def _choose_slots(self, task):
         """With `lone`, choose the slots of a picture that has not begun. The lock is held."""
         if not self.lone or task.begun or task.number:
             return

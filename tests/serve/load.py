@@ -11,6 +11,10 @@ python tests/serve/load.py --sizes=40 --requests=500
 
 asks for pictures of so many sizes, four of a size after each other, round and round, and prints
 what memory the server holds.
+
+python tests/serve/load.py --lone=20
+
+takes turns between a request to a server that has nothing else to do and `jaxsd.generate` here.
 """
 
 import argparse
@@ -83,6 +87,22 @@ def again(bodies, slots, solo):
     return [*map(pixels, alone + engine.make(requests[solo:]))]
 
 
+def lone(url, rounds):
+    """Seconds of a picture of 20 steps from the server, and by `generate`, in turn."""
+    model, times = jaxsd.load(ROOT / 'checkpoints' / 'emoji', 'float32'), []
+    with httpx.Client(timeout=600) as http:
+        for seed in range(rounds + 3):  # the first of either compile
+            body = {'prompt': 'red apple', 'seed': seed, 'steps': 20, 'cfg_scale': 4}
+            began = time.perf_counter()
+            http.post(f'{url}/sdapi/v1/txt2img', json=body).raise_for_status()
+            between = time.perf_counter()
+            jaxsd.generate(model, jaxsd.Request('red apple', seed=seed, steps=20, guidance=4.0))
+            times.append((between - began, time.perf_counter() - between))
+    served, made = np.median(times[3:], axis=0)
+    print(f'a lone request {served:.3f} s, generate {made:.3f} s: {served / made:.2f}')
+    return 0
+
+
 def grow(url, pid, sizes, requests):
     """Ask for pictures of 2 steps in so many sizes -> 0, or 1 where one is not of its size."""
     sides = itertools.product(range(32, 104, 8), repeat=2)
@@ -110,9 +130,13 @@ def main():
     parser.add_argument('--slots', type=int, help='as of launch.serve')
     parser.add_argument('--steps', type=int, nargs=2, default=(4, 20), help='fewest and most')
     parser.add_argument('--solo', type=int, default=200, help='pictures made again alone')
+    parser.add_argument('--lone', type=int, help='so many requests one by one instead, see above')
     parser.add_argument('--sizes', type=int, help='ask for so many sizes instead, see above')
     parser.add_argument('--requests', type=int, default=500, help='of --sizes, in all')
     flags = parser.parse_args()
+    if flags.lone:
+        with process() as (url, _):
+            return lone(url, flags.lone)
     if flags.sizes:
         with process('--max_pixels=65536') as (url, server):
             return grow(url, server.pid, flags.sizes, flags.requests)

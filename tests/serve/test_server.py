@@ -15,6 +15,7 @@ from test_a1111 import png
 import jaxsd
 from jaxsd.batch.identity import Identity
 from jaxsd.run import Engine
+from jaxsd.run.engine import CPU_SLOTS
 from jaxsd.serve import a1111, schemas
 
 SAMPLERS = ('Euler', 'Euler a', 'DPM++ 2M Karras', 'Heun')
@@ -29,16 +30,18 @@ def server():
 
 @pytest.fixture(scope='module')
 def solo():
-    """A body -> the requests that it stands for, their ids, and the pictures as they are alone."""
+    """A body, and the slots of the programs of its pictures -> their ids, the pictures as they are
+    alone in such a program, and these numbers."""
     model = jaxsd.load(ROOT / 'checkpoints' / 'emoji', 'float32')
-    engine = Engine(model)
-    identity = Identity(model, slots=engine.slots)
+    engines = {slots: Engine(model, slots=slots) for slots in (1, CPU_SLOTS)}
+    identity = Identity(model, slots=None)
 
-    def make(body, kind=schemas.Txt2Img):
+    def make(body, slots, kind=schemas.Txt2Img):
         body = a1111.parse(kind, json.dumps(body).encode())
-        requests = engine.resolve(a1111.requests(
+        requests = engines[1].resolve(a1111.requests(
             body, {**DEFAULTS, 'steps': 20}, a1111.Limits(), 'emoji'))
-        return [(identity.of(r), pixels(engine.make([r])[0])) for r in requests]
+        return [(identity.of(r, n), pixels(engines[n].make([r])[0]), n)
+                for r, n in zip(requests, slots, strict=True)]
     return make
 
 
@@ -46,7 +49,9 @@ def ask(url, body, route='txt2img'):
     answer = httpx.post(f'{url}/sdapi/v1/{route}', json=body, timeout=180)
     assert answer.status_code == 200, answer.text
     images = [opened(text) for text in answer.json()['images']]
-    return [(json.loads(image.text['jaxsd'])['id'], pixels(image)) for image in images]
+    records = [json.loads(image.text['jaxsd']) for image in images]
+    return [(record['id'], pixels(image), record['slots'])
+            for record, image in zip(records, images)]
 
 
 def test_pictures_from_many_clients_are_what_they_are_alone(server, solo):
@@ -60,7 +65,8 @@ def test_pictures_from_many_clients_are_what_they_are_alone(server, solo):
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(lambda body: ask(url, body), bodies))
     for body, answer in zip(bodies, answers):
-        assert answer == solo(body), body
+        assert answer == solo(body, [slots for *_, slots in answer]), body
+    assert {slots for answer in answers for *_, slots in answer} == {1, CPU_SLOTS}
     assert len({found for answer in answers[:-1] for found in answer}) == 30  # none doubled
     made = counted(url, 'jaxsd_pictures_total', outcome='made') - made
     shared = counted(url, 'jaxsd_pictures_total', outcome='shared')
@@ -73,7 +79,7 @@ def test_painting_over(server, solo):
     body = {'init_images': [png()], 'mask': png(mask), 'prompt': 'rocket', 'seed': 3, 'steps': 4,
             'denoising_strength': 0.8, 'mask_blur': 2, 'inpaint_full_res_padding': 8,
             'inpainting_fill': 1, 'sampler_name': 'Euler'}
-    assert ask(server[0], body, 'img2img') == solo(body, schemas.Img2Img)
+    assert ask(server[0], body, 'img2img') == solo(body, [1], schemas.Img2Img)
 
 
 def test_sigterm_finishes_what_runs(server):
