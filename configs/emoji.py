@@ -2,7 +2,7 @@
 
 import pathlib
 
-from launch.recipe import recipe
+from jaxsd.recipe import recipe
 
 CHECKPOINT = pathlib.Path(__file__).resolve().parent.parent / 'checkpoints' / 'emoji'
 

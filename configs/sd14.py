@@ -1,6 +1,6 @@
 """Stable Diffusion 1.4 (CompVis), 512 pixels."""
 
-from launch.recipe import recipe
+from jaxsd.recipe import recipe
 
 
 def get_config():

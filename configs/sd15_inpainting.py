@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 inpainting, 512 pixels; the mirror of the release that runwayml withdrew."""
 
-from launch.recipe import recipe
+from jaxsd.recipe import recipe
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """Stable Diffusion 2.0 base, 512 pixels; a mirror of the withdrawn stabilityai release."""
 
-from launch.recipe import recipe
+from jaxsd.recipe import recipe
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """Stable Diffusion 2 depth to image, 512 pixels; a mirror of the withdrawn release."""
 
-from launch.recipe import recipe
+from jaxsd.recipe import recipe
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """Stable Diffusion XL inpainting 0.1, 1024 pixels."""
 
-from launch.recipe import recipe
+from jaxsd.recipe import recipe
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """Stable Diffusion XL 1.0 refiner, 1024 pixels, from noise; base ++ refiner is to come."""
 
-from launch.recipe import recipe
+from jaxsd.recipe import recipe
 
 
 def get_config():

@@ -8,7 +8,7 @@ def get_config():
     c.data = 'data/emoji64.npz'  # written by launch/emoji_data.py
     c.tokenizer = 'checkpoints/emoji/tokenizer'
     c.out = 'runs/emoji64'  # states, curves and sample grids; training resumes from it
-    c.export = 'checkpoints/emoji'
+    c.export = 'runs/emoji64/model'
     c.plain_weight = 4  # how often a glyph without a skin tone comes for one with
 
     c.vae = ml_collections.ConfigDict({

@@ -10,7 +10,7 @@ def get_config():
     c.data = 'data/emoji64.npz'  # written by launch/emoji_data.py
     c.model = 'checkpoints/emoji'  # the model it is made for; it stays as it is
     c.out = 'runs/emoji_edges'  # states, curves and sample grids; training resumes from it
-    c.export = 'checkpoints/emoji_edges'
+    c.export = 'runs/emoji_edges/model'
     c.unseen = 'tests/data/emoji_eval.txt'  # captions whose edges are kept for the evaluation
     c.plain_weight = 3  # how often a glyph without a skin tone comes for one with
     c.copies = 2  # of each picture, smaller and elsewhere

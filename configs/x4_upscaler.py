@@ -1,6 +1,6 @@
 """Stable Diffusion's x4 upscaler: a picture of 128 pixels and a prompt give one of 512."""
 
-from launch.recipe import recipe
+from jaxsd.recipe import recipe
 
 
 def get_config():

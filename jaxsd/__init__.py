@@ -24,6 +24,10 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 
+def __dir__():
+    return [*__all__, '__version__']
+
+
 def __getattr__(name):
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)

@@ -15,8 +15,9 @@ import time
 
 from absl import app, flags
 
-from launch import engine, generate
-from launch.recipe import fields
+from jaxsd.recipe import fields
+
+from . import engine, generate
 
 FLAGS = flags.FLAGS
 GALLERY_EVERY = 60  # seconds

@@ -20,7 +20,7 @@ import time
 
 from absl import app, flags
 
-from launch import plain_errors
+from . import plain_errors
 
 FLAGS = flags.FLAGS
 

@@ -19,8 +19,9 @@ import sys
 
 from absl import app, flags
 
-from launch import plain_errors, printable
-from launch.recipe import words
+from jaxsd.recipe import words
+
+from . import plain_errors, printable
 
 FLAGS = flags.FLAGS
 COMMANDS = {'inspect': ('FILE',), 'convert': ('SOURCE', 'OUT'), 'merge': ('SOURCE', 'OUT')}

@@ -10,7 +10,7 @@ import pathlib
 
 from absl import app, flags
 
-from launch import plain_errors
+from . import plain_errors
 
 FLAGS = flags.FLAGS
 

@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image, ImageDraw, ImageFont, features
 
-from launch import plain_errors, retrieval
+from . import plain_errors, retrieval
 
 FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).parent

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 from absl import flags
 
-from launch import generate
-from launch.recipe import complete, files, load
+from jaxsd.recipe import complete, files, load
+
+from . import generate
 
 FLAGS = flags.FLAGS
 

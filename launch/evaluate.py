@@ -20,9 +20,11 @@ from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
 
 import jaxsd
+from jaxsd import recipe
 from jaxsd.models import vae
 from jaxsd.run import picture
-from launch import plain_errors, recipe, retrieval
+
+from . import plain_errors, retrieval
 
 FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).resolve().parent.parent

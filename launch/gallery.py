@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw
 import jaxsd
 from jaxsd import Control, Preview, Request, images
 from jaxsd.run import picture
-from launch import plain_errors
-from launch.evaluate import contact_sheet
+
+from . import plain_errors
+from .evaluate import contact_sheet
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = flags.FLAGS

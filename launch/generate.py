@@ -16,16 +16,19 @@ import warnings
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import keep_programs, printable
-from launch.recipe import complete, fields, files, load, words
+from jaxsd import recipe
+from jaxsd.recipe import FIELDS, complete, fields, files, load, words
+
+from . import keep_programs, printable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DEFAULT = str(ROOT / 'configs' / 'emoji.py')
+CONFIGS = ROOT / 'configs'
 
 FLAGS = flags.FLAGS
 # What a picture's record holds beside its request, under the names of the recipe and the flags.
 RECIPE = ('checkpoint', 'base', 'ema', 'dtype', 'prediction', 'tile')
 GIVEN = ('vae', 'refiner', 'control', 'lora', 'embeddings', 'strays')
+OF_RECIPE = 'Of the recipe'  # so the help of its fields begins
 ASKED = ('negative_prompt', 'prompt_2', 'negative_prompt_2', 'strength', 'mask', 'depth',
          'wildcards')
 
@@ -67,12 +70,12 @@ def define_flags():
 def define_model_flags():
     """The flags that say which model makes the pictures."""
     config_flags.DEFINE_config_file(
-        'config', None,
-        'Recipe (configs/emoji.py if left out); its fields are flags too: --config.steps, '
-        '.guidance, .sampler, .schedule, .eta, .width, .height, .dtype, .tile, .prediction, .base, '
-        '.ema, and '
-        '.sampler_options="order=3, solver_type=heun", .schedule_options, .guidance_options, '
-        '.aspect=16:9 (SDXL), and .request="mask_blur=4, fill=edge" for any field of Request.')
+        'config', None, 'Recipe: a file, or the name of one in configs/, emoji if left out. Its '
+        'fields are flags, --steps=30; written as --config.steps=30 they are the same.')
+    for name, (default, text) in FIELDS.items():
+        kind = default if isinstance(default, type) else type(default)
+        most = '' if isinstance(default, type) or default == '' else f' (most recipes: {default})'
+        flags.DEFINE_string(name, None, f'{OF_RECIPE}: {text}{most}; {kind.__name__}.')
     flags.DEFINE_string('checkpoint', None,
                         "A folder, a .safetensors file or a Hub id, instead of the recipe's.")
     flags.DEFINE_string('vae', None, 'A VAE (folder, file or Hub id) instead of the model\'s.')
@@ -126,6 +129,9 @@ def run():
     adapters, embeddings = (files(f'--{name}', FLAGS[name].value or ())
                             for name in ('lora', 'embeddings'))
     out = picture.check_folder(FLAGS.out)
+    for path in sorted({path for request in requests for path in picture.files(request)}):
+        if not os.path.exists(path):
+            raise FileNotFoundError(f'{path}: no such file')
 
     import jax
 
@@ -146,6 +152,7 @@ def run():
         requests, notes = infotext.fit(requests, model.config)
         _note(notes)
     _check_adapters(requests, adapters)
+    _note(_far_from_native(requests, model.config), 'warning')
     model, named = complete(model, requests, dtype, adapters, embeddings, strays=FLAGS.strays)
     print(f'{printable(name)}: {model.config.version}, {dtype}, on {jax.local_device_count()} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
@@ -184,7 +191,7 @@ def _past(recipe):
     _note(past.notes)
     _check_names(past, recipe)
     if 'versions' not in past.run and not FLAGS.checkpoint and (
-            config_flags.get_config_filename(FLAGS['config']) == DEFAULT):
+            config_flags.get_config_filename(FLAGS['config']) == str(CONFIGS / 'emoji.py')):
         raise ValueError(f'{path} was made with {past.run.get("model", "a model")!r}, and does not '
                          'say where that is: give it as --checkpoint=PATH')
     said = config_flags.get_override_values(FLAGS['config'])
@@ -301,6 +308,15 @@ def _requests(recipe, past):
             for prompt in prompts for image in pictures for i in range(FLAGS.num_images)]
 
 
+def _far_from_native(requests, config):
+    """Lines on sizes of which the model knows nothing: four times its pixels, or a quarter."""
+    native = config.unet.sample_size * config.vae.factor
+    sizes = {(r.width, r.height) for r in requests} if config.task != 'upscaler' else ()
+    return [f'{width}x{height}: this model is made for {native}x{native}; expect poor pictures, '
+            'or leave --width and --height out' for width, height in sorted(sizes)
+            if not native ** 2 / 4 <= width * height <= native ** 2 * 4]
+
+
 def _whole(flag, values):
     try:
         return [int(value) for value in values]
@@ -367,18 +383,46 @@ def parse(argv):
     """absl's flags, with a recipe by default."""
     # First, because absl refuses --config.field before it; and not as the flag's default, because
     # absl would apply --config.field to that even beside another --config.
-    if '--config' not in argv:
-        recipes = [flag for flag in argv if re.match(r'--?config=', flag)]
-        rest = [flag for flag in argv[1:] if flag not in recipes]
-        recipes = recipes or [f'--config={DEFAULT}']
-        argv = sys.argv[:] = [argv[0], *recipes, *rest]  # ml_collections looks at sys.argv
+    if '--config' in argv[:-1]:
+        at = argv.index('--config')
+        argv = [*argv[:at], f'--config={argv[at + 1]}', *argv[at + 2:]]
+    argv = [argv[0], *map(_of_recipe, argv[1:])]
+    recipes = [flag for flag in argv if re.match(r'--?config=', flag)]
+    rest = [flag for flag in argv[1:] if flag not in recipes]
     try:
+        if not recipes:
+            own = any(re.match(r'--?checkpoint(=|$)', flag) for flag in argv)
+            recipes = [f'--config={recipe.__file__ if own else "emoji"}']
+        recipes = [f'--config={_recipe(flag.partition("=")[2])}' for flag in recipes]
+        argv = sys.argv[:] = [argv[0], *recipes, *rest]  # ml_collections looks at sys.argv
         return flags.FLAGS(argv)
     except AttributeError as error:
         text = ' '.join(re.sub(r"\\n|[\"'\\]", ' ', str(error)).split())
         fail(f'the recipe has no such field: {text}', 2)
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
         fail(error, 2)
+
+
+def _of_recipe(flag):
+    """--steps=30 -> --config.steps=30, for the fields of a recipe; but not where a main has a flag
+    of its own of that name, as launch.lab has --steps."""
+    found = re.match(r'--?(no)?(\w+)(=.*)?$', flag, re.DOTALL)
+    name = found and found[2]
+    if name not in FIELDS or name in FLAGS and not FLAGS[name].help.startswith(OF_RECIPE):
+        return flag
+    return f'--{found[1] or ""}config.{found[2]}{found[3] or ""}'
+
+
+def _recipe(name):
+    """The file of a recipe: a path, or the name of one in configs/."""
+    if not re.fullmatch(r'\w+', name):
+        return name
+    known = {path.stem: path for path in sorted(CONFIGS.glob('*.py'))
+             if not path.stem.startswith('train_')}
+    if name not in known:
+        from jaxsd.sampling.choice import unknown
+        raise unknown('recipe', name, known)
+    return known[name]
 
 
 def warn(message, category, filename, lineno, file=None, line=None):

@@ -22,8 +22,9 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import generate, plain_errors
-from launch.recipe import check_length, fields, load, options, shorten
+from jaxsd.recipe import check_length, fields, load, options, shorten
+
+from . import generate, plain_errors
 
 FLAGS = flags.FLAGS
 DATA = pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'data'
@@ -167,7 +168,7 @@ def plan(lab):
 
 def ranker(requests):
     """A function from indices of requests and their pictures (made when called) to ranks."""
-    from launch import retrieval
+    from . import retrieval
     reference = retrieval.read_reference(FLAGS.reference)
     rows = {caption: row for row, caption in enumerate(reference['captions'])}
     if unknown := [prompt for prompt in FLAGS.prompt if prompt not in rows]:

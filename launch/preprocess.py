@@ -10,7 +10,7 @@ import pathlib
 
 from absl import app, flags
 
-from launch import plain_errors
+from . import plain_errors
 
 KINDS = {'canny': ('low', 'high'), 'scribble': ('threshold',), 'tile': ('factor',),
          'pose': ('width', 'height')}  # and their flags

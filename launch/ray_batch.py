@@ -14,7 +14,7 @@ import sys
 
 from absl import app, flags
 
-from launch import batch, engine, generate
+from . import batch, engine, generate
 
 FLAGS = flags.FLAGS
 

@@ -14,8 +14,9 @@ import sys
 
 from absl import app, flags
 
-from launch import engine, generate
-from launch.recipe import fields
+from jaxsd.recipe import fields
+
+from . import engine, generate
 
 FLAGS = flags.FLAGS
 

@@ -2,19 +2,22 @@
 
 Four stages, each taken up again from its own folder under config.out: the autoencoder; a start for
 the text encoder; text encoder and U-Net together, by forward diffusion; the decoder once more, on
-the latents of the data set. At the end the model is written to config.export as a diffusers folder.
+the latents of the data set. At the end the model is written to config.export as a diffusers folder;
+one that another run wrote stays, unless --overwrite says so.
 """
 
 import functools
+import importlib.util
 import json
 import pathlib
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import plain_errors
+from . import plain_errors
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXPORTED = 'exported.txt'  # in config.out: what this run wrote
 
 
 def define_flags(recipe='train_emoji64'):
@@ -22,6 +25,30 @@ def define_flags(recipe='train_emoji64'):
     config_flags.DEFINE_config_file(
         'config', str(ROOT / 'configs' / f'{recipe}.py'),
         'Training recipe; every field is a flag too, --config.stages.unet.steps=100.')
+    flags.DEFINE_boolean('overwrite', False, 'config.export may be written over.')
+
+
+def check(c, overwrite=False):
+    """Raise ValueError or ImportError for what would end a training later, before it begins."""
+    if 'stages' not in c:
+        raise ValueError('--config: expected a training recipe, such as configs/train_emoji64.py')
+    if importlib.util.find_spec('matplotlib') is None:
+        raise ImportError("training draws curves with matplotlib: pip install 'jaxsd[train]'")
+    for name, stage in c.stages.items():
+        if not 0 <= stage.warmup < stage.steps:
+            raise ValueError(f'stages.{name}.warmup={stage.warmup}: expected less than its '
+                             f'{stage.steps} steps')
+    export, ours = pathlib.Path(c.export), pathlib.Path(c.out) / EXPORTED
+    if export.exists() and not overwrite and not (
+            ours.exists() and ours.read_text() == str(export.absolute())):
+        raise ValueError(f'config.export={c.export}: is there already, and this run did not write '
+                         'it; give another folder, or --overwrite')
+
+
+def exported(c):
+    """Note that this run wrote config.export, and may do so again."""
+    pathlib.Path(c.out, EXPORTED).write_text(str(pathlib.Path(c.export).absolute()))
+    print(f'written: {c.export}')
 
 
 def model_config(c):
@@ -173,6 +200,7 @@ def run():
     import jaxsd
     from jaxsd.models import spec
     c = flags.FLAGS.config
+    check(c, flags.FLAGS.overwrite)
     config = model_config(c)
     images, captions, plain, heldout = load_data(c.data)
     images = images.astype(np.float32) / 127.5 - 1
@@ -182,7 +210,7 @@ def run():
     model = train_text_and_unet(c, config, params, latents, captions, weights, vae)
     vae = train_decoder(c, config, vae, images, latents, weights)
     jaxsd.save(model.replace(params=model.params | {'vae': vae}), c.export, dtype='float16')
-    print(f'written: {c.export}')
+    exported(c)
 
 
 if __name__ == '__main__':

@@ -10,8 +10,16 @@ import pathlib
 
 from absl import app, flags
 
-from launch import plain_errors
-from launch.train import define_flags, in_batches, load_data, run_stage, save_grid
+from . import plain_errors
+from .train import (
+    check,
+    define_flags,
+    exported,
+    in_batches,
+    load_data,
+    run_stage,
+    save_grid,
+)
 
 
 def network_config(c, unet):
@@ -98,16 +106,17 @@ def learn(c, model, net):
     return run_stage('control', loss, start, data, weights, c, preview)
 
 
-def train(c):
+def train(c, overwrite=False):
     """Train the recipe's ControlNet and write it."""
+    check(c, overwrite)
     import jaxsd
     from jaxsd.weights import save_network
     model = jaxsd.load(c.model)
     net = network_config(c, model.config.unet)
     save_network(jaxsd.Network(net, learn(c, model, net)), c.export, dtype='float16')
-    print(f'written: {c.export}')
+    exported(c)
 
 
 if __name__ == '__main__':
     define_flags('train_emoji_edges')
-    app.run(plain_errors(lambda: train(flags.FLAGS.config)))
+    app.run(plain_errors(lambda: train(flags.FLAGS.config, flags.FLAGS.overwrite)))

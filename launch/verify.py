@@ -19,7 +19,7 @@ import sys
 
 from absl import app, flags
 
-from launch import engine, generate
+from . import engine, generate
 
 FLAGS = flags.FLAGS
 

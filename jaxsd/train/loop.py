@@ -192,7 +192,8 @@ class _Log:
         os.replace(part, self.path)
 
     def draw(self):
-        draw_curve(self.rows, self.curve)
+        if self.rows:
+            draw_curve(self.rows, self.curve)
 
 
 def draw_curve(rows, path):

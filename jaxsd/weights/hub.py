@@ -11,6 +11,15 @@ SMALL = ('model_index.json', 'extras.safetensors', '*scheduler/*.json', 'tokeniz
          'tokenizer*/*.txt', *(f'{part}/config.json' for part in WEIGHTS))
 
 
+def shipped(name):
+    """The folder of a model that comes with jaxsd, such as 'emoji', or None."""
+    package = pathlib.Path(__file__).parents[1]
+    for root in (package, package.parent):  # of a wheel, and of a checkout
+        if re.fullmatch(r'\w+', str(name)) and (root / 'checkpoints' / str(name)).is_dir():
+            return root / 'checkpoints' / str(name)
+    return None
+
+
 def is_hub_id(path):
     """Whether a name that is no path has the form of a Hub id: owner/name."""
     return bool(re.fullmatch(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', str(path))

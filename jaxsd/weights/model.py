@@ -17,6 +17,15 @@ class _Tree:
         rest = {name: value for name, value in vars(self).items() if name not in self.ARRAYS}
         return [(GetAttrKey(name), getattr(self, name)) for name in self.ARRAYS], _Static(rest)
 
+    def __repr__(self):
+        """In a line: not every number of the weights."""
+        leaves = jax.tree.leaves(self)
+        version = getattr(self.config, 'version', type(self.config).__name__)
+        kinds = sorted({str(leaf.dtype) for leaf in leaves if hasattr(leaf, 'dtype')})
+        count = sum(leaf.size for leaf in leaves if hasattr(leaf, 'size'))
+        return (f'{type(self).__name__}({version}, {count / 1e6:.1f} M parameters, '
+                f'{", ".join(kinds)})')
+
     @classmethod
     def tree_unflatten(cls, static, children):
         """For jax.tree_util."""
@@ -39,7 +48,7 @@ class _Static:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Network(_Tree):
     """One network alone: its config (VAEConfig, ControlNetConfig ...) and its nested arrays. A
     pytree of its params.
@@ -54,7 +63,7 @@ class Network(_Tree):
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model(_Tree):
     """A model's static description, its arrays and its tokenizers. A pytree of params and
     controlnets, for jax.jit, jax.device_put, jax.tree.map and orbax; the rest is static.

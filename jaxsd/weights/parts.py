@@ -100,9 +100,10 @@ def load_part(kind, path, dtype='float32', config=None, device=None):
     half = dtype is not None and dtype.itemsize == 2
     found = pathlib.Path(path).expanduser()
     if not found.exists():
-        if not hub.is_hub_id(path):
+        found = hub.shipped(path)
+        if found is None and not hub.is_hub_id(path):
             raise FileNotFoundError(f'{path}: no such file or folder')
-        found = hub.download(str(path), half, kind)
+        found = found or hub.download(str(path), half, kind)
     source = (_open_folder(kind, found, config, half) if found.is_dir()
               else _open_file(kind, found, config))
     params, _ = source.read(dtype, device)

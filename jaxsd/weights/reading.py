@@ -37,7 +37,8 @@ def load(path, dtype='float32', config=None, prediction_type=None, device=None, 
     """Read a model from a diffusers folder, a single file or the Hugging Face Hub.
 
     path: a folder, a file (.safetensors, or a pickle of torch.save: .ckpt, .pt ..., in which
-        nothing is run), or a Hub id ('owner/name') where there is no such path.
+        nothing is run), or a Hub id ('owner/name') or a model that comes with jaxsd ('emoji',
+        'emoji_edges'), where there is no such path.
     dtype: float32, float16 or bfloat16 for all weights; None keeps each tensor's own.
     config: a ModelConfig that replaces what the folder's config.json files, or the names and
         shapes in a single file, say.
@@ -78,9 +79,10 @@ def open_source(path, config=None, half=False, prediction_type=None, ema=False):
     """The Source of a model at a path or on the Hub; arguments as of `load`."""
     found = pathlib.Path(path).expanduser()
     if not found.exists():
-        if not hub.is_hub_id(path):
+        found = hub.shipped(path)
+        if found is None and not hub.is_hub_id(path):
             raise FileNotFoundError(f'{path}: no such file or folder')
-        found = hub.download(str(path), half)
+        found = found or hub.download(str(path), half)
     if not found.is_dir():
         return open_single(found, config, half, prediction_type, ema)
     if ema:

@@ -7,7 +7,8 @@ import pytest
 
 import jaxsd
 from configs import emoji
-from launch import evaluate, gallery, recipe, retrieval
+from jaxsd import recipe
+from launch import evaluate, gallery, retrieval
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LISTS = ROOT / 'tests' / 'data'

@@ -90,6 +90,9 @@ def test_what_the_parts_of_a_run_took(calls, parts):
     (['--out={tmp}/file/out'], 'file'),
     (['--config.stepz=3'], 'no such field: stepz Did you mean steps'),
     (['--config=missing.py'], 'missing.py'),
+    (['--stepz=3'], 'stepz'),
+    (['--config=sd155'], "unknown recipe 'sd155': did you mean 'sd15'"),
+    (['--image=missing.png'], 'missing.png: no such file'),
     (['--seed=x'], 'seed'),
     (['--image={tmp}/file'], 'file is not an image'),
     (['--strength=2'], 'strength'),
@@ -116,6 +119,22 @@ def test_bad_input_is_one_clear_line(checkpoint, tmp_path, flags, message):
 def test_help_needs_no_model():
     code, stdout, _ = _run('--help')
     assert code in (0, 1) and '--prompt' in stdout  # absl exits with 1 after --help
+    assert '--steps: Of the recipe: steps of the sampler (most recipes: 25); int.' in stdout
+
+
+def test_a_checkpoint_without_a_recipe_has_its_own_size(checkpoint, tmp_path):
+    """And what is far from it is said. --steps=1 is --config.steps=1."""
+    config = jaxsd.load(checkpoint).config
+    native = config.unet.sample_size * config.vae.factor
+    for flags, size in (([], native), ([f'--width={4 * native}', '--height', f'{4 * native}'],
+                                       4 * native)):
+        code, stdout, stderr = _run(f'--checkpoint={checkpoint}', f'--out={tmp_path}',
+                                    '--prompt=cat', '--steps=1', *flags)
+        assert code == 0 and f'1 picture(s) of {size}x{size}' in stdout, stderr
+        said = f'this model is made for {native}x{native}'
+        assert (said in stderr) == (size != native)
+        with Image.open(sorted(tmp_path.glob('*.png'))[-1]) as image:
+            assert json.loads(image.text['jaxsd'])['request']['steps'] == 1
 
 
 @pytest.mark.parametrize('name', CONFIGS)

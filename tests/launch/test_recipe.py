@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jaxsd.recipe import complete, fields, files, options, recipe, words
 from jaxsd.run import request
 from launch.lab import settings
-from launch.recipe import complete, fields, files, options, recipe, words
 
 
 def test_options_are_written_like_arguments():

@@ -90,6 +90,24 @@ def test_missing_data_is_one_line(folder):
     assert 'launch.emoji_data' in err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize('flags, said', [
+    (['--config.stages.vae.warmup=6'], 'stages.vae.warmup=6: expected less than its 6 steps'),
+    ([f'--config={ROOT}/configs/sd15.py'], 'expected a training recipe, such as'),
+    (['--config.export=tokenizer'], 'config.export=tokenizer: is there already')])
+def test_what_would_fail_later_is_said_first(folder, flags, said):
+    process = train(folder, *flags)
+    _, err = process.communicate()
+    assert process.returncode == 1 and said in err and err.count('\n') == 1
+    assert not (folder / 'run').exists() and (folder / 'tokenizer' / 'vocab.json').exists()
+
+
+def test_states_may_be_written_more_often_than_the_log(folder):
+    process = train(folder, *(f'--config.stages.{name}.log_every=5'
+                              for name in ('vae', 'text', 'unet', 'decoder')))
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+
+
 @pytest.mark.parametrize('name', ['train_emoji64', 'train_emoji128'])
 def test_the_shipped_recipes_fit_40_megabytes_in_float16(name):
     recipe = importlib.import_module(f'configs.{name}').get_config()

@@ -14,8 +14,8 @@ from test_pickles import GOLDENS, packed
 from tiny import tiny_config
 
 import jaxsd
+from jaxsd.recipe import files
 from jaxsd.weights import embeddings, names
-from launch.recipe import files
 
 RNG = np.random.default_rng(0)
 

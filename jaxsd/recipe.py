@@ -11,35 +11,47 @@ LONGEST = 2**16  # characters of options
 NO_LITERAL = (SyntaxError, ValueError, RecursionError, MemoryError)  # the last: nested too deeply
 
 
+# Fields of a recipe: their default, or their type where the model or the file decides; and what
+# they are.
+FIELDS = {
+    'width': (int, 'pixels, those that the model is made for if left out'),
+    'height': (int, 'the same'),
+    'steps': (25, 'steps of the sampler'),
+    'guidance': (7.0, 'classifier-free guidance scale, 1 for none'),
+    'sampler': ('dpmpp_2m', 'its name, see docs/samplers.md'),
+    'schedule': ('karras', 'noise schedule: a name, a .json file, or levels as 14.6,7.3,1,0'),
+    'eta': (float, "noise of ddim and the ancestral samplers, the sampler's own if left out"),
+    'sampler_options': ('', '"order=3, solver_type=heun", written like arguments in Python'),
+    'schedule_options': ('', 'the same for the schedule'),
+    'guidance_options': ('', 'the same for guidance: "rescale=0.7, interval=(0.1, 0.8)"'),
+    'aspect': (str, 'SDXL: 16:9 and the like, instead of width and height'),
+    'dtype': ('auto', 'float32, bfloat16 or float16; auto: float32 on CPU, else bfloat16'),
+    'prediction': (str, 'epsilon or v_prediction, whatever the file says'),
+    'base': (str, 'a model whose VAE or text encoders serve where a file has none'),
+    'ema': (False, 'the averaged weights of a file that holds both'),
+    'tile': (0, 'decode in tiles of so many pixels per side, for less memory; 0: in one piece'),
+    'request': ('', 'any other field of jaxsd.Request: "mask_blur=4, crop=(0, 256)"'),
+}
+
+
 def recipe(checkpoint, size, **changes):
-    """A generation recipe as a locked ConfigDict; every field is a flag, `--config.steps=30`.
+    """A generation recipe as a locked ConfigDict of FIELDS; each is a flag, `--steps=30`.
 
     checkpoint: a folder, a .safetensors file or a Hugging Face Hub id; size: pixels per side, None:
     what the model is made for, or the image makes it.
     """
-    config = ConfigDict(dict(
-        checkpoint=str(checkpoint),
-        dtype='auto',  # float32 on CPU, bfloat16 on accelerators
-        prediction=placeholder(str),  # epsilon or v_prediction, whatever the file says
-        base=placeholder(str),  # a model whose VAE or text encoders serve where a file has none
-        ema=False,  # the averaged weights of a file that holds both
-        width=size or placeholder(int),
-        height=size or placeholder(int),
-        sampler='dpmpp_2m',
-        schedule='karras',
-        steps=25,
-        guidance=7.0,
-        eta=placeholder(float),  # noise of ddim and the ancestral samplers
-        # Written like Python's arguments: --config.sampler_options="order=3, solver_type=heun"
-        sampler_options='',
-        schedule_options='',
-        guidance_options='',
-        aspect=placeholder(str),  # SDXL: 16:9 and the like, instead of width and height
-        request='',  # any other field of jaxsd.Request: "mask_blur=4, crop=(0, 256)"
-        tile=0,  # decode in tiles of this many pixels per side: less memory; 0: in one piece
-    ))
+    config = ConfigDict({'checkpoint': str(checkpoint), **{
+        name: placeholder(default) if isinstance(default, type) else default
+        for name, (default, _) in FIELDS.items()}})
+    if size:
+        config.width = config.height = size
     config.update(changes)
     return config.lock()
+
+
+def get_config():
+    """The recipe of a checkpoint that is given without one: its file says size and prediction."""
+    return recipe('', None)
 
 
 def fields(config, only=None):
