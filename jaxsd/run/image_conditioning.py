@@ -66,7 +66,7 @@ def _outpainted(request, picture):
                              bottom + request.height - height, fill=fill, seed=request.seed)
     mask = images.feather(mask, request.mask_blur)
     return InitImage(grown, mask, grown[:height, :width], mask[:height, :width],
-                  (0, 0, width, height), (width, height))
+                     (0, 0, width, height), (width, height))
 
 
 def _filled(request, picture, mask):
@@ -90,8 +90,7 @@ def inputs(model, requests, init_images, sigmas, rows, prompts):
     """Conditioning besides text -> fields of `inputs.Inputs`, and of its Steps strength, control.
 
     sigmas: a list of noise levels, [steps + 1] for each picture; rows: stacked, or Adaptive;
-    prompts: bool
-    [P], which texts of a picture are its prompts.
+    prompts: bool [P], which texts of a picture are its prompts.
     Raises ValueError for requests that the model cannot serve.
     """
     config = model.config
@@ -116,7 +115,7 @@ def inputs(model, requests, init_images, sigmas, rows, prompts):
         blank = np.zeros((height, width, 3), np.uint8)
         found['init_image'] = np.stack([blank if c.image is None else c.image for c in init_images])
         found['init_weight'] = np.stack([_init_weight(r, c, cell[1:], factor, task == 'inpainting')
-                                    for r, c in zip(requests, init_images)])
+                                         for r, c in zip(requests, init_images)])
     masked, strength = any(c.mask is not None for c in init_images), None
     if task == 'inpainting':
         found['inpaint_mask'] = np.stack([*map(_inpaint_mask, requests, init_images)])
