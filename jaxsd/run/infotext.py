@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jaxsd import images
 from jaxsd.run import picture
 from jaxsd.run.request import MAX_SIDE, Control, Request
-from jaxsd.sampling import SAMPLERS, SCHEDULES
+from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
 
 # Fields of a Request, and what else is in a record, that name files, folders and models.
 PATHS = ('image', 'mask', 'depth', 'schedule', 'wildcards', 'controls')
@@ -210,14 +210,6 @@ HARMLESS = ('Version', 'Model hash', 'VAE hash', 'Lora hashes', 'TI hashes', 'Ha
             'Batch size', 'Batch pos', 'Init image hash', 'Downcast alphas_cumprod', 'Pad conds',
             'Wildcard prompt', 'Wildcard negative prompt', 'Template', 'Negative Template',
             'Civitai resources', 'Civitai metadata', 'Created Date')
-SAMPLER_NAMES = {name.lower(): ours for ours, name in picture.SAMPLERS.items()} | {
-    name: name for name in SAMPLERS} | {
-    'dpm++ 2m sde heun': 'dpmpp_2m_sde', 'heunpp2': 'heunpp2', 'er sde': 'er_sde',
-    'ddim cfg++': 'euler_cfg_pp', 'uni_pc': 'unipc', 'uni_pc_bh2': 'unipc', 'huen': 'heun'}
-SCHEDULE_NAMES = {name.lower(): ours for ours, name in picture.SCHEDULES.items()} | {
-    name: name for name in SCHEDULES} | {
-    'uniform': 'normal', 'ddim uniform': 'ddim_uniform', 'align your steps gits': 'gits',
-    'turbo': 'turbo'}
 # modules/sd_samplers_kdiffusion.py and sd_samplers_timesteps.py: what 'Automatic' stands for.
 AUTOMATIC = {
     **dict.fromkeys(('dpmpp_2m', 'dpmpp_sde', 'dpmpp_2s_ancestral', 'dpm_2', 'dpm_2_ancestral',
@@ -371,7 +363,7 @@ def _value(convert, key, text, notes):
 def _sampling(pairs, program, notes):
     """Sampler, schedule and their options -> fields of a Request; takes them out of the pairs."""
     name, kind = pairs.pop('Sampler', ''), pairs.pop('Schedule type', '')
-    sampler, schedule = _sampler(name.lower())
+    sampler, schedule, habits = find_sampler(name)
     if sampler is None:
         notes.append(f'Sampler: {name} is not known here: name one as --config.sampler')
     if kind == 'Automatic':
@@ -384,9 +376,7 @@ def _sampling(pairs, program, notes):
     options = {option: value for option, value in options.items() if value}  # 0: its own
     if schedule == 'beta' and program == 'A1111':
         options['space'] = 'sigma'
-    habits = HABITS.get(sampler, {}) if program == 'A1111' else {}
-    if name.lower() == 'dpm++ 2m sde heun':
-        habits = {'solver_type': 'heun'}
+    habits = habits or (HABITS.get(sampler, {}) if program == 'A1111' else {})
     if sampler in BROWNIAN and program != 'jaxsd':
         notes.append(f'{name}: {program} takes its noise from a Brownian tree that is not repeated '
                      'here: the picture differs in its details')
@@ -399,19 +389,6 @@ def _options(pairs, table, notes):
     found = {name: _value(convert, key, pairs.pop(key), notes)
              for key, (name, convert) in table.items() if key in pairs}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _sampler(name):
-    """'dpm++ 2m karras', 'dpmpp_2m_sde_gpu_karras' -> our names of the sampler and, or None, of the
-    schedule."""
-    for schedule in ('', *SCHEDULE_NAMES):
-        sampler = name.removesuffix(schedule)
-        if schedule and (sampler == name or sampler[-1:] not in ('_', ' ')):
-            continue
-        sampler = SAMPLER_NAMES.get(sampler.rstrip('_ ').removesuffix('_gpu'))
-        if sampler:
-            return sampler, SCHEDULE_NAMES.get(schedule)
-    return None, None
 
 
 def _schedule(text):

@@ -18,23 +18,7 @@ import numpy as np
 
 import jaxsd
 from jaxsd import images
-
-# The names that stable-diffusion-webui (A1111) knows, so that its "PNG Info" reads our pictures.
-SAMPLERS = {
-    'euler': 'Euler', 'euler_ancestral': 'Euler a', 'heun': 'Heun', 'dpm_2': 'DPM2',
-    'dpm_2_ancestral': 'DPM2 a', 'lms': 'LMS', 'ddim': 'DDIM', 'ddpm': 'DDPM',
-    'dpmpp_2m': 'DPM++ 2M', 'dpmpp_2m_sde': 'DPM++ 2M SDE', 'dpmpp_sde': 'DPM++ SDE',
-    'dpmpp_2s_ancestral': 'DPM++ 2S a', 'dpmpp_3m_sde': 'DPM++ 3M SDE', 'unipc': 'UniPC',
-    'dpm_fast': 'DPM fast', 'dpm_adaptive': 'DPM adaptive', 'restart': 'Restart', 'lcm': 'LCM',
-    'plms': 'PLMS',
-}
-SCHEDULES = {
-    'normal': 'Normal', 'karras': 'Karras', 'exponential': 'Exponential',
-    'sgm_uniform': 'SGM Uniform', 'simple': 'Simple', 'ddim_uniform': 'DDIM',
-    'polyexponential': 'Polyexponential', 'kl_optimal': 'KL Optimal', 'ays': 'Align Your Steps',
-    'beta': 'Beta',
-}
-
+from jaxsd.sampling.names import A1111_SAMPLERS, A1111_SCHEDULES
 
 WEIGHTINGS = {'no_norm': 'No norm', 'none': 'None', 'comfy': 'comfy',
               'compel': 'compel', 'plain': 'plain'}  # a1111: the default there
@@ -53,8 +37,8 @@ def parameters(request, model='', vae='', refiner=''):
         schedule = ','.join(map(_short, schedule))
     pairs = {
         'Steps': request.steps,
-        'Sampler': SAMPLERS.get(request.sampler, request.sampler),
-        'Schedule type': SCHEDULES.get(schedule, schedule),
+        'Sampler': A1111_SAMPLERS.get(request.sampler, request.sampler),
+        'Schedule type': A1111_SCHEDULES.get(schedule, schedule),
         'CFG scale': _short(np.ravel(request.guidance)[0]),
         'Seed': request.seed,
         'Size': f'{request.width}x{request.height}',

@@ -15,6 +15,7 @@ from jaxsd.prompt.wildcards import expand
 from jaxsd.sampling import SAMPLERS, known_schedule
 from jaxsd.sampling.choice import choose, one_of
 from jaxsd.sampling.guidance_options import check, per_step
+from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
 
 MAX_SEED = 2**64 - 1
 MAX_STEPS, MAX_SIDE, MAX_BLUR = 10_000, 2**16, 2**10  # beyond is a slip, and fills memory
@@ -76,7 +77,7 @@ class Request:
     prompt: str = ''  # A1111's language, see docs
     negative_prompt: str = ''
     seed: int = -1  # 0 to 2^64 - 1; -1: picked at random by `resolve`
-    sampler: str = 'dpmpp_2m'
+    sampler: str = 'dpmpp_2m'  # or as A1111 ('DPM++ 2M Karras') and diffusers name it
     schedule: Any = 'karras'  # a name, the path of a schedule file (.json), or the levels, a list
     steps: int = 25
     guidance: Any = 7.0  # classifier-free guidance scale, or one for each step; 1: none
@@ -128,6 +129,7 @@ class Request:
             except UnicodeEncodeError as error:
                 raise ValueError(f'{name}: expected text, found {value[error.start]!a} at '
                                  f'{error.start}, which is no character') from None
+        self._translate()
         choose('sampler', self.sampler, SAMPLERS)
         known_schedule(self.schedule)
         if not isinstance(self.schedule, str):
@@ -162,6 +164,22 @@ class Request:
             value = getattr(self, name)
             if value is not None and len(tuple(value)) != 2:
                 raise ValueError(f'{name}={value!r}: expected two numbers')
+
+    def _translate(self):
+        """A1111's and diffusers' names of samplers and schedules -> ours."""
+        found = {}
+        if isinstance(self.schedule, str):
+            found['schedule'] = SCHEDULE_NAMES.get(self.schedule.lower(), self.schedule)
+        if self.sampler not in SAMPLERS:
+            sampler, schedule, options = find_sampler(self.sampler)
+            if sampler:
+                found['sampler'] = sampler
+            if schedule:
+                found['schedule'] = schedule
+            if options and isinstance(self.sampler_options, Mapping):
+                found['sampler_options'] = {**options, **self.sampler_options}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     def _check_image(self):
         """Of what concerns pictures, all that can be known without opening them."""

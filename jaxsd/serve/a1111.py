@@ -15,17 +15,14 @@ import numpy as np
 from pydantic import ValidationError
 
 from jaxsd import images
-from jaxsd.run import infotext, picture
+from jaxsd.run import infotext
 from jaxsd.run.request import MAX_SEED, Request, random_seed
 from jaxsd.sampling import SAMPLERS, SCHEDULES
 from jaxsd.sampling.choice import choose, one_of, unknown
+from jaxsd.sampling.names import A1111_SAMPLERS, A1111_SCHEDULES, SCHEDULE_NAMES, find_sampler
 from jaxsd.serve.schemas import Img2Img, Neutral
 
 AUTOMATIC = infotext.AUTOMATIC | dict.fromkeys(infotext.BY_TIMESTEPS, 'ddim_uniform')
-# modules/sd_samplers_kdiffusion.py, sd_samplers_timesteps.py; others are k_ and k-diffusion's name.
-ALIASES = {'euler_a': 'euler_ancestral', 'dpm_2_a': 'dpm_2_ancestral', 'dpm_ad': 'dpm_adaptive',
-           'dpmpp_2s_a': 'dpmpp_2s_ancestral', 'dpmpp_2m_sde_heun': 'dpm++ 2m sde heun',
-           'ddim_cfgpp': 'ddim cfg++'}
 RESIZE = ('stretch', 'crop', 'pad')  # by resize_mode
 FILLS = ('edge', 'original', 'latent', 'latent')  # by inpainting_fill: there noise and nothing
 CHURN = {'s_churn': 0, 's_tmin': 0, 's_tmax': 0, 's_noise': 1}  # A1111's defaults, left to samplers
@@ -99,18 +96,18 @@ def _denoising(body, defaults):
     found, schedule = {}, None
     name = body.sampler_name or body.sampler_index
     if name and name.lower() != 'automatic':
-        sampler, schedule = _sampler(name)
+        sampler, schedule, options = _sampler(name)
         found = {'sampler': sampler, 'schedule': schedule or AUTOMATIC.get(sampler, 'normal'),
                  'schedule_options': {}, 'sampler_options': {}}
         if sampler == defaults.get('sampler'):
             found['sampler_options'] = defaults.get('sampler_options') or {}
-        if 'sde heun' in _unaliased(name.lower()):
-            found['sampler_options'] = {'solver_type': 'heun'}
+        if options:
+            found['sampler_options'] = options
     if body.scheduler and body.scheduler.lower() == 'automatic':
         sampler = found.get('sampler', defaults.get('sampler'))
         found |= {'schedule': schedule or AUTOMATIC.get(sampler, 'normal'), 'schedule_options': {}}
     elif body.scheduler:
-        found |= {'schedule': choose('scheduler', body.scheduler.lower(), infotext.SCHEDULE_NAMES),
+        found |= {'schedule': choose('scheduler', body.scheduler.lower(), SCHEDULE_NAMES),
                   'schedule_options': {}}
     churn = {option: getattr(body, option) for option, usual in CHURN.items()
              if getattr(body, option) not in (None, usual)}
@@ -120,30 +117,15 @@ def _denoising(body, defaults):
 
 
 def _sampler(name):
-    """A sampler's name -> ours, and that of the schedule that an old name holds, or None."""
-    low = _unaliased(name.lower())
-    if low in infotext.SAMPLER_NAMES:
-        return infotext.SAMPLER_NAMES[low], None
-    for end, schedule in infotext.SCHEDULE_NAMES.items():
-        sampler = infotext.SAMPLER_NAMES.get(low.removesuffix(f' {end}'))
-        if sampler and low.endswith(f' {end}'):
-            return sampler, schedule
-    known = list(dict.fromkeys([*picture.SAMPLERS.values(), *SAMPLERS]))
-    near = difflib.get_close_matches(low, map(str.lower, known), n=1, cutoff=0)
-    raise ValueError(f'unknown sampler {brief(name)}: did you mean '
-                     f'{next(k for k in known if k.lower() == near[0])!r}? '
-                     f'Known: {", ".join(known)}')
-
-
-def _unaliased(name):
-    """A1111's aliases ('k_euler_a', 'k_dpmpp_2m_ka') -> names that are known."""
-    if name in ALIASES:
-        return ALIASES[name]
-    base = name.removeprefix('k_')
-    plain = base.removesuffix('_ka')
-    if base == name or plain not in ALIASES and plain not in SAMPLERS:
-        return name
-    return f'{ALIASES.get(plain, plain)}{" karras" if plain != base else ""}'
+    """A sampler's name -> ours, the schedule that an old name holds, or None, and options."""
+    sampler, schedule, options = find_sampler(name)
+    if sampler is None:
+        known = list(dict.fromkeys([*A1111_SAMPLERS.values(), *SAMPLERS]))
+        near = difflib.get_close_matches(name.lower(), map(str.lower, known), n=1, cutoff=0)
+        raise ValueError(f'unknown sampler {brief(name)}: did you mean '
+                         f'{next(k for k in known if k.lower() == near[0])!r}? '
+                         f'Known: {", ".join(known)}')
+    return sampler, schedule, options
 
 
 def _settings(settings, model, vae):
@@ -219,7 +201,7 @@ def answer(body, found, texts, model=''):
         'all_negative_prompts': negatives, 'seed': first.seed, 'all_seeds': seeds, 'subseed': -1,
         'all_subseeds': [-1] * len(made), 'subseed_strength': 0, 'width': first.width,
         'height': first.height,
-        'sampler_name': picture.SAMPLERS.get(first.sampler, first.sampler),
+        'sampler_name': A1111_SAMPLERS.get(first.sampler, first.sampler),
         'cfg_scale': float(np.ravel(first.guidance)[0]), 'steps': first.steps,
         'batch_size': body.batch_size or 1, 'restore_faces': False, 'face_restoration_model': None,
         'sd_model_name': model, 'sd_model_hash': None, 'sd_vae_name': None, 'sd_vae_hash': None,
@@ -250,13 +232,13 @@ def png_info(text, limits, read=images.read_texts):
 
 def samplers():
     """GET /sdapi/v1/samplers: A1111's names, ours where it has none."""
-    return [{'name': picture.SAMPLERS.get(name, name), 'aliases': [name], 'options': {}}
+    return [{'name': A1111_SAMPLERS.get(name, name), 'aliases': [name], 'options': {}}
             for name in SAMPLERS]
 
 
 def schedulers():
     """GET /sdapi/v1/schedulers."""
-    names = {'automatic': 'Automatic', **{name: picture.SCHEDULES.get(name, name)
+    names = {'automatic': 'Automatic', **{name: A1111_SCHEDULES.get(name, name)
                                           for name in SCHEDULES}}
     return [{'name': name, 'label': label, 'aliases': None, 'default_rho':
              7.0 if name == 'karras' else None, 'need_inner_model': False}

@@ -12,6 +12,7 @@ from PIL import Image
 
 from jaxsd.run import infotext, picture
 from jaxsd.run.request import WEIGHTINGS, Control, Request
+from jaxsd.sampling.names import SAMPLER_NAMES, SCHEDULE_NAMES
 
 BLANK = np.zeros((8, 8, 3), np.uint8)
 # As stable-diffusion-webui 1.10 writes it; what is read from it stands in the tests.
@@ -130,8 +131,8 @@ NUMBERS = st.floats(0.01, 30)
     Request, prompt=LINES, negative_prompt=LINES, seed=st.integers(0, 2**64 - 1),
     steps=st.integers(1, 200), guidance=NUMBERS, width=st.integers(1, 2048),
     height=st.integers(1, 2048), clip_skip=st.integers(1, 12),
-    sampler=st.sampled_from(sorted(set(infotext.SAMPLER_NAMES.values()))),
-    schedule=st.sampled_from(sorted(set(infotext.SCHEDULE_NAMES.values()) - {'lambda_uniform'}))
+    sampler=st.sampled_from(sorted(set(SAMPLER_NAMES.values()))),
+    schedule=st.sampled_from(sorted(set(SCHEDULE_NAMES.values()) - {'lambda_uniform'}))
     | st.just((14.6, 1 / 3, 0.0)) | st.just('a b/levels.json'),
     weighting=st.sampled_from(WEIGHTINGS), eta=st.none() | NUMBERS,
     noise=st.sampled_from(['threefry', 'torch', 'philox']), mask_blur=st.just(0) | NUMBERS),

@@ -61,3 +61,25 @@ def test_resolve_refuses_sizes_between_latents():
         resolve([Request(noise='torch', noise_batch=(0, 10**6))], TINY['sd1'])
     with pytest.raises(ValueError, match='expected a list'):
         resolve(Request(), TINY['sd1'])
+
+
+@pytest.mark.parametrize('sampler, schedule, expected', [
+    ('DPM++ 2M Karras', 'normal', ('dpmpp_2m', 'karras', {})),
+    ('Euler a', 'SGM Uniform', ('euler_ancestral', 'sgm_uniform', {})),
+    ('DPM++ 2M SDE Heun Exponential', 'karras', (
+        'dpmpp_2m_sde', 'exponential', {'solver_type': 'heun'})),
+    ('k_dpmpp_2s_a_ka', 'normal', ('dpmpp_2s_ancestral', 'karras', {})),
+    ('EulerAncestralDiscreteScheduler', 'Karras', ('euler_ancestral', 'karras', {})),
+    ('dpmpp_2m_sde_gpu', 'beta', ('dpmpp_2m_sde', 'beta', {})),
+    ('uni_pc', 'simple', ('unipc', 'simple', {'variant': 'bh1'})),
+    ('dpmpp_2m', '14.6,7.3,1,0', ('dpmpp_2m', '14.6,7.3,1,0', {}))])
+def test_names_of_other_programs(sampler, schedule, expected):
+    request = Request(sampler=sampler, schedule=schedule)
+    assert (request.sampler, request.schedule, dict(request.sampler_options)) == expected
+
+
+def test_an_option_of_ones_own_wins_over_a_names():
+    request = Request(sampler='uni_pc', sampler_options={'variant': 'bh2', 'order': 3})
+    assert request.sampler_options == {'variant': 'bh2', 'order': 3}
+    with pytest.raises(ValueError, match="unknown sampler 'Eulr': did you mean"):
+        Request(sampler='Eulr')
