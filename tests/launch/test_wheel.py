@@ -100,6 +100,8 @@ def test_batch_and_verify(home):
 def test_commands(home):
     code, stdout, _ = run(home[1] / 'jaxsd', cwd=home[0])
     assert code == 0 and 'generate' in stdout and 'emoji_data' not in stdout
+    code, stdout, stderr = run(home[1] / 'jaxsd', 'doctor', cwd=home[0])
+    assert code == 0 and 'self-check: passed' in stdout, stderr
     code, _, stderr = run(home[1] / 'jaxsd', 'generat', cwd=home[0])
     assert code == 2 and "did you mean 'generate'" in stderr
     code, _, stderr = run(home[1] / 'jaxsd', 'generate', '--config=sd155', cwd=home[0])
