@@ -36,8 +36,8 @@ def keep_programs(folder=None):
         return
     home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
     try:
-        told = pathlib.Path('/proc/cpuinfo').read_text()
-        processor = re.search('^(flags|Features).*$', told, re.M)[0]
+        text = pathlib.Path('/proc/cpuinfo').read_text()
+        processor = re.search('^(flags|Features).*$', text, re.M)[0]
     except (OSError, TypeError):
         processor = platform.processor()
     kind = f'{platform.machine()}-{hashlib.sha256(processor.encode()).hexdigest()[:8]}'

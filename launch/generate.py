@@ -137,8 +137,8 @@ def run():
 
     import jaxsd
     from jaxsd.run import Engine, resolve
-    from jaxsd.run.generate import slots_for
-    slots = (past and past.run.get('slots')) or slots_for(len(requests))
+    from jaxsd.run.generate import slots_for_requests
+    slots = (past and past.run.get('slots')) or slots_for_requests(len(requests))
     model, name, dtype = load(recipe, FLAGS.checkpoint, strays=FLAGS.strays)
     if FLAGS.vae:
         model = model.with_vae(jaxsd.load_vae(FLAGS.vae, dtype))

@@ -49,7 +49,11 @@ class Tokenizer:
                 found = _read(path / name)
                 settings.update({k: _word(v) for k, v in found.items() if k in SPECIAL})
                 settings['length'] = found.get('model_max_length', settings.get('length'))
-                added |= found.get('added_tokens_decoder') or {}
+                more = found.get('added_tokens_decoder') or {}
+                if not isinstance(more, dict):
+                    raise ValueError(f'{path / name}: added_tokens_decoder: expected an object of '
+                                     f'tokens by their ids, found {more!r:.100}')
+                added |= more
         length = settings.pop('length', None) or 77
         if (path / 'added_tokens.json').exists():
             added |= {number: {'content': token}
@@ -117,7 +121,7 @@ def _backend(folder, special, added):
     """The byte-pair encoder of a folder. added: tokens beyond the vocabulary, as
     tokenizer_config.json has them: {id: {content, ...}}."""
     try:
-        if (folder / 'vocab.json').exists():
+        if all((folder / name).exists() for name in ('vocab.json', 'merges.txt')):
             vocab, merges = tokenizers.models.BPE.read_file(
                 str(folder / 'vocab.json'), str(folder / 'merges.txt'))
         else:

@@ -55,13 +55,13 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None,
         if len(noise) != len(requests):
             raise ValueError(f'noise {noise.shape}: expected one for each of {len(requests)} '
                              'requests')
-    with Engine(model, refiner, slots or slots_for(len(requests)), tile) as engine:
+    with Engine(model, refiner, slots or slots_for_requests(len(requests)), tile) as engine:
         images = engine.make(requests, _watch(on_step, preview), noise,
                              preview and preview.every)
     return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
-def slots_for(count):
+def slots_for_requests(count):
     """The slots that `generate` takes for so many requests."""
     if jax.default_backend() == 'cpu':
         return 1

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import jaxsd
 from jaxsd.run import engine as module
 from jaxsd.run import infotext, picture
-from jaxsd.run.generate import slots_for
+from jaxsd.run.generate import slots_for_requests
 from jaxsd.run.programs import Programs
 from launch import engine, generate
 
@@ -130,7 +130,7 @@ def test_emoji_of_several_prompts_and_a_batch(run, repeat):
                   '--config.sampler=dpmpp_2s_ancestral', '--negative_prompt=dog')
     repeat(made[2])  # the first cat of four pictures and a grid
     with Image.open(made[2]) as file:
-        assert json.loads(file.text['jaxsd'])['slots'] == slots_for(4)
+        assert json.loads(file.text['jaxsd'])['slots'] == slots_for_requests(4)
 
 
 def test_emoji_from_pictures(run, repeat, drawn):

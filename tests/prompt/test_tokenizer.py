@@ -59,6 +59,7 @@ def test_bad_folders_are_named(tmp_path):
 @pytest.mark.parametrize('text, said', [
     ('[]', 'expected an object'), ('{"model_max_length": "x"}', "model_max_length='x'"),
     ('{"model_max_length": 1}', 'a number of tokens, 3 or more'),
+    ('{"added_tokens_decoder": [1]}', 'added_tokens_decoder: expected an object of tokens'),
     ('{"pad_token": 7}', 'special tokens: expected text, found 7'),
     ('{"pad_token": {"a": 1}}', 'special tokens: expected text'), ('[' * 10**5, 'not valid JSON')])
 def test_wrong_settings_are_one_line(tmp_path, text, said):
@@ -67,3 +68,12 @@ def test_wrong_settings_are_one_line(tmp_path, text, said):
     with pytest.raises(ValueError, match=said) as caught:
         Tokenizer.from_folder(tmp_path)
     assert '\n' not in str(caught.value)
+
+
+def test_a_folder_without_merges_is_read_from_its_tokenizer_json(tmp_path):
+    write_tokenizer(tmp_path)
+    whole = Tokenizer.from_folder(tmp_path)
+    whole.backend.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'merges.txt').unlink()
+    text = 'a red apple <|endoftext|> x'
+    assert Tokenizer.from_folder(tmp_path).ids(text) == whole.ids(text)
