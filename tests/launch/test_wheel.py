@@ -1,14 +1,20 @@
 """The wheel, installed in an environment of its own, outside of the checkout."""
 
+import base64
+import contextlib
+import io
 import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
+import time
 import tomllib
 
+import httpx
 import numpy as np
 import pytest
 from mains import ROOT
@@ -50,7 +56,7 @@ def home(wheel, tmp_path_factory):
         site, = (folder / 'env' / 'lib').glob('python*/site-packages')
         (site / 'these.pth').write_text(sysconfig.get_path('purelib'))
     code, _, stderr = run(binaries / 'python', '-m', 'pip', 'install', '--quiet',
-                          *[] if full else ['--no-deps'], wheel, cwd=folder)
+                          *[f'{wheel}[serve]'] if full else ['--no-deps', wheel], cwd=folder)
     assert code == 0, stderr
     (folder / 'work').mkdir()
     return folder / 'work', binaries
@@ -95,6 +101,34 @@ def test_batch_and_verify(home):
     assert len([*(home[0] / 'run').rglob('*.png')]) == 2
     code, stdout, stderr = run(home[1] / 'jaxsd', 'verify', 'run', cwd=home[0])
     assert code == 0, stdout + stderr
+
+
+def test_serve(home):
+    """A picture of `jaxsd serve` is the one that `jaxsd generate` makes."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        url = f'http://127.0.0.1:{free.getsockname()[1]}'
+    with subprocess.Popen([home[1] / 'jaxsd', 'serve', '--config=emoji', f'--port={url[17:]}'],
+                          cwd=home[0], env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': ''}
+                          ) as server:
+        try:
+            for _ in range(1800):
+                assert server.poll() is None, 'the server has ended'
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f'{url}/healthz').status_code == 200:
+                        break
+                time.sleep(0.1)
+            answer = httpx.post(f'{url}/sdapi/v1/txt2img', timeout=120, json={
+                'prompt': 'rocket', 'seed': 3, 'steps': 3, 'cfg_scale': 4.0})
+        finally:
+            server.terminate()
+    assert server.returncode == 0 and answer.status_code == 200, answer.text
+    served = Image.open(io.BytesIO(base64.b64decode(answer.json()['images'][0])))
+    code, _, stderr = run(home[1] / 'jaxsd', 'generate', '--prompt=rocket', '--seed=3', '--steps=3',
+                          '--guidance=4', '--out=as_served', cwd=home[0])
+    assert code == 0, stderr
+    picture, = (home[0] / 'as_served').glob('*.png')
+    np.testing.assert_array_equal(Image.open(picture), served)
 
 
 def test_commands(home):
