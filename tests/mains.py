@@ -1,9 +1,17 @@
 """Mains run as a user runs them."""
 
+import base64
+import contextlib
+import io
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
+
+import httpx
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -26,3 +34,46 @@ def run_code(code, *arguments, **more):
     status, out, error = run_main('-c', code, *arguments, **more)
     assert status == 0, error
     return out
+
+
+@contextlib.contextmanager
+def serving(*flags, command=(sys.executable, '-m', 'launch.serve'), cwd=ROOT, **more):
+    """A server with the shipped model, once it is healthy -> its address, and the process."""
+    port = free_port()
+    with subprocess.Popen([*command, f'--port={port}', *flags], cwd=cwd,
+                          env=environment(**more)) as run:
+        try:
+            url = f'http://127.0.0.1:{port}'
+            wait_for(lambda: healthy(url, run), 180)
+            yield url, run
+        finally:
+            run.kill()
+
+
+def healthy(url, run):
+    """Whether /healthz says so; before, the model is loaded and no picture there: 503."""
+    assert run.poll() is None, 'the server has ended'
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f'{url}/healthz').status_code == 200
+
+
+def wait_for(condition, seconds=10):
+    """Until the condition holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, 'it did not come to that'
+        time.sleep(0.02)
+
+
+def free_port():
+    """A port that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        return found.getsockname()[1]
+
+
+def opened(text):
+    """A picture of an answer, base64 -> PIL.Image with its texts."""
+    image = Image.open(io.BytesIO(base64.b64decode(text)))
+    image.load()
+    return image

@@ -6,14 +6,13 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from mains import ROOT, environment, run_main
+from mains import ROOT, environment, free_port, run_main
 from PIL import Image
 
 from jaxsd.batch import folder
@@ -151,10 +150,7 @@ def test_interrupted_it_finishes_what_it_began(tmp_path, few, cache):
 
 
 def test_two_processes_make_the_same_pictures(tmp_path, few, cache):
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    out = tmp_path / 'run'
+    port, out = free_port(), tmp_path / 'run'
     both = [_start(f'--out={out}', *FEW, '--distributed', '--num_processes=2', f'--process_id={i}',
                    f'--coordinator_address=localhost:{port}', **cache)
             for i in range(2)]

@@ -1,23 +1,18 @@
 """The wheel, installed in an environment of its own, outside of the checkout."""
 
-import base64
-import contextlib
-import io
 import os
 import pathlib
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
-import time
 import tomllib
 
 import httpx
 import numpy as np
 import pytest
-from mains import ROOT
+from mains import ROOT, environment, opened, serving
 from PIL import Image
 
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
@@ -25,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
 
 def run(*command, cwd, **env):
     done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '', **env})
+                          env=environment(**{'PYTHONPATH': '', **env}))
     return done.returncode, done.stdout, done.stderr
 
 
@@ -105,30 +100,18 @@ def test_batch_and_verify(home):
 
 def test_serve(home):
     """A picture of `jaxsd serve` is the one that `jaxsd generate` makes."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        url = f'http://127.0.0.1:{free.getsockname()[1]}'
-    with subprocess.Popen([home[1] / 'jaxsd', 'serve', '--config=emoji', f'--port={url[17:]}'],
-                          cwd=home[0], env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': ''}
-                          ) as server:
-        try:
-            for _ in range(1800):
-                assert server.poll() is None, 'the server has ended'
-                with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(f'{url}/healthz').status_code == 200:
-                        break
-                time.sleep(0.1)
-            answer = httpx.post(f'{url}/sdapi/v1/txt2img', timeout=120, json={
-                'prompt': 'rocket', 'seed': 3, 'steps': 3, 'cfg_scale': 4.0})
-        finally:
-            server.terminate()
-    assert server.returncode == 0 and answer.status_code == 200, answer.text
-    served = Image.open(io.BytesIO(base64.b64decode(answer.json()['images'][0])))
+    with serving('--config=emoji', command=(home[1] / 'jaxsd', 'serve'), cwd=home[0],
+                 PYTHONPATH='') as (url, server):
+        answer = httpx.post(f'{url}/sdapi/v1/txt2img', timeout=120, json={
+            'prompt': 'rocket', 'seed': 3, 'steps': 3, 'cfg_scale': 4.0})
+        assert answer.status_code == 200, answer.text
+        server.terminate()
+        assert server.wait(60) == 0
     code, _, stderr = run(home[1] / 'jaxsd', 'generate', '--prompt=rocket', '--seed=3', '--steps=3',
                           '--guidance=4', '--out=as_served', cwd=home[0])
     assert code == 0, stderr
     picture, = (home[0] / 'as_served').glob('*.png')
-    np.testing.assert_array_equal(Image.open(picture), served)
+    np.testing.assert_array_equal(Image.open(picture), opened(answer.json()['images'][0]))
 
 
 def test_commands(home):

@@ -32,7 +32,8 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from servers import DEFAULTS, opened, pixels, process  # noqa: E402
+from mains import opened, serving  # noqa: E402
+from servers import DEFAULTS, pixels  # noqa: E402
 
 import jaxsd  # noqa: E402
 from jaxsd.run import Engine  # noqa: E402
@@ -135,13 +136,13 @@ def main():
     parser.add_argument('--requests', type=int, default=500, help='of --sizes, in all')
     flags = parser.parse_args()
     if flags.lone:
-        with process() as (url, _):
+        with serving() as (url, _):
             return lone(url, flags.lone)
     if flags.sizes:
-        with process('--max_pixels=65536') as (url, server):
+        with serving('--max_pixels=65536') as (url, server):
             return grow(url, server.pid, flags.sizes, flags.requests)
     slots = [f'--slots={flags.slots}'] if flags.slots else []
-    with process('--queue=512', *slots) as (url, _):
+    with serving('--queue=512', *slots) as (url, _):
         found = load(url, flags.clients, flags.seconds, flags.steps, seed=0)
         found += load(url, 1, flags.alone, flags.steps, seed=10**6)
     random.Random(0).shuffle(found)

@@ -2,18 +2,13 @@
 
 import contextlib
 import hashlib
-import io
 import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 
 import httpx
 import numpy as np
-from mains import ROOT
-from PIL import Image
+from mains import ROOT, free_port
 
 import jaxsd
 from jaxsd.batch.identity import Identity
@@ -114,51 +109,6 @@ def listening(found):
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
-
-
-@contextlib.contextmanager
-def process(*flags, env=None):
-    """`launch.serve` with the shipped model, once it is healthy -> its address, and the process."""
-    port = free_port()
-    command = [sys.executable, '-m', 'launch.serve', f'--port={port}', *flags]
-    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT),
-                                                  'JAX_PLATFORMS': 'cpu', **(env or {})}) as run:
-        try:
-            url = f'http://127.0.0.1:{port}'
-            wait_for(lambda: healthy(url, run), 180)
-            yield url, run
-        finally:
-            run.kill()
-
-
-def healthy(url, run):
-    """Whether /healthz says so; before, the model is loaded and no picture there: 503."""
-    assert run.poll() is None, 'the server has ended'
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f'{url}/healthz').status_code == 200
-
-
-def wait_for(condition, seconds=10):
-    """Until the condition holds."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, 'it did not come to that'
-        time.sleep(0.02)
-
-
-def free_port():
-    """A port that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(('127.0.0.1', 0))
-        return found.getsockname()[1]
-
-
-def opened(text):
-    """A picture of an answer, base64 -> PIL.Image with its texts."""
-    import base64
-    image = Image.open(io.BytesIO(base64.b64decode(text)))
-    image.load()
-    return image
 
 
 def pixels(image):

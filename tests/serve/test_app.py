@@ -11,6 +11,7 @@ import time
 import httpx
 import numpy as np
 import pytest
+from mains import opened, wait_for
 from servers import (
     DEFAULTS,
     colour,
@@ -18,10 +19,8 @@ from servers import (
     ending,
     gated,
     listening,
-    opened,
     service,
     slow,
-    wait_for,
 )
 from test_a1111 import png
 

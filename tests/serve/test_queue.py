@@ -5,7 +5,8 @@ import threading
 
 import numpy as np
 import pytest
-from servers import colour, gated, wait_for
+from mains import wait_for
+from servers import colour, gated
 
 import jaxsd
 from jaxsd.serve.metrics import Metrics

@@ -8,8 +8,8 @@ import signal
 import httpx
 import numpy as np
 import pytest
-from mains import run_main
-from servers import DEFAULTS, ROOT, counted, opened, pixels, process, wait_for
+from mains import ROOT, opened, run_main, serving, wait_for
+from servers import DEFAULTS, counted, pixels
 from test_a1111 import png
 
 import jaxsd
@@ -24,7 +24,7 @@ PROMPTS = ('red apple', 'rocket', 'green apple', 'a (red:1.2) heart', 'rooster')
 
 @pytest.fixture(scope='module')
 def server():
-    with process('--max_batch=8', '--timeout=120') as (url, run):
+    with serving('--max_batch=8', '--timeout=120') as (url, run):
         yield url, run
 
 
