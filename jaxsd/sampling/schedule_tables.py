@@ -38,6 +38,8 @@ GITS = {len(stops) + 1: (0, *stops, 100) for stops in (
 )}
 
 FORMAT, VERSION = 'jaxsd-schedule', 1
+# What files of before these fields of ScheduleConfig are for.
+NOT_EDM = {'edm': False, 'sigma_min': 0.002, 'sigma_max': 80.0, 'sigma_data': 0.5}
 
 
 def nearest(lists, steps):
@@ -119,8 +121,8 @@ def read_schedule(path, config):
             or (file.get('format'), file.get('version')) != (FORMAT, VERSION)):
         raise ValueError(f'schedule file {path}: expected JSON with "format": "{FORMAT}" and '
                          f'"version": {VERSION}, as write_schedule makes it')
-    made_for = file['config']
-    for field, value in dataclasses.asdict(config).items():
+    made_for = NOT_EDM | file['config']
+    for field, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
         if made_for.get(field) != value:
             raise ValueError(
                 f'schedule file {path} (label {file.get("label")!r}) was made for '

@@ -6,8 +6,10 @@ import pathlib
 
 import numpy as np
 import pytest
+from mains import ROOT
 from test_schedules import log_linear
 
+import jaxsd
 from jaxsd import sampling
 from jaxsd.config import ScheduleConfig
 
@@ -56,6 +58,22 @@ def test_schedule_file_that_ends_above_zero(path):
     got = sampling.schedule(path, 4, CONFIG)
     np.testing.assert_allclose(got, [8, 4, 2, 1, 0.5])
     np.testing.assert_allclose(sampling.schedule(path, 4, CONFIG, final='zero'), [8, 4, 2, 1, 0])
+
+
+def test_schedule_file_of_trained_betas(path):
+    config = dataclasses.replace(CONFIG, num_train_timesteps=2, trained_betas=(0.1, 0.2))
+    sampling.write_schedule(path, {1: [9, 0]}, config)
+    np.testing.assert_array_equal(sampling.schedule(path, 1, config), [9, 0])
+
+
+@pytest.mark.parametrize('name', ['emoji_gits', 'emoji_learnt'])
+def test_shipped_schedule_file(name):
+    """Written before ScheduleConfig had EDM's fields: it is for a model without them."""
+    path = ROOT / 'configs' / 'schedules' / f'{name}.json'
+    config = jaxsd.read_config(ROOT / 'checkpoints' / 'emoji').schedule
+    assert len(sampling.schedule(path, 6, config)) == 7
+    with pytest.raises(ValueError, match='made for edm=False, and this model has True'):
+        sampling.schedule(path, 6, dataclasses.replace(config, edm=True))
 
 
 @pytest.mark.parametrize('field, value, match', [
