@@ -206,7 +206,7 @@ def _dry_run(maker, identity, requests, bad):
         before, call, memory = cost.of(maker, some[0].request)
         calls = sum(job.calls for job in some)
         work = (len(some) * before + calls * call) / 1e12
-        at_once = maker.width(kinds[0].slots) * len(maker.lanes)
+        at_once = maker.replicas[0].width(kinds[0].slots) * len(maker.lanes)
         print(f'{kinds[0].width}x{kinds[0].height}, program '
               f'{"+".join(kind.shapes for kind in kinds)}: {len(some)} pictures, {at_once} '
               f'at a time; {calls} model calls, {work:.4g} TFLOP; {memory / 2**30:.2f} GiB on each '

@@ -181,8 +181,8 @@ def run():
 
 
 def _past(recipe):
-    """The picture of --from, an infotext.Past, or None. What the command line leaves open of its
-    run becomes as it was."""
+    """What --from's picture says, infotext.Metadata, or None. What the command line leaves open
+    of its run becomes as it was."""
     path = FLAGS['from'].value
     if path is None:
         return None

@@ -41,7 +41,7 @@ class Maker:
 
         from jaxsd.batch import runner
         begun = [(job, runner.begin(self.engine, job)) for job in pickle.loads(row['jobs'])]
-        found = [(job, future.result()) for job, future in begun]
+        found = [(job, runner.outcome(future)) for job, future in begun]
         return [{'made': pickle.dumps((job, image if isinstance(image, Exception) else
                                        runner.encode(job, image, self.how)))}
                 for job, image in found]

@@ -74,7 +74,7 @@ def run(path):
     size = 4 * maker.capacity  # so that not all pictures are in memory
     for part in (jobs[i:i + size] for i in range(0, len(jobs), size)):
         for job, future in [(job, runner.begin(maker, job)) for job in part]:
-            image, record = future.result(), kept[job.number]
+            image, record = runner.outcome(future), kept[job.number]
             if isinstance(image, Exception):
                 wrong.append(f'{record["file"]}: {image}')
             elif folder.pixels(image) != record['pixels']:

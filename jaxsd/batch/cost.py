@@ -38,19 +38,19 @@ def _count(jaxpr):
 def of(engine, request):
     """What a resolved request's picture costs on an Engine -> operations before and after its model
     calls, of one call on average, and the bytes that a device needs. Compiles."""
-    place = engine.places[0]
+    replica = engine.replicas[0]
     outside = inside = calls = working = 0
     for stage in engine.prepare(request)[0]:
-        *others, (loop, arguments), (decode, latents) = place.programs(stage, engine).parts
+        *others, (loop, arguments), (decode, latents) = replica.programs(stage).parts
         for program, given in [*others, (decode, latents)]:
             outside += sum(count(program.function, *given))
         some = int(stage.calls[-1])
         calls += some
-        inside += some * sum(count(loop.function, *arguments)) // engine.width(stage.kind.slots)
-        for program, _ in place.programs(stage, engine).parts:
+        inside += some * sum(count(loop.function, *arguments)) // replica.width(stage.kind.slots)
+        for program, _ in replica.programs(stage).parts:
             needs = program.call.memory_analysis()
             working = max(working, needs.temp_size_in_bytes + needs.output_size_in_bytes)
-    weights = sum(leaf.addressable_shards[0].data.nbytes for net in place.nets
+    weights = sum(leaf.addressable_shards[0].data.nbytes for net in replica.nets
                   for leaf in jax.tree.leaves(net.params))
-    at_once = len(engine.lanes) // len(engine.places)
+    at_once = len(engine.lanes) // len(engine.replicas)
     return outside, inside // max(calls, 1), weights + at_once * working

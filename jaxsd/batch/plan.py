@@ -31,22 +31,23 @@ class Item(NamedTuple):
     source: str
 
 
-class Bad(NamedTuple):
+class ParseError(NamedTuple):
     """An entry that cannot be read, and what is wrong with it: where it stands, and why."""
 
     source: str
     error: str
 
 
-class _Wrong(NamedTuple):
-    """What is wrong with an entry, and in which column."""
+class _Problem(ValueError):
+    """What is wrong with an entry, and in which column, from 1."""
 
-    column: int
-    error: str
+    def __init__(self, column, error):
+        super().__init__(error)
+        self.column = column
 
 
 def read(path, defaults):
-    """Read a file of requests -> (a list of Item, a list of Bad).
+    """Read a file of requests -> (a list of Item, a list of ParseError).
 
     path: .jsonl (an object of Request's fields on each line), .csv (their names in the first line)
     or .txt (a prompt on each line), in UTF-8, or in UTF-16 with its byte order mark.
@@ -55,17 +56,15 @@ def read(path, defaults):
     Raises OSError, and ValueError for another kind of file.
     """
     path = pathlib.Path(path)
-    readers = {'.jsonl': _json, '.ndjson': _json, '.csv': _csv, '.txt': _text}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f'{path}: expected a file that ends in {", ".join(readers)}')
+    if path.suffix.lower() not in READERS:
+        raise ValueError(f'{path}: expected a file that ends in {", ".join(READERS)}')
     items, bad = [], []
-    for number, found, column in readers[path.suffix.lower()](_utf8(path)):
-        if not isinstance(found, _Wrong):
-            found = _checked(found, defaults, path.parent, column)
-        if isinstance(found, _Wrong):
-            bad.append(Bad(f'{path.name}:{number}:{found.column}', found.error))
-        else:
-            items.append(Item(found, f'{path.name}:{number}'))
+    for number, parse in READERS[path.suffix.lower()](_decoded(path)):
+        source = f'{path.name}:{number}'
+        try:
+            items.append(Item(_checked(*parse(), defaults, path.parent), source))
+        except _Problem as problem:
+            bad.append(ParseError(f'{source}:{problem.column}', str(problem)))
     return items, bad
 
 
@@ -150,8 +149,8 @@ def seeds(text):
     return [*itertools.chain(*found)]
 
 
-def _checked(fields, defaults, folder, column):
-    """An entry's fields with the defaults, as a Request takes them, or _Wrong.
+def _checked(fields, column, defaults, folder):
+    """An entry's fields with the defaults, as a Request takes them. Raises _Problem.
 
     column(name): where a field stands, from 0.
     """
@@ -168,7 +167,7 @@ def _checked(fields, defaults, folder, column):
         return found
     except (ValueError, TypeError) as error:
         named = [word for word in re.findall(r'\w+', str(error)) if word in fields]
-        return _Wrong(column(named[0]) + 1 if named else 1, str(error))
+        raise _Problem(column(named[0]) + 1 if named else 1, str(error)) from None
 
 
 def _control(given, folder):
@@ -180,83 +179,76 @@ def _control(given, folder):
     return Control(**{**given, 'image': os.path.join(folder, given['image'])})
 
 
-def _utf8(path):
-    """A file's bytes in UTF-8, without a byte order mark."""
+def _decoded(path):
+    """A file's text, without a byte order mark; bytes that are no UTF-8 are surrogates."""
     data = path.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # Excel's 'Unicode text'
         try:
-            data = data.decode('utf-16').encode()
+            text = data.decode('utf-16')
         except UnicodeDecodeError as error:
             raise ValueError(f'{path}: its byte order mark says UTF-16, and bytes {error.start} to '
                              f'{error.end} are none; save it as UTF-8') from None
-    data = data.removeprefix(codecs.BOM_UTF8)
-    if b'\0' in data[:4]:
+    else:
+        text = data.removeprefix(codecs.BOM_UTF8).decode(errors='surrogateescape')
+    if '\0' in text[:4]:
         raise ValueError(f'{path} begins with zero bytes: expected UTF-8, or UTF-16 with its byte '
                          'order mark; save it as UTF-8')
-    return data
+    return text
 
 
-# Readers: bytes -> for each entry the number of its line, its fields or _Wrong, and in which
-# column a field stands, from 0.
+def _check_decoded(text, column=None):
+    """Raise _Problem for a byte that is no UTF-8, in its own column or in the one that is given."""
+    if stray := re.search('[\udc80-\udcff]', text):
+        raise _Problem(column or stray.start() + 1,
+                       f'byte {ord(stray[0]) - 0xdc00:#04x} is no UTF-8')
 
 
-def _lines(data):
-    """The lines that are not empty; _Wrong for those that are no text."""
-    for number, line in enumerate(data.split(b'\n'), 1):
-        try:
-            text = line.decode().strip('\r')
-        except UnicodeDecodeError as error:
-            text = _Wrong(error.start + 1, f'byte {line[error.start]:#04x} is no UTF-8')
-        if isinstance(text, _Wrong) or text.strip():
-            yield number, text
+def _check_once(names, columns):
+    """Raise _Problem, in its column, for a name that stands there before."""
+    first = {}
+    for i, name in enumerate(names):
+        if name and first.setdefault(name, i) != i:
+            raise _Problem(columns(name, i) + 1, f'{name!r} stands there twice')
 
 
-def _text(data):
-    for number, line in _lines(data):
-        prompt = line if isinstance(line, _Wrong) else {'prompt': line.strip()}
-        yield number, prompt, {'prompt': 0}.get
+# Readers: text -> for each entry the number of its line, and a function that parses it, or raises
+# _Problem -> its fields, and in which column a field stands, from 0.
 
 
-def _json(data):
-    for number, line in _lines(data):
-        found = line if isinstance(line, _Wrong) else _object(line)
-        yield number, found, functools.partial(_place, line)
+def _lines(parse, text):
+    for number, line in enumerate(text.split('\n'), 1):
+        if line.strip():
+            yield number, functools.partial(parse, line.strip('\r'))
 
 
-def _place(line, name):
-    return max(line.find(json.dumps(name, ensure_ascii=False)), 0)
+def _prompt(line):
+    _check_decoded(line)
+    return {'prompt': line.strip()}, {'prompt': 0}.get
 
 
 def _object(line):
-    """A line of JSON -> dict, or _Wrong: names that come twice and NaN, which json lets pass, too.
-    """
-    wrong = []
+    """A line of JSON; refuses names that come twice and NaN, which json lets pass, too."""
+    def place(name, _=None):
+        return max(line.find(json.dumps(name, ensure_ascii=False)), 0)
 
     def once(pairs):
-        names = [name for name, _ in pairs]
-        if twice := _twice(names):
-            name = names[twice[0]]
-            wrong.append(_Wrong(_place(line, name) + 1, f'{name!r} stands there twice'))
+        _check_once([name for name, _ in pairs], place)
         return dict(pairs)
 
     def refuse(word):
-        wrong.append(_Wrong(line.find(word) + 1, f'{word}: expected a finite number'))
+        raise _Problem(line.find(word) + 1, f'{word}: expected a finite number')
 
+    _check_decoded(line)
     try:
         found = json.loads(line, object_pairs_hook=once, parse_constant=refuse)
     except json.JSONDecodeError as error:
-        return _Wrong(error.colno, error.msg)
+        raise _Problem(error.colno, error.msg) from None
     except (RecursionError, ValueError) as error:  # nested too deeply, numbers of too many digits
-        return _Wrong(1, str(error))
+        raise error if isinstance(error, _Problem) else _Problem(1, str(error)) from None
     if not isinstance(found, dict):
-        return _Wrong(1, f'expected an object such as {{"prompt": "red apple"}}, found {line[:40]}')
-    return wrong[0] if wrong else found
-
-
-def _twice(names):
-    """The places of names that stand there before."""
-    first = {}
-    return [i for i, name in enumerate(names) if name and first.setdefault(name, i) != i]
+        raise _Problem(1, f'expected an object such as {{"prompt": "red apple"}}, found '
+                       f'{line[:40]}')
+    return found, place
 
 
 def _rows(text, delimiter):
@@ -272,38 +264,50 @@ def _names(text, delimiter):
         return []
 
 
-def _csv(data):
-    text = data.decode(errors='surrogateescape')
+def _csv(text):
     known = [len(set(_names(text, d)) & set(Request.__dataclass_fields__)) for d in DELIMITERS]
     rows, names = _rows(text, DELIMITERS[known.index(max(known))]), None
     while True:
         try:
             row = next(rows, None)
         except csv.Error as error:
-            yield rows.line_num, _Wrong(1, str(error)), None
+            yield rows.line_num, functools.partial(_fail, _Problem(1, str(error)))
             continue
         if row is None:
             return
-        if not any(cell.strip() for cell in row) or names is None and row[0].startswith('sep='):
+        if not any(map(str.strip, row)) or names is None and row[0].startswith('sep='):
             continue
-        wrong, head = None, names is None
-        if broken := [i for i, cell in enumerate(row) if re.search('[\udc80-\udcff]', cell)]:
-            wrong = _Wrong(broken[0] + 1, f'{row[broken[0]]!a} is no UTF-8')
-        elif head:
-            names = [name.strip() for name in row]
-            if twice := _twice(names):
-                wrong = _Wrong(twice[0] + 1, f'{names[twice[0]]!r} stands there twice')
-        elif len(row) > len(names):
-            wrong = _Wrong(len(names) + 1, f'{len(row)} cells, expected at most {len(names)}')
-        if wrong:
-            yield rows.line_num, wrong, None
-            if head:
-                return  # nobody knows what stands below
-        elif not head:
-            cells = {name: [cell] if name in TEXTS else _values(cell)
-                     for name, cell in zip(names, row) if cell.strip()}
-            several = [i for i, name in enumerate(names) if len(cells.get(name, [0])) > 1]
-            yield rows.line_num, _Wrong(several[0] + 1, (
-                f'{names[several[0]]}: {row[several[0]]!r}: expected one value: a number as 7.5, '
-                'a list as (7, 5)')) if several else {
-                    name: values[0] for name, values in cells.items()}, names.index
+        if names is not None:
+            yield rows.line_num, functools.partial(_cells, names, row)
+            continue
+        names = [name.strip() for name in row]
+        try:
+            for column, name in enumerate(names, 1):
+                _check_decoded(name, column)
+            _check_once(names, lambda name, column: column)
+        except _Problem as problem:
+            yield rows.line_num, functools.partial(_fail, problem)
+            return  # nobody knows what stands below
+
+
+def _fail(problem):
+    raise problem
+
+
+def _cells(names, row):
+    if len(row) > len(names):
+        raise _Problem(len(names) + 1, f'{len(row)} cells, expected at most {len(names)}')
+    found = {}
+    for column, (name, cell) in enumerate(zip(names, row), 1):
+        _check_decoded(cell, column)
+        if cell.strip():
+            values = [cell] if name in TEXTS else _values(cell)
+            if len(values) > 1:
+                raise _Problem(column, f'{name}: {cell!r}: expected one value: a number as 7.5, a '
+                               'list as (7, 5)')
+            found[name] = values[0]
+    return found, names.index
+
+
+READERS = {**dict.fromkeys(('.jsonl', '.ndjson'), functools.partial(_lines, _object)),
+           '.csv': _csv, '.txt': functools.partial(_lines, _prompt)}

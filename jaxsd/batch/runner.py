@@ -1,7 +1,6 @@
 """From requests to a folder of pictures: jobs in order, an Engine and writers at work."""
 
 import concurrent.futures
-import contextlib
 import datetime
 import os
 import pathlib
@@ -74,29 +73,24 @@ def described(request):
 
 
 def begin(engine, job):
-    """Submit a job -> a future of its picture, or of the ValueError, OSError or MemoryError that it
-    came to as its result. Raises, as the future does, whatever else goes wrong."""
-    future = concurrent.futures.Future()
+    """Submit a job -> a future of its picture, for `outcome`."""
     try:
         if job.error is not None:
             raise job.error
-        task = engine.submit(job.request)
+        return engine.submit(job.request).future
     except Exception as error:
-        future.set_result(_own(error))
+        future = concurrent.futures.Future()
+        future.set_exception(error)
         return future
 
-    def done(image):
-        try:
-            future.set_result(image.result())
-        except concurrent.futures.CancelledError:
-            future.cancel()
-        except BaseException as error:
-            with contextlib.suppress(BaseException):
-                return future.set_result(_own(error))
-            future.set_exception(error)
 
-    task.future.add_done_callback(done)
-    return future
+def outcome(future):
+    """Wait for a job's picture -> uint8 [H,W,3], or the ValueError, OSError or MemoryError that it
+    came to. Raises whatever else goes wrong, which stops the run."""
+    try:
+        return future.result()
+    except Exception as error:
+        return _own(error)
 
 
 def encode(job, image, how):
@@ -168,7 +162,7 @@ class Runner:
         def write(image):
             try:
                 if not image.cancelled():
-                    self._write(job, image.result())
+                    self._write(job, outcome(image))
                 written.set_result(None)
             except BaseException as error:
                 written.set_exception(error)

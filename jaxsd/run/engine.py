@@ -11,61 +11,25 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
 import threading
 import time
-import weakref
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType
 
-from jaxsd.config import TEXT_ENCODERS
-from jaxsd.models.layers import prepared
-from jaxsd.run import image_conditioning, pipeline, sharded
-from jaxsd.run.inputs import Inputs, inputs, networks, program
-from jaxsd.run.programs import PROGRAMS
+from jaxsd.run import image_conditioning, sharded
+from jaxsd.run.inputs import inputs, program
+from jaxsd.run.replica import Kind, Replica, Stage, look, tables
 from jaxsd.run.request import resolve
-from jaxsd.run.steps import beside, chunk
+from jaxsd.run.steps import chunk
 from jaxsd.run.text_conditioning import parse_prompts
-from jaxsd.sampling import adaptive
-from jaxsd.weights import adapters
 
 ROWS = 4  # of a sampler's table that a program runs before it returns
 MOST_SLOTS = 8
 CPU_SLOTS, CPU_CELLS = 4, 64  # of more, or larger latents, a CPU makes no more in a second
 AT_ONCE = {'cpu': 2}  # programs that a device runs at a time: one leaves cores idle
 GROUPS = 2  # kinds of pictures that a lane works on in turns
-TEXTS, KINDS = 8, 16  # encoded texts, and programs of kinds, that a device keeps
-WORDS = ('tokens', 'ids', 'zero', 'skip', 'embeddings')  # fields of Inputs for encode_text alone
-
-
-class Kind(NamedTuple):
-    """What chooses the programs of a stage: pictures of one kind share slots."""
-
-    net: int  # 0: the model, 1: the refiner
-    height: int
-    width: int
-    shapes: str  # see inputs.program
-    adapters: tuple  # their names
-    slots: int  # of a device
-
-
-class Stage(NamedTuple):
-    """A picture's way through one model; inputs: of this picture alone."""
-
-    kind: Kind
-    inputs: Inputs
-
-    @property
-    def calls(self):
-        """Model calls up to the end of each row, [rows]; of adaptive steps, at most so many."""
-        if self.inputs.adaptive is not None:
-            return np.arange(1, 1 + int(self.inputs.adaptive.max_calls[0]))
-        return np.cumsum(self.inputs.steps.row.sigma[:, 0] > 0)
 
 
 class Task:
@@ -137,23 +101,18 @@ class Engine:
             at_once = 1  # two programs would wait for each other's collectives
             places = [jax.make_mesh((len(self.devices),), (sharded.AXIS,), devices=self.devices,
                                     axis_types=(AxisType.Auto,))]
-        self.places = [_Place(place, [placed(net, place) for net in self.nets])
-                       for place in places]
+        self.replicas = [Replica(self.nets, place, rows, self.tile) for place in places]
         self._changed = threading.Condition()  # guards all below, and what lanes are given
         self._waiting = []  # Tasks, in the order in which they are begun
         self._compiling, self._closed = set(), False  # Kinds
         self._compilers = concurrent.futures.ThreadPoolExecutor(2)
-        self.lanes = [self.lane(self, place) for _ in range(at_once) for place in self.places]
+        self.lanes = [self.lane(self, replica) for _ in range(at_once) for replica in self.replicas]
 
     @property
     def capacity(self):
         """Pictures that are denoised at a time, at most."""
         each = self.slots or slots_for(self.devices[0].platform, 1)
-        return self.width(each) * len(self.lanes)
-
-    def width(self, slots):
-        """So many slots of each device -> those of a program."""
-        return slots * len(self.devices) // len(self.places)
+        return self.replicas[0].width(each) * len(self.lanes)
 
     def __enter__(self):
         return self
@@ -273,8 +232,8 @@ class Engine:
 
     def compile(self, stage):
         """Compile what a stage needs, on all devices."""
-        for place in self.places:
-            place.programs(stage, self)
+        for replica in self.replicas:
+            replica.programs(stage)
 
     def _admit(self):
         """Give waiting pictures to slots, in turn. The lock is held."""
@@ -284,7 +243,7 @@ class Engine:
                 continue
             self._choose_slots(task)
             kind = task.stage.kind
-            if not all(place.ready(kind) for place in self.places):
+            if not all(replica.ready(kind) for replica in self.replicas):
                 if kind not in self._compiling:
                     self._compiling.add(kind)
                     self._compilers.submit(self._have_ready, task.stage)
@@ -326,9 +285,9 @@ class Engine:
             self._admit()
 
     def _wait(self, lane):
-        """Until a lane has something to do -> its groups; None at the end."""
+        """Until a lane has something to do -> the slots of its kinds; None at the end."""
         with self._changed:
-            for kind in [kind for kind, group in lane.groups.items() if not group.tasks()]:
+            for kind in [kind for kind, slots in lane.groups.items() if not any(slots)]:
                 del lane.groups[kind]
             self._admit()
             self._changed.wait_for(lambda: self._closed or lane.groups)
@@ -339,171 +298,90 @@ class Engine:
         return any(task.stage.kind == kind for task in self._waiting)
 
 
-class _Place:
-    """A device, or a mesh, with the models on it, and what it keeps: programs, encoded texts."""
-
-    def __init__(self, device, nets):
-        self.mesh = device if isinstance(device, Mesh) else None
-        self.here, self.nets = _here(device), nets
-        self._lock, self._programs, self._texts = threading.Lock(), {}, {}
-
-    def ready(self, kind):
-        """Whether a kind's programs are here."""
-        return kind in self._programs
-
-    def programs(self, stage, engine):
-        """-> _Programs of a stage."""
-        return self._kept(self._programs, stage.kind, KINDS,
-                          lambda: _Programs(self, stage, engine))
-
-    def text(self, stage, encode):
-        """The Conditioning of a stage's words, by encode() unless it is known."""
-        data = stage.inputs
-        leaves, tree = jax.tree.flatten([*(getattr(data, name) for name in WORDS), data.adapters])
-        key = hashlib.sha256(f'{stage.kind.net} {stage.kind.adapters} {tree}'.encode())
-        for leaf in leaves:
-            key.update(f'{leaf.dtype} {leaf.shape}'.encode() + np.ascontiguousarray(leaf).data)
-        return self._kept(self._texts, key.digest(), TEXTS, encode)
-
-    def _kept(self, kept, key, most, make):
-        """What a dict has for a key, else make(); those used least recently go first."""
-        with self._lock:
-            found = kept.pop(key, None)
-        found = make() if found is None else found
-        with self._lock:
-            kept[key] = found
-            while len(kept) > most:
-                del kept[next(iter(kept))]
-        return found
-
-
-class _Programs:
-    """The compiled programs of a kind at a place, each with the weights that it takes."""
-
-    def __init__(self, place, stage, engine):
-        kind, data = stage.kind, stage.inputs
-        params, config = networks(place.nets[kind.net], data)
-        if kind.adapters:
-            params['adapters'] = jax.device_put(
-                adapters.factors(place.nets[kind.net], kind.adapters), place.here)
-        self.parts = []  # (Program, its arguments), in order
-
-        def compiled(function, names, *arguments, **static):
-            """-> the program, a function of the arguments, and their results' shapes."""
-            arguments = [{name: params[name] for name in names if name in params}, *jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=place.here),
-                arguments)]
-            if place.mesh:
-                static |= {'function': function, 'mesh': place.mesh}
-                function = sharded.run
-            program = PROGRAMS.get(function, *arguments, **static)
-            self.parts.append((program, arguments))
-            return functools.partial(program.call, arguments[0]), program.result
-
-        shape = {'config': config, 'height': kind.height, 'width': kind.width}
-        words, rest = _parts(data)
-        self.text, text = compiled(_encode_text, (*TEXT_ENCODERS, 'unet', 'adapters'), words,
-                                   config=config)
-        self.encode, (encoded, state) = compiled(_encode, ('vae', 'controlnet'), rest, **shape)
-        one, width = (encoded._replace(text=text), state), engine.width(kind.slots)
-        steps = data.steps if data.adaptive else chunk(data.steps, 0, 0, engine.rows)
-        self.advance, _ = compiled(
-            _advance, ('unet', 'controlnet', 'adapters'), [one] * width,
-            *_tables([(steps, data.adaptive)] * width), np.int32(0), config=config,
-            axis=sharded.AXIS if place.mesh else None)
-        self.decode, _ = compiled(_decode, ('vae',), state.x, config=config, tile=engine.tile)
-
-
 class Lane(threading.Thread):
-    """Denoises groups of pictures at a place, each a few rows at a time, in turns."""
+    """Feeds a replica: pictures of at most GROUPS kinds, in turns, a few rows at a time. groups:
+    {Kind: its slots, each None or a picture}."""
 
-    def __init__(self, engine, place):
+    def __init__(self, engine, replica):
         super().__init__(daemon=True)
-        self.engine, self.place, self.groups = engine, place, {}
+        self.engine, self.replica, self.groups = engine, replica, {}
         self._running = collections.deque()  # what was begun: [(state, task, model calls then)]
         self._finisher = concurrent.futures.ThreadPoolExecutor(1)
         self.start()
 
     def takes(self, kind):
         """Whether there is a slot for a picture of this kind."""
-        group = self.groups.get(kind)
-        return len(self.groups) < GROUPS if group is None else None in group.slots
+        slots = self.groups.get(kind)
+        return len(self.groups) < GROUPS if slots is None else None in slots
 
     def take(self, task):
         """Give a picture a slot."""
         kind = task.stage.kind
-        group = self.groups.setdefault(kind, _Group(self.engine.width(kind.slots)))
-        group.slots[group.slots.index(None)] = _Slot(task)
+        slots = self.groups.setdefault(kind, [None] * self.replica.width(kind.slots))
+        slots[slots.index(None)] = _Slot(task)
 
     def tasks(self):
         """The pictures in its slots."""
-        return [task for group in self.groups.values() for task in group.tasks()]
+        return [slot.task for slots in self.groups.values() for slot in slots if slot]
 
     def run(self):
         """What goes wrong with a group is its pictures' error; anything else ends the engine."""
         try:
             while (groups := self.engine._wait(self)) is not None:
-                for group in groups:
+                for slots in groups:
                     try:
-                        self.advance(group)
+                        self.advance(slots)
                     except Exception as error:
-                        self._fail(group, error)
+                        failed, slots[:] = [*filter(None, slots)], [None] * len(slots)
+                        for slot in failed:
+                            slot.task.settle(error)
         except BaseException:
             self.engine.close()
             raise
         finally:
             self._finisher.shutdown(wait=False)
 
-    def _fail(self, group, error):
-        failed = [slot for slot in group.slots if slot is not None]
-        group.slots[:] = [None] * len(group.slots)
-        for slot in failed:
-            slot.task.settle(error)
-
-    def advance(self, group):
-        """Run some rows of a group's pictures; those that are through leave their slots."""
-        engine = self.engine
-        for i, slot in enumerate(group.slots):
-            if slot is not None and slot.task.future.cancelled():
-                group.slots[i] = None
-        live = [(i, slot) for i, slot in enumerate(group.slots) if slot is not None]
+    def advance(self, slots):
+        """Run some rows of the pictures of one kind; those that are through leave their slots."""
+        for i, slot in enumerate(slots):
+            if slot and slot.task.future.cancelled():
+                slots[i] = None
+        taken = list(slots)  # more may be taken meanwhile
+        live = [slot for slot in taken if slot]
         if not live:
             return
-        programs = self.place.programs(live[0][1].task.stage, engine)
-        for _, slot in live:
+        first, length = live[0], self.engine.rows
+        programs = self.replica.programs(first.task.stage)
+        for slot in live:
             if slot.state is None:
-                self._begin(slot, programs)
-        left = [len(slot.calls) - slot.row for _, slot in live]
-        every = [slot.task.every for _, slot in live if slot.task.every]
-        more = engine._more(live[0][1].task.stage.kind)
-        count = min(engine.rows, (min if more else max)(left), *every)
-        some, first = dict(live), live[0][1]
-        tables = [some[i].table(count, engine.rows) if i in some else first.table(0, engine.rows)
-                  for i in range(len(group.slots))]
-        slots = [(slot.encoded, slot.state) for slot in (
-            some.get(i, first) for i in range(len(group.slots)))]
-        states, going = programs.advance(slots, *_tables(tables), np.int32(count))
-        going = np.asarray(going) if first.adaptive is not None else None
+                self._begin(slot)
+        left = [len(slot.calls) - slot.row for slot in live]
+        every = [slot.task.every for slot in live if slot.task.every]
+        more = self.engine._more(first.task.stage.kind)
+        count = min(length, (min if more else max)(left), *every)
+        # An empty slot runs idle rows of another's picture.
+        rows = [slot.table(count, length) if slot else first.table(0, length) for slot in taken]
+        states, going = programs.advance(
+            [(slot.encoded, slot.state) for slot in (slot or first for slot in taken)],
+            *tables(rows), np.int32(count))
+        going = None if first.adaptive is None else np.asarray(going)
         begun = []
-        for i, slot in live:
+        for i, slot in enumerate(taken):
+            if slot is None:
+                continue
             slot.state, slot.row = states[i], min(slot.row + count, len(slot.calls))
             begun.append((slot.state, slot.task, slot.before + int(slot.calls[slot.row - 1])))
-            if not going[i] if going is not None else slot.row == len(slot.calls):
-                group.slots[i] = None
+            if slot.row == len(slot.calls) if going is None else not going[i]:
+                slots[i] = None
                 self._end(slot, programs)
         self._running.append(begun)
         while len(self._running) > (not every):  # the next rows begin before these are done
             self._report(self._running.popleft())
 
-    def _begin(self, slot, programs):
+    def _begin(self, slot):
         task = slot.task
         task.begun = task.begun or time.monotonic()
-        words, rest = _parts(task.stage.inputs)
-        if task.latents is not None:
-            rest = rest._replace(noise=jax.device_put(task.latents, self.place.here))
-        text = self.place.text(task.stage, lambda: programs.text(words))
-        encoded, slot.state = programs.encode(rest)
-        slot.encoded = encoded._replace(text=text)
+        slot.encoded, slot.state = self.replica.start(task.stage, task.latents)
 
     def _report(self, begun):
         """Wait for some rows and tell those who watch."""
@@ -517,7 +395,7 @@ class Lane(threading.Thread):
         if task.watch is None:
             return
         try:
-            task.watch(task, functools.partial(_look, latents))
+            task.watch(task, functools.partial(look, latents))
         except Exception as error:
             task.settle(error)
 
@@ -543,16 +421,6 @@ class Lane(threading.Thread):
 Engine.lane = Lane
 
 
-class _Group:
-    """The slots of pictures of one kind."""
-
-    def __init__(self, slots):
-        self.slots = [None] * slots
-
-    def tasks(self):
-        return [slot.task for slot in self.slots if slot is not None]
-
-
 class _Slot:
     """A picture that is being denoised: row is the next of its table."""
 
@@ -571,102 +439,9 @@ class _Slot:
         return self.steps, self.adaptive if count else idle
 
 
-def _parts(data):
-    """Inputs of a picture -> what `encode_text` reads, and the rest, without its table."""
-    words = {name: getattr(data, name) for name in (*WORDS, 'adapters')}
-    nothing = Inputs(*[None] * len(Inputs._fields))
-    first = jax.tree.map(lambda a: a[:1], data.steps._replace(noise=None))
-    return nothing._replace(**words), data._replace(steps=first, **dict.fromkeys(WORDS))
-
-
-def _tables(tables):
-    """[(Steps, Adaptive or None)] of one picture each -> those of all."""
-    steps, options = zip(*tables)
-    return beside(steps), None if options[0] is None else jax.tree.map(
-        lambda *fields: np.concatenate(fields), *options)
-
-
-# The programs. Beside pipeline's functions they only take slots together and apart.
-
-
-def _encode_text(params, data, *, config):
-    return pipeline.encode_text(params, config, data)
-
-
-def _encode(params, data, *, config, height, width):
-    encoded, x = pipeline.encode(params, config, data, None, height, width)
-    return encoded, pipeline.start(x, data.steps, data.adaptive)
-
-
-def _advance(params, slots, steps, options, count, *, config, axis=None):
-    """Run `count` rows -> the slots' states, and bool [S]: who has adaptive steps to go. axis: of a
-    mesh over whose devices the slots are dealt out."""
-    encoded, state = jax.tree.map(lambda *parts: jnp.concatenate(parts), *slots)
-    if axis is not None:
-        # All devices gather weights together: none may leave out a row that another computes.
-        sigma = steps.row.sigma
-        idle = (sigma > 0).any(1, keepdims=True) & (sigma == 0)
-        steps = steps._replace(row=steps.row._replace(sigma=jnp.where(idle, 1, sigma)))
-        each = len(slots) // lax.axis_size(axis)
-        first = lax.axis_index(axis) * each
-        encoded, state = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, each),
-                                      (encoded, state))
-        steps = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, each, 1), steps)
-    state, _ = pipeline.advance(params, config, state, encoded, steps, options, count)
-    if axis is not None:
-        state = jax.tree.map(lambda a: lax.all_gather(a, axis, tiled=True), state)
-    going = jnp.zeros(len(slots), bool) if options is None else adaptive.active(state, options)
-    return [jax.tree.map(lambda a, i=i: a[i:i + 1], state) for i in range(len(slots))], going
-
-
-def _decode(params, latents, *, config, tile=None):
-    return pipeline.decode(params, config, latents, tile)
-
-
-class _Only(NamedTuple):
-    vae: object
-
-
-def _look(latents, vae):
-    latents = jax.device_put(latents, next(iter(latents.devices())))
-    params = {'vae': jax.device_put(vae.params, latents.sharding)}
-    decode = PROGRAMS.get(_decode, params, latents, config=_Only(vae.config))
-    return np.asarray(decode.call(params, latents)[0])[0]
-
-
-_placed = weakref.WeakKeyDictionary()  # {Model: {device: the Model there}}, for all Engines
-
-
-def placed(model, device):
-    """A model on a device, with what is computed from its weights once."""
-    found = _placed.setdefault(model, {})
-    if device not in found:
-        nets = jax.device_put({name: net.params for name, net in model.controlnets.items()},
-                              _here(device))
-        if isinstance(device, Mesh):
-            params = sharded.place(model.params, device)
-        else:
-            params = jax.device_put(model.params, device)
-            params = params | {'unet': _once(params['unet'])}
-            nets = {name: _once(net) for name, net in nets.items()}
-        found[device] = model.replace(params=params, controlnets={
-            name: type(net)(net.config, nets[name]) for name, net in model.controlnets.items()})
-    return found[device]
-
-
-def _once(params):
-    return jax.jit(prepared)(params) if jax.default_backend() == 'cpu' else params
-
-
-def _here(device):
-    """Where what a whole place has lies; device: or a Mesh."""
-    return NamedSharding(device, PartitionSpec()) if isinstance(device, Mesh) else (
-        SingleDeviceSharding(device))
-
-
 def slots_for(platform, cells):
     """The slots that suit a kind of device and latents of so many cells. On a CPU one picture is
-    enough, unless it is so small that the time goes into parsed the weights."""
+    enough, unless it is so small that the time goes into reading the weights."""
     if platform != 'cpu':
         return MOST_SLOTS
     return CPU_SLOTS if cells <= CPU_CELLS else 1

@@ -17,7 +17,7 @@ PATHS = ('image', 'mask', 'depth', 'schedule', 'wildcards', 'controls')
 NAMES = ('checkpoint', 'base', 'vae', 'refiner', 'control', 'lora', 'embeddings')
 
 
-class Past(NamedTuple):
+class Metadata(NamedTuple):
     """fields: arguments of a Request. run: what else `picture.record` was given (checkpoint,
     dtype, vae ...), empty for pictures of other programs. notes: a line for each thing that cannot
     be honoured. files: {path: digest} of the files that the picture was made from."""
@@ -50,7 +50,7 @@ class Past(NamedTuple):
 
 
 def read(path):
-    """A picture's file -> Past. Opens no file but this one.
+    """A picture's file -> Metadata. Opens no file but this one.
 
     A PNG of ours tells everything; of PNG, JPEG and WebP files of other programs the text is read
     that stable-diffusion-webui (A1111) writes. Raises ValueError where there is neither, and for a
@@ -168,7 +168,7 @@ def _recorded(path, text):
                 raise ValueError(f'{name}={found[name]!r}: expected a path')
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f'{path}: its record is damaged: {brief(error)}') from None
-    return Past(found, run, notes, files)
+    return Metadata(found, run, notes, files)
 
 
 def brief(value):
@@ -219,7 +219,7 @@ BY_TIMESTEPS = ('ddim', 'plms', 'unipc')  # whose schedule is always the same
 BROWNIAN = ('dpmpp_sde', 'dpmpp_2m_sde', 'dpmpp_3m_sde')
 HABITS = {  # what A1111 calls samplers with, where that is not their own default here
     'unipc': {'order': 3, 'variant': 'bh1'}, 'dpm_fast': {'eta': 1.0}, 'dpm_adaptive': {'eta': 1.0}}
-PROGRAMS = {'jaxsd': 'threefry', 'ComfyUI': 'torch', 'A1111': 'philox'}  # and their noise
+SOFTWARE = {'jaxsd': 'threefry', 'ComfyUI': 'torch', 'A1111': 'philox'}  # and their noise
 NOISES = {'CPU': 'torch', 'NV': 'philox', 'GPU': 'philox'}  # Philox is what CUDA draws
 EMPHASIS = {'Original': 'a1111'} | {theirs: ours for ours, theirs in picture.WEIGHTINGS.items()}
 FIELDS = {  # of A1111's keys that are fields of a Request: what they become
@@ -318,7 +318,7 @@ def _unquote(value):
 
 
 def foreign(text):
-    """A1111's text -> Past, with a note for each pair that has no counterpart here. Raises
+    """A1111's text -> Metadata, with a note for each pair that has no counterpart here. Raises
     ValueError where settings stand in the prompt."""
     prompt, negative, pairs = parse(text)
     pairs = {KEYS.get(key.lower(), key): value for key, value in pairs.items()}
@@ -328,14 +328,14 @@ def foreign(text):
                          'prompt: expected it at the end, as "Steps: 20, Sampler: ..., Seed: 7"')
     notes = [] if pairs else ['the text holds a prompt, but no settings']
     version = pairs.get('Version', '')
-    program = next((name for name in PROGRAMS if version.startswith(name)), 'A1111')
+    program = next((name for name in SOFTWARE if version.startswith(name)), 'A1111')
     run = {name.lower(): pairs.pop(name) for name in ('Model', 'VAE', 'Refiner') if name in pairs}
     hires = [key for key in pairs if key.startswith('Hires')]
     if hires:
         notes.append('Hires fix is left out: the picture comes in the size of its first pass')
         pairs = {key: pairs[key] for key in pairs if key not in (*hires, 'Denoising strength')}
     fields = {'prompt': prompt, 'negative_prompt': negative,
-              'noise': PROGRAMS[program]}
+              'noise': SOFTWARE[program]}
     if program == 'ComfyUI':
         fields['weighting'] = 'comfy'
     for key in [key for key in FIELDS if key in pairs]:
@@ -349,7 +349,7 @@ def foreign(text):
               for name in ('vae', 'refiner') if run.get(name, 'None') not in ('None', 'Automatic')]
     notes += [f'{key}: {value} is not honoured' for key, value in pairs.items()
               if key not in HARMLESS]
-    return Past(fields, {'model': run['model']} if 'model' in run else {}, notes)
+    return Metadata(fields, {'model': run['model']} if 'model' in run else {}, notes)
 
 
 def _value(convert, key, text, notes):

@@ -22,7 +22,7 @@ class Stopped(Exception):
     """The server stops, or cannot go on."""
 
 
-class Made(NamedTuple):
+class Result(NamedTuple):
     """image: uint8 [H,W,3]; id: 32 hex digits, see Identity; slots: of the program that made it."""
 
     image: Any
@@ -31,7 +31,7 @@ class Made(NamedTuple):
 
 
 class Job:
-    """Pictures asked for together. future: a list of Made, or for each what went wrong with it."""
+    """Pictures asked for together. future: a list of Result, or of what went wrong."""
 
     def __init__(self, ids):
         self.ids, self.future = ids, concurrent.futures.Future()
@@ -157,7 +157,7 @@ class Queue:
         else:
             own = key if task.slots == self.engine.slots_of(task.request) else (
                 self.identity.of(task.request, task.slots))
-            outcome, what = Made(future.result(), own, task.slots), 'made'
+            outcome, what = Result(future.result(), own, task.slots), 'made'
         with self._lock:
             self._tasks.pop(key)
             jobs = self._jobs.pop(key)

@@ -70,11 +70,15 @@ def test_broken_lines_name_line_and_column(tmp_path, line, column, words):
         ['prompt', 'steps', 'controls', 'image', 'guidance', 'adapters', 'seed', 'x']), x),
     max_leaves=6).map(lambda v: json.dumps(v).encode())), max_size=4))
 def test_whatever_stands_in_a_file_is_an_item_or_bad(lines):
-    found = list(plan._json(b'\n'.join(lines)))
-    for _, entry, column in found:
-        if isinstance(entry, dict):
-            entry = plan._checked(entry, {}, '.', column)
-        assert isinstance(entry, dict) or entry.error and entry.column >= 1
+    text = b'\n'.join(lines).decode(errors='surrogateescape')
+    for _, parse in plan.READERS['.jsonl'](text):
+        try:
+            fields = plan._checked(*parse(), {}, '.')
+        except plan._Problem as problem:
+            assert str(problem) and problem.column >= 1
+        else:
+            assert isinstance(fields, dict)
+
 
 
 def test_csv(tmp_path):
@@ -212,8 +216,10 @@ def test_a_megabyte_of_anything_is_read_in_linear_time(piece):
     text = (piece * 10**6)[:10**6]
     start = time.perf_counter()
     for head in ('', 'prompt,steps\n', 'prompt\n"', '{', '{"prompt": "'):
-        for reader in (plan._text, plan._json, plan._csv):
-            list(reader(f'{head}{text}'.encode()))
+        for reader in set(plan.READERS.values()):
+            for _, parse in reader(f'{head}{text}'):
+                with contextlib.suppress(ValueError):
+                    parse()
     for reader in (plan.seeds, lambda text: plan.grid([f'steps={text}'])):
         with contextlib.suppress(ValueError):
             reader(text[:plan.LONGEST - 10])

@@ -11,7 +11,7 @@ from PIL import Image
 DAY = f"""
 import numpy as np
 import jaxsd
-from jaxsd.run import engine
+from jaxsd.run import replica
 model = jaxsd.load({str(ROOT / 'checkpoints' / 'emoji')!r})
 image, mask = np.full((64, 64, 3), 200, np.uint8), np.eye(64, dtype=np.float32)
 vae = jaxsd.Network(model.config.vae, model.params['vae'])
@@ -31,7 +31,7 @@ for number, (count, fields) in enumerate(ways):
                             preview=preview if number == 11 else None)
     assert len(images) == count
 assert looks
-print(*engine.PROGRAMS.log)
+print(*replica.PROGRAMS.log)
 """
 
 

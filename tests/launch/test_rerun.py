@@ -15,8 +15,8 @@ from PIL import Image, PngImagePlugin
 from safetensors.numpy import load_file, save_file
 
 import jaxsd
-from jaxsd.run import engine as module
 from jaxsd.run import infotext, picture
+from jaxsd.run import replica as module
 from jaxsd.run.generate import slots_for_requests
 from jaxsd.run.programs import Programs
 from launch import engine, generate

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mains import run_code
 
 from jaxsd import Request
-from jaxsd.run import Engine, sharded
+from jaxsd.run import Engine, replica, sharded
 from jaxsd.run import engine as module
 from jaxsd.run.programs import Programs
 
@@ -116,7 +116,7 @@ def test_slots_that_suit_a_device():
 
 def test_one_compilation_serves_all_of_a_kind(tiny_model, monkeypatch):
     programs = Programs()
-    monkeypatch.setattr(module, 'PROGRAMS', programs)
+    monkeypatch.setattr(replica, 'PROGRAMS', programs)
     for count in (1, 5, 3):
         with Engine(tiny_model('sd1'), slots=2) as engine:
             engine.make(engine.resolve(_requests(count)))
@@ -189,7 +189,7 @@ def test_nobody_starves(tiny_model):
 
 
 def test_errors_of_the_device_are_the_pictures(engine, monkeypatch):
-    def broken(self, slot, programs):
+    def broken(self, slot):
         raise RuntimeError('RESOURCE_EXHAUSTED: no memory')
 
     with monkeypatch.context() as patch:
@@ -226,13 +226,13 @@ model = jaxsd.load(sys.argv[1])
 spread = sys.argv[2] == 'spread'
 engine = Engine(model, slots=2, spread=spread)
 assert (engine.slots, engine.capacity) == (2, 2 * len(engine.lanes) * len(engine.devices)
-                                           // len(engine.places))  # a record keeps the first
+                                           // len(engine.replicas))  # a record keeps the first
 requests = engine.resolve([jaxsd.Request(('red apple', 'cat')[i % 2], seed=i, steps=2 + i % 3,
     sampler=('euler', 'dpmpp_2m', 'heun', 'euler_ancestral')[i % 4]) for i in range(8)])
 for image in engine.make(requests):
     print('picture', image.tobytes().hex())
-params = engine.places[0].nets[0].params
-print('devices', len(engine.devices), len(engine.places))
+params = engine.replicas[0].nets[0].params
+print('devices', len(engine.devices), len(engine.replicas))
 if spread:
     print('share', sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(params))
           / sum(a.nbytes for a in jax.tree.leaves(params)))
@@ -273,7 +273,7 @@ def test_the_loop_has_no_collectives_and_no_callbacks(engine):
     """As compiled for one device, which each of several runs."""
     request, = engine.resolve(_requests(1))
     stage, = engine.prepare(request)[0]
-    (_, _, (loop, _), _) = engine.places[0].programs(stage, engine).parts
+    (_, _, (loop, _), _) = engine.replicas[0].programs(stage).parts
     text = loop.call.as_text()
     assert 'while(' in text
     assert not re.search(r'all-(reduce|gather|to-all)|collective-|reduce-scatter', text)

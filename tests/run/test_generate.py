@@ -14,7 +14,7 @@ import pytest
 
 import jaxsd
 from jaxsd import Request, sampling
-from jaxsd.run import engine
+from jaxsd.run import replica
 from jaxsd.run.inputs import inputs
 from jaxsd.run.programs import Programs
 from jaxsd.run.request import resolve
@@ -52,7 +52,7 @@ def _far(a, b):
 def test_pictures_are_data(tiny_model, monkeypatch):
     model = tiny_model('sd1')
     first = Request('red apple', seed=7, steps=4)
-    monkeypatch.setattr(engine, 'PROGRAMS', Programs())  # other tests' may be this one
+    monkeypatch.setattr(replica, 'PROGRAMS', Programs())  # other tests' may be this one
     with compilations() as count:
         image = jaxsd.generate(model, [first])
     assert count, 'the listener must see the first compilation'

@@ -25,9 +25,9 @@ DEFAULTS = {'steps': 4, 'guidance': 4.0, 'width': 64, 'height': 64, 'sampler': '
 class Lane(engines.Lane):
     """A lane that makes one picture after the other, without the model."""
 
-    def advance(self, group):
+    def advance(self, slots):
         """As Lane's."""
-        for i, slot in enumerate(group.slots):
+        for i, slot in enumerate(slots):
             if slot is None:
                 continue
             task, engine = slot.task, self.engine
@@ -37,7 +37,7 @@ class Lane(engines.Lane):
                 raise engine.broken
             while not engine.gate.wait(0.02) and not task.future.cancelled():
                 pass
-            group.slots[i] = None
+            slots[i] = None
             task.settle(colour(task.request.seed, task.request.width, task.request.height))
 
 
@@ -54,8 +54,8 @@ class Gated(engines.Engine):
 
     def compile(self, stage):
         """Nothing to do."""
-        for place in self.places:
-            place._programs[stage.kind] = None
+        for replica in self.replicas:
+            replica._programs[stage.kind] = None
 
 
 def colour(seed, width=64, height=64):
