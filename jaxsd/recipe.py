@@ -50,8 +50,9 @@ def recipe(checkpoint, size, **changes):
 
 
 def get_config():
-    """The recipe of a checkpoint that is given without one: its file says size and prediction."""
-    return recipe('', None)
+    """The recipe of a checkpoint that is given without one: its file says version, size, prediction
+    and guidance."""
+    return recipe('', None, guidance=placeholder(float))
 
 
 def fields(config, only=None):

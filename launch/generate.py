@@ -152,7 +152,6 @@ def run():
         requests, notes = infotext.fit(requests, model.config)
         _note(notes)
     _check_adapters(requests, adapters)
-    _note(_far_from_native(requests, model.config), 'warning')
     model, named = complete(model, requests, dtype, adapters, embeddings, strays=FLAGS.strays)
     print(f'{printable(name)}: {model.config.version}, {dtype}, on {jax.local_device_count()} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
@@ -306,15 +305,6 @@ def _requests(recipe, past):
     first = Request(**{**given, 'image': pictures[0]})
     return [first.replace(prompt=prompt, image=image, seed=(seed + i) % (MAX_SEED + 1))
             for prompt in prompts for image in pictures for i in range(FLAGS.num_images)]
-
-
-def _far_from_native(requests, config):
-    """Lines on sizes of which the model knows nothing: four times its pixels, or a quarter."""
-    native = config.unet.sample_size * config.vae.factor
-    sizes = {(r.width, r.height) for r in requests} if config.task != 'upscaler' else ()
-    return [f'{width}x{height}: this model is made for {native}x{native}; expect poor pictures, '
-            'or leave --width and --height out' for width, height in sorted(sizes)
-            if not native ** 2 / 4 <= width * height <= native ** 2 * 4]
 
 
 def _whole(flag, values):

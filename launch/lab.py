@@ -30,6 +30,7 @@ FLAGS = flags.FLAGS
 DATA = pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'data'
 ARGV = sys.argv[1:]  # as typed: parsing changes it
 PROMPTS = ['red apple', 'rooster']
+GUIDANCE = 7.0  # where a checkpoint comes without a recipe
 
 
 class Numbers(flags.ArgumentParser):
@@ -155,7 +156,7 @@ def plan(lab):
     """The requests of the flags, and those that measure the reference's own error."""
     from jaxsd import sampling
     recipe = FLAGS.config
-    rest = (FLAGS.guidance or sorted({1.0, recipe.guidance}), FLAGS.prompt, FLAGS.seeds)
+    rest = (FLAGS.guidance or sorted({1.0, recipe.guidance or GUIDANCE}), FLAGS.prompt, FLAGS.seeds)
     more = {'width': recipe.width, 'height': recipe.height,
             'guidance_options': options(recipe.guidance_options)}
     requests = lab.expand(
@@ -279,15 +280,15 @@ def schedule():
     recipe, path = FLAGS.config, pathlib.Path(FLAGS.out)
     if path.suffix != '.json':
         raise ValueError(f'--out={path}: expected a name that ends in .json')
-    more = options(FLAGS.options)
-    requests = [Request(prompt=prompt, seed=seed, guidance=recipe.guidance, width=recipe.width,
+    more, scale = options(FLAGS.options), recipe.guidance or GUIDANCE
+    requests = [Request(prompt=prompt, seed=seed, guidance=scale, width=recipe.width,
                         height=recipe.height, guidance_options=options(recipe.guidance_options))
                 for prompt in FLAGS.prompt for seed in FLAGS.seeds]
     picture.check_folder(path.parent)
     model, name, _ = load(recipe, FLAGS.checkpoint)
     found = search.search(model, requests, FLAGS.steps, FLAGS.method, **more)
     sampling.write_schedule(path, found, model.config.schedule,
-                            f'{FLAGS.method} for {name}, guidance {recipe.guidance:g}')
+                            f'{FLAGS.method} for {name}, guidance {scale:g}')
     for steps, sigmas in found.items():
         print(f'{steps} steps:', ', '.join(f'{sigma:.4g}' for sigma in sigmas))
     print(path)

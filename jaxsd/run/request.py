@@ -6,6 +6,7 @@ import numbers
 import os
 import random
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxsd import images
 from jaxsd.models.controlnet import GUESS_MODES
 from jaxsd.prompt.wildcards import expand
 from jaxsd.sampling import SAMPLERS, known_schedule
-from jaxsd.sampling.choice import choose, one_of
+from jaxsd.sampling.choice import check_number, choose, flag, one_of
 from jaxsd.sampling.guidance_options import check, per_step
 from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
 
@@ -30,6 +31,8 @@ WEIGHTINGS = ('a1111', 'no_norm', 'comfy', 'compel', 'none', 'plain')
 CUTS = ('comma', 'hard', 'word')
 PROMPTS = ('prompt', 'negative_prompt', 'prompt_2', 'negative_prompt_2')
 NOISES = ('threefry', 'torch', 'philox')
+# The scale that suits a version, as its recipe in configs/ has it; '': of all others.
+GUIDANCE = {'': 7.0, 'sdxl': 6.0, 'sdxl_refiner': 6.0, 'x4_upscaler': 9.0}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,9 +58,9 @@ class Control:
             raise ValueError(f'control net={self.net!r}: expected the name of a ControlNet')
         if self.image is None:
             raise ValueError(f'control {self.net!r}: expected image=, the hint to follow')
-        _number('control scale', self.scale)
-        _number('control start', self.start, 0, 1)
-        _number('control end', self.end, 0, 1)
+        check_number('control scale', self.scale)
+        check_number('control start', self.start, 0, 1)
+        check_number('control end', self.end, 0, 1)
         if self.start >= self.end:
             raise ValueError(f'control start={self.start}, end={self.end}: expected start < end')
         if self.guess is not None:
@@ -80,9 +83,11 @@ class Request:
     sampler: str = 'dpmpp_2m'  # or as A1111 ('DPM++ 2M Karras') and diffusers name it
     schedule: Any = 'karras'  # a name, the path of a schedule file (.json), or the levels, a list
     steps: int = 25
-    guidance: Any = 7.0  # classifier-free guidance scale, or one for each step; 1: none
+    guidance: Any = None  # classifier-free guidance scale, or one for each step; 1: none; None:
+    # what suits the model's version, see GUIDANCE
     width: int | None = None  # pixels; None: the model's native size
     height: int | None = None
+    force_size: bool = False  # take one so far from the native size that only noise can come of it
     aspect: str | None = None  # SDXL: 'W:H', the nearest size that it was trained on
     image: Any = None  # to start from, to repaint, to take the depth of, or to enlarge
     strength: float | None = None  # 0: the image as it is; 1: all new. None: 1 with a mask or
@@ -129,6 +134,7 @@ class Request:
             except UnicodeEncodeError as error:
                 raise ValueError(f'{name}: expected text, found {value[error.start]!a} at '
                                  f'{error.start}, which is no character') from None
+        flag('force_size', self.force_size)
         self._translate()
         choose('sampler', self.sampler, SAMPLERS)
         known_schedule(self.schedule)
@@ -146,12 +152,13 @@ class Request:
         for name in ('width', 'height'):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1, MAX_SIDE)
-        for name, value in (('guidance', per_step('guidance', self.guidance, self.steps)),
-                            ('guidance_options', check(self.guidance_options, self.steps))):
-            object.__setattr__(self, name, value)
+        if self.guidance is not None:
+            object.__setattr__(self, 'guidance',
+                               per_step('guidance', self.guidance, self.steps, low=0))
+        object.__setattr__(self, 'guidance_options', check(self.guidance_options, self.steps))
         for name in ('eta', 'aesthetic', 'negative_aesthetic'):
             if name != 'eta' or self.eta is not None:
-                _number(name, getattr(self, name))
+                check_number(name, getattr(self, name))
         self._check_image()
         one_of('weighting', self.weighting, WEIGHTINGS)
         one_of('cut', self.cut, CUTS)
@@ -184,12 +191,12 @@ class Request:
     def _check_image(self):
         """Of what concerns pictures, all that can be known without opening them."""
         if self.strength is not None:
-            _number('strength', self.strength, 0, 1)
+            check_number('strength', self.strength, 0, 1)
             if self.image is None and self.strength < 1:
                 raise ValueError(f'strength={self.strength}: expected image= as well, the picture '
                                  'to start from')
-        _number('switch', self.switch, 0, 1)
-        _number('mask_blur', self.mask_blur, 0, MAX_BLUR)
+        check_number('switch', self.switch, 0, 1)
+        check_number('mask_blur', self.mask_blur, 0, MAX_BLUR)
         one_of('resize', self.resize, RESIZE)
         one_of('mask_mode', self.mask_mode, MASK_MODES)
         if self.fill is not None:
@@ -251,12 +258,12 @@ class Request:
 
 
 def resolve(requests, config):
-    """Fill in what a request leaves open: size, strength, a random seed for -1, and the choices of
-    dynamic prompts, `{a|b}` and `__name__`, which the seed makes.
+    """Fill in what a request leaves open: size, guidance, strength, a random seed for -1, and the
+    choices of dynamic prompts, `{a|b}` and `__name__`, which the seed makes.
 
     `generate` does this itself; call it first to know the seeds and prompts that it will use.
-    Raises ValueError for a size or a strength that the model cannot make, and for wildcards that
-    are not there.
+    Warns of a size far from the model's own. Raises ValueError for a size or a strength that the
+    model cannot make, and for wildcards that are not there.
     """
     if isinstance(requests, Request):
         raise ValueError('requests: expected a list of Request, found a single Request')
@@ -273,13 +280,29 @@ def resolve(requests, config):
                 near = f'{below} or {below + factor}' if below else f'{factor}'
                 raise ValueError(f'{name}={value}: expected a multiple of {factor} pixels, '
                                  f'for example {near}')
+        _check_size(request, config, native, **size)
         seed = random_seed() if request.seed == -1 else int(request.seed)
         prompts = {name: expand(getattr(request, name), seed, request.wildcards)
                    for name in PROMPTS
                    if getattr(request, name) is not None and request.weighting != 'plain'}
-        resolved.append(request.replace(seed=seed, strength=_strength(request, config), **size,
-                                        **prompts))
+        guidance = (GUIDANCE.get(config.version, GUIDANCE['']) if request.guidance is None
+                    else request.guidance)
+        resolved.append(request.replace(seed=seed, strength=_strength(request, config),
+                                        guidance=guidance, **size, **prompts))
     return resolved
+
+
+def _check_size(request, config, native, width, height):
+    """Warn of a size of which the model knows little, a quarter of its pixels or four times as
+    many. Raises ValueError for a sixteenth or sixteen times, which only give noise."""
+    ratio = width * height / native ** 2
+    if config.task == 'upscaler' or 1 / 4 <= ratio <= 4:
+        return
+    said = f'{width}x{height}: this model is made for {native}x{native}'
+    if not (request.force_size or 1 / 16 <= ratio <= 16):
+        raise ValueError(f'{said}, and draws nothing but noise so far from it; leave width and '
+                         'height out, or force_size=True takes it all the same')
+    warnings.warn(f'{said}; expect poor pictures, or leave width and height out', stacklevel=2)
 
 
 def _strength(request, config):
@@ -362,18 +385,9 @@ def _weights(adapters):
             raise ValueError(f'adapters: {name}={weight!r}: expected a weight or two, of the U-Net '
                              'and of the text encoders')
         for value in both:
-            _number(f'weight of adapter {name!r}', value)
+            check_number(f'weight of adapter {name!r}', value)
         found[name] = both
     return found
-
-
-def _number(name, value, low=-math.inf, high=math.inf):
-    if (isinstance(value, bool) or not isinstance(value, numbers.Real)
-            or not math.isfinite(value)):
-        raise ValueError(f'{name}={value!r}: expected a finite number')
-    if not low <= value <= high:
-        limits = f'of at least {low}' if high == math.inf else f'from {low} to {high}'
-        raise ValueError(f'{name}={value}: expected a number {limits}')
 
 
 def _integer(name, value, low, high=None):

@@ -61,3 +61,13 @@ def call(what, name, function, *args, **options):
         elif isinstance(default, (int, float)):
             number(option, value)
     return function(*args, **options)
+
+
+def check_number(name, value, low=-math.inf, high=math.inf):
+    """Raise ValueError for what is no finite number within these bounds."""
+    if (isinstance(value, bool) or not isinstance(value, numbers.Real)
+            or not math.isfinite(value)):
+        raise ValueError(f'{name}={value!r}: expected a finite number')
+    if not low <= value <= high:
+        limits = f'of at least {low}' if high == math.inf else f'from {low} to {high}'
+        raise ValueError(f'{name}={value}: expected a number {limits}')

@@ -1,13 +1,11 @@
 """Guidance on the host: what a user writes, and from it a table, as for the samplers."""
 
-import math
-import numbers
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from .choice import choose
+from .choice import check_number, choose
 from .guidance import Guidance, Projection, Threshold, ZeroStar
 
 # Every kind at the value that changes nothing.
@@ -113,10 +111,7 @@ def per_step(name, value, steps, low=-np.inf, high=np.inf):
             raise ValueError(f'{name}: expected a number or {steps} of them, one per step; '
                              f'found {len(value)}')
         return tuple(per_step(name, v, None, low, high) for v in value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f'{name}={value!r}: expected a finite number')
-    if not low <= value <= high:
-        raise ValueError(f'{name}={value}: expected {low} to {high}')
+    check_number(name, value, low, high)
     return value
 
 

@@ -297,7 +297,7 @@ def test_steering_keeps_the_unguided_output_and_has_a_scale():
 
 @pytest.mark.parametrize('options, message', [
     ({'rescal': 1}, "unknown guidance option 'rescal': did you mean 'rescale'.*freeu"),
-    ({'rescale': 1.5}, 'rescale=1.5: expected 0 to 1'),
+    ({'rescale': 1.5}, 'rescale=1.5: expected a number from 0 to 1'),
     ({'rescale': (0.1, 0.2)}, 'rescale: expected a number or 10 of them, one per step; found 2'),
     ({'interval': (0.8, 0.2)}, 'interval=.*: expected the first to be below the second'),
     ({'interval': 0.5}, 'interval=0.5: expected 2 numbers'),
