@@ -14,7 +14,7 @@ from absl import app
 
 from . import plain_errors
 
-EXTRAS = ('cuda13', 'cuda12', 'tpu', 'train', 'serve', 'ray')
+EXTRAS = ('cuda13', 'cuda12', 'tpu', 'hints', 'train', 'serve', 'ray')
 # Of the emoji model's VAE: mean and deviation of the picture that it makes of threefry's first
 # normal numbers, float32 on a CPU.
 EXPECTED, MOST = (214.44, 50.14), 0.5  # of 255; bfloat16 products stay within it
@@ -28,6 +28,9 @@ def missing(extra):
         if re.search(f'extra == ["\']{extra}["\']', condition):
             inner = re.search(r'\[(.*?)\]', name)
             name = re.match(r'[\w.-]+', name)[0]
+            if name == 'jaxsd':
+                found += missing(inner[1])
+                continue
             name = {'cuda12': 'jax-cuda12-plugin', 'cuda13': 'jax-cuda13-plugin', 'tpu': 'libtpu'}[
                 extra] if inner and name == 'jax' else name
             try:

@@ -5,6 +5,8 @@ A picture is uint8 [H,W,3], a mask float32 [H,W] in [0,1] with 1 where something
 
 import numpy as np
 
+from jaxsd.images.opencv import opencv
+
 
 def fit(image, width, height, how='crop'):
     """A picture or a mask at width x height, in pixels; one that has the size comes back as it is.
@@ -79,10 +81,10 @@ def cover(image, mask, fill, seed=0):
 
     fill: 'edge' goes on from the edge of the mask inwards (Telea 2004), 'noise' as for `pad`.
     """
-    import cv2
     if fill == 'noise':
         new = _noise(image, image.shape, seed)
     else:
+        cv2 = opencv("fill='edge'")
         new = cv2.inpaint(image, (mask > 0).astype(np.uint8), 3, cv2.INPAINT_TELEA)
     known = image.astype(np.float32)
     return np.rint(known + (new - known) * mask[..., None]).astype(np.uint8)
@@ -94,15 +96,13 @@ def feather(mask, radius):
     What was masked stays so; next to a straight edge the value falls from 1 as erfc, and it is
     exactly 0 farther than 3 * radius from the mask.
     """
-    import cv2
+    from scipy import ndimage
     if radius < 0:
         raise ValueError(f'feather by a radius of {radius}: expected 0 or more')
     if radius == 0 or not mask.any():
         return mask
-    size = 2 * int(3 * radius) + 1
-    soft = cv2.GaussianBlur(mask, (size, size), radius, borderType=cv2.BORDER_REPLICATE)
-    outside = (mask == 0).astype(np.uint8)
-    far = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) > 3 * radius
+    soft = ndimage.gaussian_filter(mask, radius, mode='nearest', radius=int(3 * radius))
+    far = ndimage.distance_transform_edt(mask == 0) > 3 * radius
     # The blur of a straight edge is 1/2 on the edge itself.
     return np.where(far, np.float32(0), np.maximum(mask, np.minimum(1, 2 * soft)))
 

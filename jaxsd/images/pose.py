@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxsd.images.opencv import opencv
+
 # Pairs of COCO's 18 points (nose, neck, right arm, left arm, right leg, left leg, eyes, ears).
 LIMBS = [(1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11),
          (11, 12), (12, 13), (1, 0), (0, 14), (14, 16), (0, 15), (15, 17)]
@@ -143,7 +145,7 @@ def draw_pose(people, width, height):
 
 def _body(canvas, points):
     """Limbs as ellipses at 0.6 of their colour, points over them."""
-    import cv2
+    cv2 = opencv('pose')
     for (a, b), colour in zip(LIMBS, COLOURS):
         (x0, y0), (x1, y1) = points[a], points[b]
         if np.isnan([x0, x1]).any():
@@ -157,8 +159,7 @@ def _body(canvas, points):
 
 
 def _hand(canvas, points):
-    import cv2
-    points = _inner(points)
+    cv2, points = opencv('pose'), _inner(points)
     if len(points):
         for i, (a, b) in enumerate(FINGERS):
             if not np.isnan(points[[a, b]]).any():
@@ -173,7 +174,7 @@ def _inner(points):
 
 
 def _dots(canvas, points, radius, colours):
-    import cv2
+    cv2 = opencv('pose')
     for point, colour in zip(points, colours):
         if not np.isnan(point).any():
             cv2.circle(canvas, point.astype(int).tolist(), radius, colour, thickness=-1)

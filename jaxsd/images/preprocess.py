@@ -6,6 +6,7 @@ import numbers
 import numpy as np
 
 from jaxsd.images.fitting import fit
+from jaxsd.images.opencv import opencv
 from jaxsd.images.pose import draw_pose, read_pose
 from jaxsd.images.reading import read
 
@@ -15,12 +16,11 @@ def canny(image, low=100, high=200):
 
     The annotator of lllyasviel/ControlNet (annotator/canny).
     """
-    import cv2
     _check('low', low, 0)
     _check('high', high, 0)
     if low >= high:
         raise ValueError(f'canny low={low}, high={high}: expected low < high')
-    return _three(cv2.Canny(image, low, high))
+    return _three(opencv('canny').Canny(image, low, high))
 
 
 def scribble(image, threshold=127):
@@ -38,8 +38,8 @@ def tile(image, factor=1):
     The tile ControlNet of 1.1 was trained on pictures made smaller and brought back linearly
     (gradio_tile.py); they are made smaller by averages, as by sd-webui-controlnet's tile_resample.
     """
-    import cv2
     _check('factor', factor, 1, min(image.shape[:2]))
+    cv2 = opencv('tile')
     height, width = image.shape[:2]
     small = (max(1, int(width / factor)), max(1, int(height / factor)))
     small = cv2.resize(image, small, interpolation=cv2.INTER_AREA)

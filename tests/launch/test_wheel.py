@@ -1,4 +1,9 @@
-"""The wheel, installed in an environment of its own, outside of the checkout."""
+"""The wheel, installed in environments of its own, outside of the checkout.
+
+JAXSD_WHEEL=full installs all that it requires too, from an index: once plainly, in the newest
+versions, and once with the extra `serve` in the oldest that pyproject.toml allows. Else what it
+requires is that of this environment.
+"""
 
 import os
 import pathlib
@@ -16,6 +21,10 @@ from mains import ROOT, environment, opened, serving
 from PIL import Image
 
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+FULL = os.environ.get('JAXSD_WHEEL') == 'full'
+OLDEST = [f'{name}=={version}' for lines in (
+    PROJECT['project']['dependencies'], *PROJECT['project']['optional-dependencies'].values())
+    for line in lines for name, version in re.findall(r'^([\w-]+)>=([\w.]+)', line)]
 
 
 def run(*command, cwd, **env):
@@ -38,23 +47,36 @@ def wheel(tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope='module')
-def home(wheel, tmp_path_factory):
-    """An empty folder, and the `bin` of an environment with the wheel. Its dependencies are those
-    of this one, unless JAXSD_WHEEL=full asks for an installation of all."""
-    folder = tmp_path_factory.mktemp('home')
+def install(folder, *requirements):
+    """-> an empty folder, and the `bin` of a new environment with the requirements."""
     code, _, stderr = run(sys.executable, '-m', 'venv', folder / 'env', cwd=folder)
     assert code == 0, stderr
-    full = os.environ.get('JAXSD_WHEEL') == 'full'
     binaries = folder / 'env' / ('Scripts' if os.name == 'nt' else 'bin')
-    if not full:
+    if not FULL:
         site, = (folder / 'env' / 'lib').glob('python*/site-packages')
         (site / 'these.pth').write_text(sysconfig.get_path('purelib'))
-    code, _, stderr = run(binaries / 'python', '-m', 'pip', 'install', '--quiet',
-                          *[f'{wheel}[serve]'] if full else ['--no-deps', wheel], cwd=folder)
+        requirements = ['--no-deps', *requirements]
+    code, _, stderr = run(binaries / 'python', '-m', 'pip', 'install', '--quiet', *requirements,
+                          cwd=folder)
     assert code == 0, stderr
     (folder / 'work').mkdir()
     return folder / 'work', binaries
+
+
+@pytest.fixture(scope='module')
+def home(wheel, tmp_path_factory):
+    """A plain installation."""
+    return install(tmp_path_factory.mktemp('home'), wheel)
+
+
+@pytest.fixture(scope='module')
+def oldest(wheel, tmp_path_factory):
+    """With the extra `serve`, all as old as it may be."""
+    if sys.version_info >= (3, 13):
+        pytest.skip('versions of their time have no wheels for this Python')
+    folder = tmp_path_factory.mktemp('oldest')
+    (folder / 'oldest.txt').write_text('\n'.join(OLDEST))
+    return install(folder, f'{wheel}[serve]', '-c', folder / 'oldest.txt')
 
 
 def test_it_lies_in_one_package(home):
@@ -88,6 +110,39 @@ def test_generate(home):
     np.testing.assert_array_equal(np.load(home[0] / 'picture.npy')[0], Image.open(picture))
 
 
+def test_without_opencv(home):
+    """A picture, a mask and a hint need no extra; what does says which one."""
+    (home[0] / 'plain.py').write_text(f"""
+import importlib.util, sys
+if {FULL}:
+    assert importlib.util.find_spec('cv2') is None
+sys.modules['cv2'] = None  # as if it were not installed
+import numpy as np
+import jaxsd
+from jaxsd import images
+picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+mask = np.zeros((64, 64), np.float32)
+mask[16:48, 16:48] = 1
+model = jaxsd.load('emoji')
+model = model.replace(controlnets={{'edges': jaxsd.load_controlnet('emoji_edges')}})
+asked = jaxsd.Request('red apple', seed=1, steps=4, image=picture, mask=mask, mask_blur=4,
+                      fill='noise', strength=0.8, controls=[
+                          jaxsd.Control('edges', images.scribble(picture))])
+assert jaxsd.generate(model, asked)[0].std() > 10
+for call in (lambda: images.canny(picture), lambda: images.tile(picture, 2),
+             lambda: images.draw_pose([images.Person(np.zeros((18, 2)))], 8, 8),
+             lambda: images.cover(picture, mask, 'edge')):
+    try:
+        call()
+    except ImportError as error:
+        print(error)
+""")
+    code, stdout, stderr = run(home[1] / 'python', 'plain.py', cwd=home[0])
+    assert code == 0, stderr
+    assert stdout.splitlines() == [f"{name} needs OpenCV: pip install 'jaxsd[hints]'"
+                                   for name in ('canny', 'tile', 'pose', "fill='edge'")]
+
+
 def test_batch_and_verify(home):
     (home[0] / 'prompts.txt').write_text('red apple\nrocket\n')
     code, _, stderr = run(home[1] / 'jaxsd', 'batch', '--requests=prompts.txt', '--out=run',
@@ -98,8 +153,9 @@ def test_batch_and_verify(home):
     assert code == 0, stdout + stderr
 
 
-def test_serve(home):
+def test_serve(request):
     """A picture of `jaxsd serve` is the one that `jaxsd generate` makes."""
+    home = request.getfixturevalue('oldest' if FULL else 'home')
     with serving('--config=emoji', command=(home[1] / 'jaxsd', 'serve'), cwd=home[0],
                  PYTHONPATH='') as (url, server):
         answer = httpx.post(f'{url}/sdapi/v1/txt2img', timeout=120, json={
@@ -119,6 +175,9 @@ def test_commands(home):
     assert code == 0 and 'generate' in stdout and 'emoji_data' not in stdout
     code, stdout, stderr = run(home[1] / 'jaxsd', 'doctor', cwd=home[0])
     assert code == 0 and 'self-check: passed' in stdout, stderr
+    if FULL:
+        for extra in ('hints', 'serve'):
+            assert f'extra {extra}: missing opencv-python-headless' in stdout
     code, _, stderr = run(home[1] / 'jaxsd', 'generat', cwd=home[0])
     assert code == 2 and "did you mean 'generate'" in stderr
     code, _, stderr = run(home[1] / 'jaxsd', 'generate', '--config=sd155', cwd=home[0])

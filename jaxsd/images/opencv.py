@@ -1,0 +1,10 @@
+"""OpenCV, which only an extra brings: its 160 MB serve hints and the filling of masked areas."""
+
+
+def opencv(what):
+    """The module cv2. what: who needs it, for the ImportError where it is not installed."""
+    try:
+        import cv2
+    except ModuleNotFoundError:
+        raise ImportError(f"{what} needs OpenCV: pip install 'jaxsd[hints]'") from None
+    return cv2
