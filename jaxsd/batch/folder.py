@@ -17,7 +17,6 @@ stands for something else is refused before anything is.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -26,6 +25,7 @@ import pathlib
 import re
 import threading
 
+import filelock
 import numpy as np
 
 from jaxsd import images
@@ -158,7 +158,7 @@ def repair(path):
         manifests = _manifests(path)
         for process in manifests:
             check(path, process)
-            held.callback(os.close, _hold(path, process))
+            held.callback(_hold(path, process).release)
         for file in manifests.values():
             kept, before = [], len(found)
             for line, record, wrong in _lines(file):
@@ -211,13 +211,13 @@ class Folder:
             os.fsync(self._manifest)
             _sync(self.path)
         except BaseException:
-            os.close(self._held)
+            self._held.release()
             raise
 
     def close(self):
         """Let another process have it."""
         os.close(self._manifest)
-        os.close(self._held)
+        self._held.release()
 
     def add(self, key, encoded, record):
         """Keep a picture, `encode`d, and then its record: safe on disk when it returns. Raises
@@ -289,17 +289,18 @@ def read_config(path):
 
 
 def _hold(path, process):
-    """A process's lock on a run -> a handle that holds it until it is closed."""
-    handle = os.open(path / f'.lock-{process}', os.O_RDWR | os.O_CREAT, 0o666)
+    """A process's lock on a run -> it, held until it is released or the process ends."""
+    lock = filelock.FileLock(path / f'.lock-{process}', blocking=False, thread_local=False)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.acquire()
+    except filelock.Timeout:
+        raise Busy(f'{path}: another process makes pictures there; wait for it, or give '
+                   'another folder') from None
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            os.close(handle)
-            raise Busy(f'{path}: another process makes pictures there; wait for it, or give '
-                       'another folder') from None
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
         # A file system without locks: nothing protects from a second run.
-    return handle
+    return lock
 
 
 def _whole_lines(handle):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -103,6 +104,28 @@ def test_one_process_at_a_time(tmp_path):
     folder.Folder(tmp_path, process=1).close()  # another of the same run has a file of its own
     run.close()
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+def test_a_killed_process_holds_nothing(tmp_path):
+    code = ('import sys; from jaxsd.batch import folder\n'
+            f"held = folder.Folder({str(tmp_path)!r}, None); print('held'); sys.stdout.flush()\n"
+            'sys.stdin.read()')
+    with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b'held\n'
+        with pytest.raises(folder.Busy):
+            folder.Folder(tmp_path, CONFIG)
+        process.kill()
+        process.wait()
+        folder.Folder(tmp_path, CONFIG).close()
+
+
+def test_a_folder_is_closed_by_any_thread(tmp_path):
+    run = folder.Folder(tmp_path, CONFIG)
+    closing = threading.Thread(target=run.close)
+    closing.start()
+    closing.join()
+    folder.Folder(tmp_path, CONFIG).close()
 
 
 def test_a_partial_line_is_taken_back(tmp_path, monkeypatch):
