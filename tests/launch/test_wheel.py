@@ -36,10 +36,11 @@ def run(*command, cwd, **env):
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
     folder, tree = tmp_path_factory.mktemp('wheel'), tmp_path_factory.mktemp('tree')
-    for name in ('jaxsd', 'launch', 'configs', 'checkpoints'):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns('__pycache__'))
-    for name in ('pyproject.toml', 'README.md', 'LICENSE'):
-        shutil.copy(ROOT / name, tree / name)
+    for name in re.findall(r'^!(.+)$', (ROOT / '.dockerignore').read_text(), re.MULTILINE):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns('__pycache__'))
+        else:
+            shutil.copy(ROOT / name, tree / name)
     code, _, stderr = run(sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '-w',
                           folder, tree, cwd=folder)
     assert code == 0, stderr
