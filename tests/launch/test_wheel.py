@@ -18,6 +18,7 @@ import httpx
 import numpy as np
 import pytest
 from mains import ROOT, environment, opened, serving
+from packaging.version import Version
 from PIL import Image
 
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
@@ -109,6 +110,24 @@ def test_generate(home):
     code, _, stderr = run(home[1] / 'python', 'script.py', cwd=home[0])
     assert code == 0, stderr
     np.testing.assert_array_equal(np.load(home[0] / 'picture.npy')[0], Image.open(picture))
+
+
+@pytest.mark.skipif(not FULL, reason='both are this environment')
+def test_the_oldest_versions_draw_what_the_newest_draw(home, oldest):
+    pictures = []
+    for folder, binaries in (home, oldest):
+        code, _, stderr = run(binaries / 'jaxsd', 'generate', '--prompt=red apple', '--seed=7',
+                              '--steps=3', '--out=versions', cwd=folder)
+        assert code == 0, stderr
+        file, = (folder / 'versions').glob('*.png')
+        pictures.append(np.asarray(Image.open(file), int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2  # compilers differ in roundings
+    listed = run(oldest[1] / 'python', '-m', 'pip', 'list', '--format=freeze', cwd=oldest[0])[1]
+    listed = {name.lower().replace('-', '_'): version
+              for name, _, version in (line.partition('==') for line in listed.splitlines())}
+    for name, _, version in (line.partition('==') for line in OLDEST):
+        found = listed.get(name.lower().replace('-', '_'), version)
+        assert Version(found) == Version(version), name
 
 
 def test_without_opencv(home):
