@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxsd import sampling
 from jaxsd.run import Request, decode, inputs, latents, lengthened, networks, resolve
-from jaxsd.sampling.tables import NOISE, UNCOND
+from jaxsd.sampling.tables import UNCOND
 
 REFERENCE = {'sampler': 'dpmpp_2m', 'sampler_options': {}, 'eta': None}  # of the ODE
 GRID = {'schedule': 'karras', 'schedule_options': {}}  # on which every reference is computed
@@ -70,11 +70,9 @@ def kind(rows):
     nothing, because noise is drawn independently, or because CFG++ (the unguided output) adds the
     whole of the guidance in every step, so that more steps guide more.
     """
-    if not isinstance(rows, sampling.Row):  # Adaptive: its noise, if any, is drawn independently
-        return 'none' if np.any(rows.eta > 0) else 'ode'
-    noisy = rows.mix[..., NOISE] != 0  # [calls,...,2]
-    free = (rows.path[..., 0] == rows.path[..., 1])[..., None]
-    if (noisy & free).any() or rows.mix[..., UNCOND].any():
+    noisy = rows.noisy
+    free = rows.path[..., 0] == rows.path[..., 1]
+    if (noisy & free).any() or isinstance(rows, sampling.Row) and rows.mix[..., UNCOND].any():
         return 'none'
     return 'own' if noisy.any() else 'ode'
 
@@ -101,12 +99,12 @@ def sweep(model, requests, batch_size=16, reference_steps=1000, on_step=None):
     requests = resolve(requests, model.config)
     seen = {}
 
-    def look(request):  # (calls, 0 if it has no table; kind), once per table
+    def look(request):  # (calls, 0 if free; kind; whom it shares a batch with), once
         key = _key(request.replace(prompt='', negative_prompt='', seed=0, guidance=1.0))
         if key not in seen:
             rows = inputs(model, [request]).rows
-            table = isinstance(rows, sampling.Row)
-            seen[key] = int(sampling.calls(rows)[0]) if table else 0, kind(rows)
+            calls = 0 if sampling.free(rows) else int(sampling.calls(rows)[0])
+            seen[key] = calls, kind(rows), jax.tree.structure(rows)
         return seen[key]
 
     goals = [target(r, look(r)[1], reference_steps) for r in requests]
@@ -136,12 +134,12 @@ def _key(request):
 
 def _pack(requests, look, size):
     """Requests -> microbatches of their indices, with like numbers of model calls, longest first;
-    those without a table on their own."""
-    ordered = sorted(range(len(requests)),
-                     key=lambda i: (-look(requests[i])[0], requests[i].sampler))
-    groups = ([i for i in ordered if bool(look(requests[i])[0]) == table]
-              for table in (True, False))
-    return [group[i:i + size] for group in groups for i in range(0, len(group), size)]
+    samplers with steps of their own on their own."""
+    groups = {}
+    for i in sorted(range(len(requests)),
+                    key=lambda i: (-look(requests[i])[0], requests[i].sampler)):
+        groups.setdefault(look(requests[i])[2], []).append(i)
+    return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
 def _runner(model, batch_size, total, on_step):
@@ -164,7 +162,7 @@ def _runner(model, batch_size, total, on_step):
             lambda: [np.asarray(a) for a in programs[key](params, data)]).result()
         took = time.perf_counter() - start
         if on_step is not None:
-            done += int(calls.max()) if data.adaptive is None else 0
+            done += 0 if sampling.free(data.rows) else int(calls.max())
             on_step(done, total)
         return [a[:len(part)] for a in (ends, calls, took * calls / calls.sum())]
 
@@ -173,9 +171,8 @@ def _runner(model, batch_size, total, on_step):
 
 def _latents(params, data, *, config, height, width):
     """-> latents [B,h,w,L], model calls [B]."""
-    if data.adaptive is not None:
-        return latents(params, data, config, height, width, info=lambda steps: steps.calls)
-    return latents(params, data, config, height, width), (data.rows.sigma > 0).sum(0)
+    ends, called = latents(params, data, config, height, width, info=lambda call: call.sigma > 0)
+    return ends, called.sum(0)
 
 
 def rms(x):

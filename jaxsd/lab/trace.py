@@ -35,12 +35,12 @@ def trace(model, request):
     """Draw one picture and keep what every model call saw and said -> Trace.
 
     The noise is latents of unit scale like pictures are, so the decoder shows it as it is.
-    Raises ValueError for samplers without a table.
+    Raises ValueError for samplers that choose their own steps.
     """
     request, = resolve([request], model.config)
     data = inputs(model, [request])
-    if not isinstance(data.rows, sampling.Row):
-        raise ValueError(f'sampler {request.sampler!r} has no table, so its steps are not known '
+    if sampling.free(data.rows):
+        raise ValueError(f'sampler {request.sampler!r} chooses its own steps, which are not known '
                          'beforehand; trace another one')
     data = lengthened(data)
     params, config = networks(model, data)

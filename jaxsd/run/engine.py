@@ -18,11 +18,12 @@ import jax
 import numpy as np
 from jax.sharding import AxisType
 
+from jaxsd import sampling
 from jaxsd.run import image_conditioning, sharded
 from jaxsd.run.inputs import inputs, program
-from jaxsd.run.replica import Kind, Replica, Stage, look, tables
+from jaxsd.run.replica import Kind, Replica, Stage, look
 from jaxsd.run.request import resolve
-from jaxsd.run.steps import chunk
+from jaxsd.run.steps import beside, chunk
 from jaxsd.run.text_conditioning import parse_prompts
 
 ROWS = 4  # of a sampler's table that a program runs before it returns
@@ -144,9 +145,6 @@ class Engine:
     def prepare(self, request, noise=None):
         """A resolved request -> its Stages and its InitImage. Raises ValueError for what the model
         cannot make, and ValueError or OSError for files that cannot be read."""
-        if self.spread and request.sampler == 'dpm_adaptive':
-            raise ValueError('dpm_adaptive: expected a sampler of fixed steps where the weights '
-                             'are spread over devices, which go step by step together')
         init_image = image_conditioning.load(request, self.config)
         if len(self.nets) == 1:
             found = [inputs(self.nets[0], [request], noise, [init_image])]
@@ -154,6 +152,11 @@ class Engine:
             plain = request.replace(controls=())  # made for the base model
             found = [inputs(self.nets[0], [request], noise, [init_image], 'base'),
                      inputs(self.nets[1], [plain], self._nothing(request), [init_image], 'refiner')]
+        rows = found[0].rows
+        if self.spread and isinstance(rows, sampling.Custom):
+            raise ValueError(f'{rows.rule.name}: expected a sampler without a step of its own '
+                             'where the weights are spread over devices, which go row by row '
+                             'together')
         names, slots = tuple(sorted(parse_prompts(request).adapters)), self.slots_of(request)
         return [Stage(Kind(i, request.height, request.width, program(data), names * (i == 0),
                            slots), data._replace(factors=None))
@@ -363,15 +366,15 @@ class Lane(threading.Thread):
         rows = [slot.table(count, length) if slot else first.table(0, length) for slot in taken]
         states, going = programs.advance(
             [(slot.encoded, slot.state) for slot in (slot or first for slot in taken)],
-            *tables(rows), np.int32(count))
-        going = None if first.adaptive is None else np.asarray(going)
+            beside(rows), np.int32(count))
+        going = np.asarray(going) if sampling.free(first.steps.row) else None
         begun = []
         for i, slot in enumerate(taken):
             if slot is None:
                 continue
             slot.state, slot.row = states[i], min(slot.row + count, len(slot.calls))
             begun.append((slot.state, slot.task, slot.before + int(slot.calls[slot.row - 1])))
-            if slot.row == len(slot.calls) if going is None else not going[i]:
+            if slot.row == len(slot.calls) or going is not None and not going[i]:
                 slots[i] = None
                 self._end(slot, programs)
         self._running.append(begun)
@@ -426,17 +429,13 @@ class _Slot:
 
     def __init__(self, task):
         self.task, self.row, self.encoded, self.state = task, 0, None, None
-        self.steps, self.adaptive = task.stage.inputs.steps, task.stage.inputs.adaptive
-        self.calls = task.stage.calls
+        self.steps, self.calls = task.stage.inputs.steps, task.stage.calls
         self.before = sum(int(stage.calls[-1]) for stage in task.stages[:task.number])
 
     def table(self, count, length):
-        """The next rows, at most `count`, and idle ones -> Steps [length,1], Adaptive of [1]."""
-        if self.adaptive is None:
-            stop = min(self.row + count, len(self.calls))
-            return chunk(self.steps, min(self.row, stop), stop, length), None
-        idle = self.adaptive._replace(max_calls=0 * self.adaptive.max_calls)
-        return self.steps, self.adaptive if count else idle
+        """The next rows, at most `count`, and idle ones -> Steps [length,1]."""
+        stop = min(self.row + count, len(self.calls))
+        return chunk(self.steps, min(self.row, stop), stop, length)
 
 
 def slots_for(platform, cells):

@@ -89,7 +89,7 @@ def paste_back(init_image, image):
 def inputs(model, requests, init_images, sigmas, rows, prompts):
     """Conditioning besides text -> fields of `inputs.Inputs`, and of its Steps strength, control.
 
-    sigmas: a list of noise levels, [steps + 1] for each picture; rows: stacked, or Adaptive;
+    sigmas: a list of noise levels, [steps + 1] for each picture; rows: stacked;
     prompts: bool [P], which texts of a picture are its prompts.
     Raises ValueError for requests that the model cannot serve.
     """

@@ -34,8 +34,7 @@ class Inputs(NamedTuple):
     zero: np.ndarray  # bool [B,N]: texts whose conditioning is zeros
     keys: np.ndarray  # uint32 [B,2]: threefry key data
     sigma: np.ndarray  # [B]: the noise level to start from
-    steps: Steps  # [rows,B,...]; with adaptive steps one row
-    adaptive: sampling.Adaptive | None = None  # of [B]
+    steps: Steps  # [rows,B,...]
     noise: np.ndarray | None = None  # [B,h,w,L] to start from; None: drawn from the keys
     given: np.ndarray | None = None  # bool [B]: whose noise holds, also the steps'; None: all
     labels: np.ndarray | None = None  # int32 [B,P] classes
@@ -55,8 +54,8 @@ class Inputs(NamedTuple):
 
     @property
     def rows(self):
-        """The sampler's table, Row of [rows,B], or Adaptive of [B]."""
-        return self.steps.row if self.adaptive is None else self.adaptive
+        """The sampler's table, of [rows,B]."""
+        return self.steps.row
 
     @property
     def axes(self):
@@ -76,8 +75,6 @@ def program(data):
 
 def lengthened(data):
     """Inputs whose tables have idle rows up to `sampling.bucket`, so that few lengths compile."""
-    if data.adaptive is not None:
-        return data
     count = len(data.steps.call)
     return data._replace(steps=chunk(data.steps, 0, count, sampling.bucket(count)))
 
@@ -98,7 +95,7 @@ def inputs(model, requests, noise=None, init_images=None, stage=None):
         init_images = [image_conditioning.load(r, config) for r in requests]
     parsed = [parse_prompts(r) for r in requests]
     sigmas, starts, tables = zip(*(_table(r, config.schedule, stage) for r in requests))
-    rows = sampling.stack(tables, max(len(getattr(t, 'sigma', '')) for t in tables))
+    rows = sampling.stack(tables, max(len(t.sigma) for t in tables))
     keys = np.array([divmod(r.seed, 2**32) for r in requests], np.uint32)
     words, text, prompts = _text(model, requests, parsed, sigmas, rows, stage)
     images, strength, control = image_conditioning.inputs(
@@ -108,14 +105,12 @@ def inputs(model, requests, noise=None, init_images=None, stage=None):
         keys, starts = keys ^ REFINER, np.ones(len(requests))
         if 'init_weight' in images:
             images['init_weight'] = np.zeros_like(images['init_weight'])
-    adaptive = isinstance(rows, sampling.Adaptive)
-    rows = jax.tree.map(np.float32, rows)
-    count = 1 if adaptive else len(rows.sigma)
+    rows, count = jax.tree.map(np.float32, rows), len(rows.sigma)
     call = np.broadcast_to(np.arange(count, dtype=np.int32)[:, None], (count, len(requests)))
     guidance = _guidance(requests, parsed, sigmas, rows)
     return Inputs(
-        keys=keys, sigma=np.array(starts, np.float32), adaptive=rows if adaptive else None,
-        steps=Steps(None if adaptive else rows, call, guidance, text, control, strength, fresh),
+        keys=keys, sigma=np.array(starts, np.float32),
+        steps=Steps(rows, call, guidance, text, control, strength, fresh),
         **start, **words, **images)
 
 
@@ -163,16 +158,15 @@ def _table(request, schedule, stage=None):
 
 
 def _guidance(requests, parsed, sigmas, rows):
-    """The batch's Guidance of [calls,B]; of [1,B] for adaptive steps, which have no rows."""
-    levels = getattr(rows, 'sigma', np.stack([s[:1] for s in sigmas], 1))
+    """The batch's Guidance of [calls,B]."""
     for r in requests:
         varied = [name for name, value in (('guidance', r.guidance), *r.guidance_options.items())
                   if name not in ('freeu', 'perp_neg') and isinstance(value, tuple)]
-        if isinstance(rows, sampling.Adaptive) and varied:
+        if sampling.free(rows) and varied:
             raise ValueError(f'{varied[0]} over the steps: expected a constant with '
                              f'{r.sampler}, which chooses its own steps')
     return jax.tree.map(np.float32, stack([
-        table(r.guidance, r.guidance_options, s, levels[:, i], p.weights)
+        table(r.guidance, r.guidance_options, s, rows.sigma[:, i], p.weights)
         for i, (r, p, s) in enumerate(zip(requests, parsed, sigmas))]))
 
 
@@ -194,7 +188,7 @@ def _noise(config, requests, rows, noise, stage):
         return sampling.randn(r.noise, r.seed, (shape[-1], *shape[:-1]), number, r.noise_batch)
 
     start = np.zeros((len(requests), *shape), np.float32)
-    noisy = getattr(rows, 'mix', np.zeros((0, len(requests), 2, 4)))[..., sampling.NOISE].any(-1)
+    noisy = rows.noisy & (not sampling.free(rows))
     draws = np.zeros((len(noisy), *start.shape), np.float32) if noisy[:, given].any() else None
     for i in np.flatnonzero(given):
         start[i] = draw(i, 0)

@@ -52,8 +52,7 @@ def latents(params, inputs, config, height, width, info=None):
     result this is with it."""
     params = once(params)
     encoded, x = encode(params, config, inputs, encode_text(params, config, inputs), height, width)
-    state = start(x, inputs.steps, inputs.adaptive)
-    state, seen = advance(params, config, state, encoded, inputs.steps, inputs.adaptive, info=info)
+    state, seen = advance(params, config, start(x, inputs.steps), encoded, inputs.steps, info=info)
     return state.x if info is None else (state.x, seen)
 
 
@@ -105,36 +104,30 @@ def encode(params, config, inputs, text, height, width):
                    None if inputs.mask is None else init, inputs.mask, inputs.differential), x
 
 
-def start(x, steps, adaptive=None):
-    """The state of the denoise loop before the first row -> sampling.State; of adaptive steps
-    adaptive.State. x: as of `encode`; the others as of `advance`."""
-    return sampling.init(x, steps.row if adaptive is None else adaptive,
-                         jnp.zeros_like(x) if steps.guidance.momentum else None)
+def start(x, steps):
+    """The state of the denoise loop before the first row -> sampling.State. x: as of `encode`;
+    steps: as of `advance`."""
+    return sampling.init(x, steps.row, jnp.zeros_like(x) if steps.guidance.momentum else None)
 
 
-def advance(params, config, state, encoded, steps, adaptive=None, count=None, info=None):
+def advance(params, config, state, encoded, steps, count=None, info=None):
     """Go on with the denoise loop over the next rows -> (state, what info gave or None).
 
-    state: of `start` or of this. encoded: of `encode`. steps: Steps of [rows,B]; where an Adaptive
-    of [B] is given, of one row. count: how many rows, or model calls of adaptive steps; None: all.
-    info: as of `sampling.sample`.
+    state: of `start` or of this. encoded: of `encode`. steps: Steps of [rows,B]. count: how many
+    rows; None: all. info: as of `sampling.sample`.
     """
     keys = jax.random.wrap_key_data(encoded.keys, impl='threefry2x32')
-    shape, rows = state.x.shape[1:], steps.row if adaptive is None else adaptive
+    shape = state.x.shape[1:]
 
     def noise(step):
-        path = jnp.zeros(2) if step.row is None else step.row.path
-        drawn = sampling.of_row(keys, step.call, path, shape)
+        drawn = sampling.of_row(keys, step.call, step.row.path, shape)
         if step.noise is None:
             return drawn
         return step.noise if encoded.given is None else (
             jnp.where(_each(encoded.given), step.noise, drawn))
 
-    along = steps = jax.tree.map(jnp.asarray, steps)
-    if adaptive is not None:
-        first = jax.tree.map(lambda a: a[0], steps)
-        along = lambda calls: first._replace(call=calls)  # noqa: E731
-    return sampling.advance(denoiser(params, config, encoded), state, rows, noise, info, along,
+    steps = jax.tree.map(jnp.asarray, steps)
+    return sampling.advance(denoiser(params, config, encoded), state, steps.row, noise, info, steps,
                             count)
 
 

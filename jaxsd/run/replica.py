@@ -12,13 +12,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxsd import sampling
 from jaxsd.config import TEXT_ENCODERS
 from jaxsd.models.layers import prepared
 from jaxsd.run import pipeline, sharded
 from jaxsd.run.inputs import Inputs, networks
 from jaxsd.run.programs import PROGRAMS
 from jaxsd.run.steps import beside, chunk
-from jaxsd.sampling import adaptive
 from jaxsd.weights import adapters
 
 TEXTS, KINDS = 8, 16  # encoded texts, and programs of kinds, that a replica keeps
@@ -44,9 +44,7 @@ class Stage(NamedTuple):
 
     @property
     def calls(self):
-        """Model calls up to the end of each row, [rows]; of adaptive steps, at most so many."""
-        if self.inputs.adaptive is not None:
-            return np.arange(1, 1 + int(self.inputs.adaptive.max_calls[0]))
+        """Model calls up to the end of each row, [rows]; at most, where the steps are free."""
         return np.cumsum(self.inputs.steps.row.sigma[:, 0] > 0)
 
 
@@ -132,10 +130,9 @@ class StagePrograms:
             _encode, ('vae', 'controlnet'), rest, config=config, height=kind.height,
             width=kind.width)
         one, width = (encoded._replace(text=text), state), replica.width(kind.slots)
-        steps = data.steps if data.adaptive else chunk(data.steps, 0, 0, replica.rows)
         self.advance, _ = compiled(
             _advance, ('unet', 'controlnet', 'adapters'), [one] * width,
-            *tables([(steps, data.adaptive)] * width), np.int32(0), config=config,
+            beside([chunk(data.steps, 0, 0, replica.rows)] * width), np.int32(0), config=config,
             axis=sharded.AXIS if replica.mesh else None)
         self.decode, _ = compiled(_decode, ('vae',), state.x, config=config, tile=replica.tile)
 
@@ -148,13 +145,6 @@ def _parts(data):
     return nothing._replace(**words), data._replace(steps=first, **dict.fromkeys(WORDS))
 
 
-def tables(pairs):
-    """[(Steps, Adaptive or None)] of one picture each -> those of all."""
-    steps, options = zip(*pairs)
-    return beside(steps), None if options[0] is None else jax.tree.map(
-        lambda *fields: np.concatenate(fields), *options)
-
-
 # The programs. Beside pipeline's functions they only take slots together and apart.
 
 
@@ -164,12 +154,12 @@ def _encode_text(params, data, *, config):
 
 def _encode(params, data, *, config, height, width):
     encoded, x = pipeline.encode(params, config, data, None, height, width)
-    return encoded, pipeline.start(x, data.steps, data.adaptive)
+    return encoded, pipeline.start(x, data.steps)
 
 
-def _advance(params, slots, steps, options, count, *, config, axis=None):
-    """Run `count` rows -> the slots' states, and bool [S]: who has adaptive steps to go. axis: of a
-    mesh over whose devices the slots are dealt out."""
+def _advance(params, slots, steps, count, *, config, axis=None):
+    """Run `count` rows -> the slots' states, and bool [S]: who has steps to go, where the sampler
+    chooses them. axis: of a mesh over whose devices the slots are dealt out."""
     encoded, state = jax.tree.map(lambda *parts: jnp.concatenate(parts), *slots)
     if axis is not None:
         # All devices gather weights together: none may leave out a row that another computes.
@@ -181,10 +171,11 @@ def _advance(params, slots, steps, options, count, *, config, axis=None):
         encoded, state = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, each),
                                       (encoded, state))
         steps = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, each, 1), steps)
-    state, _ = pipeline.advance(params, config, state, encoded, steps, options, count)
+    state, _ = pipeline.advance(params, config, state, encoded, steps, count)
     if axis is not None:
         state = jax.tree.map(lambda a: lax.all_gather(a, axis, tiled=True), state)
-    going = jnp.zeros(len(slots), bool) if options is None else adaptive.active(state, options)
+    free = sampling.free(steps.row)
+    going = sampling.going(state, steps.row) if free else jnp.ones(len(slots), bool)
     return [jax.tree.map(lambda a, i=i: a[i:i + 1], state) for i in range(len(slots))], going
 
 

@@ -12,9 +12,9 @@ from jaxsd.sampling.guidance_options import steps_of
 
 class Steps(NamedTuple):
     """Rows of B pictures, [rows,B,...] of each field, or one row of them, [B,...]. A field that is
-    None is absent from the program. Adaptive steps have one row, which holds for all calls."""
+    None is absent from the program."""
 
-    row: sampling.Row | None  # the sampler's; None: Adaptive
+    row: sampling.Row | sampling.Custom  # the sampler's
     call: Any  # int32: the row's number in the picture's own table, by which its noise is drawn
     guidance: Guidance
     text_index: Any = None  # int32 [...,P]: the text of each part of the guidance; None: its own
@@ -26,16 +26,14 @@ class Steps(NamedTuple):
 def over_rows(values, sigmas, rows, what, varies):
     """What pictures have for their steps, a list of [steps,...], dealt to rows -> [rows,B,...].
 
-    sigmas: of each picture, [steps + 1]. rows: Row of [rows,B], or Adaptive. varies bool [B]: for
-    whom it is not constant, which adaptive steps cannot have: ValueError that names `what`.
+    sigmas: of each picture, [steps + 1]. rows: of [rows,B]. varies bool [B]: for whom it is not
+    constant, which samplers that choose their own steps cannot have: ValueError that names `what`.
     """
-    if not isinstance(rows, sampling.Adaptive):
-        return np.stack([some[steps_of(levels, rows.sigma[:, i])] for i, (some, levels)
-                         in enumerate(zip(values, sigmas))], 1)
-    if np.any(varies):
-        raise ValueError(f'{what}: expected no change over the steps with dpm_adaptive, which '
+    if sampling.free(rows) and np.any(varies):
+        raise ValueError(f'{what}: expected no change over the steps with {rows.rule.name}, which '
                          'chooses its own steps; take another sampler')
-    return np.stack([some[:1] for some in values], 1)
+    return np.stack([some[steps_of(levels, rows.sigma[:, i])] for i, (some, levels)
+                     in enumerate(zip(values, sigmas))], 1)
 
 
 def chunk(steps, start, stop, length):
@@ -44,7 +42,7 @@ def chunk(steps, start, stop, length):
         tail = np.broadcast_to(a[max(stop - 1, 0)], (length - (stop - start), *a.shape[1:]))
         return np.concatenate([a[start:stop], tail])
 
-    row = sampling.pad(sampling.Row(*(field[start:stop] for field in steps.row)), length)
+    row = sampling.pad(jax.tree.map(lambda a: a[start:stop], steps.row), length)
     return jax.tree.map(part, steps._replace(row=None))._replace(row=jax.tree.map(np.float32, row))
 
 

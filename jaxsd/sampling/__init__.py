@@ -1,6 +1,5 @@
 """Samplers as data: `schedule` gives noise levels, `plan` a table, `sample` runs any table."""
 
-from .adaptive import Adaptive, Steps
 from .denoise import denoiser, guided, inpainted, pair, timestep
 from .levels import alphas_cumprod, betas, model_sigmas, sigma_to_t, t_to_sigma
 from .noise import draw, fresh, initial, keys, of_row
@@ -11,6 +10,8 @@ from .scan import (
     State,
     advance,
     bucket,
+    free,
+    going,
     idle,
     init,
     log_probability,
@@ -22,13 +23,13 @@ from .scan import (
 from .schedule_tables import write_schedule
 from .schedules import SCHEDULES
 from .sources import randn
-from .tables import HISTORY, NOISE, Row, Rows
+from .tables import HISTORY, NOISE, Custom, Row, Rows, mix, pairs, row, slope
 
 __all__ = [
-    'Adaptive', 'CONVENTIONS', 'Call', 'DISCARD_PENULTIMATE', 'HISTORY', 'NOISE', 'Row', 'Rows',
-    'SAMPLERS', 'SCHEDULES', 'State', 'Steps', 'advance', 'alphas_cumprod', 'betas', 'bucket',
-    'calls', 'denoiser', 'draw', 'fresh', 'guided', 'idle', 'init', 'initial', 'inpainted',
-    'keys', 'known_schedule', 'log_probability', 'model_sigmas', 'of_row', 'pad', 'pair',
-    'plan', 'randn', 'sample', 'schedule', 'sigma_to_t', 'stack', 'step', 't_to_sigma',
-    'timestep', 'write_schedule',
+    'CONVENTIONS', 'Call', 'Custom', 'DISCARD_PENULTIMATE', 'HISTORY', 'NOISE', 'Row', 'Rows',
+    'SAMPLERS', 'SCHEDULES', 'State', 'advance', 'alphas_cumprod', 'betas', 'bucket',
+    'calls', 'denoiser', 'draw', 'free', 'fresh', 'going', 'guided', 'idle', 'init', 'initial',
+    'inpainted', 'keys', 'known_schedule', 'log_probability', 'mix', 'model_sigmas', 'of_row',
+    'pad', 'pair', 'pairs', 'plan', 'randn', 'row', 'sample', 'schedule', 'sigma_to_t', 'slope',
+    'stack', 'step', 't_to_sigma', 'timestep', 'write_schedule',
 ]

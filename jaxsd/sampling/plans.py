@@ -2,20 +2,19 @@
 
 import inspect
 
+import jax
 import numpy as np
 
 from . import adaptive, first_order, multistep, singlestep
 from .choice import call, choose, number
-from .tables import Row
 
 SAMPLERS = {f.__name__: f for f in (
     *first_order.SAMPLERS, *singlestep.SAMPLERS, *multistep.SAMPLERS, adaptive.dpm_adaptive)}
 
 
 def plan(name, sigmas, config=None, **options):
-    """The table of a sampler -> Rows of float64 numpy arrays, one row per model call.
-
-    dpm_adaptive has none: it gives an Adaptive, which `stack` and `sample` take as well.
+    """The table of a sampler -> Rows of float64 numpy arrays, one row per model call; Custom of
+    samplers with a step of their own, as dpm_adaptive.
 
     name: a key of SAMPLERS. sigmas: [steps + 1], strictly decreasing, usually ending in 0.
     config: ScheduleConfig, for the samplers that need to know the timesteps (tcd).
@@ -35,7 +34,7 @@ def plan(name, sigmas, config=None, **options):
         options['config'] = config
     with np.errstate(all='ignore'):  # what is not finite has an error of its own
         rows = call('sampler', name, function, sigmas, **options)
-    if isinstance(rows, Row) and not all(np.isfinite(field).all() for field in rows):
+    if not all(np.isfinite(field).all() for field in jax.tree.leaves(rows)):
         raise ValueError(f'sampler {name!r} with {options}: its table is not finite; use options '
                          'nearer to the defaults')
     return rows

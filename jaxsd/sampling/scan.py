@@ -1,4 +1,4 @@
-"""Run any table of rows: one `lax.scan`, one model call in its body (Adaptive: a while loop)."""
+"""Run any table of rows: one `lax.scan`, one model call in its body."""
 
 from typing import Any, NamedTuple
 
@@ -7,17 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import adaptive
-from .adaptive import Adaptive
-from .tables import HISTORY, NOISE, Row
+from .tables import HISTORY, NOISE, Custom, Row, Rule
 
 
 class State(NamedTuple):
     """What a sampler remembers; float32, whatever the model computes in."""
 
     x: jax.Array  # [B,...]  the point at which the model is called next
-    y: jax.Array  # [B,...]  a saved point
-    e: tuple  # K x [B,...]  history, newest first
+    y: Any  # [B,...]  a saved point; with Custom rows a pytree, what their step keeps
+    e: tuple  # K x [B,...]  history, newest first; with Custom rows none
     denoised: jax.Array  # [B,...]  the last model output
     memory: Any = None  # what guidance with momentum remembers
 
@@ -27,16 +25,12 @@ class Call(NamedTuple):
 
     i: jax.Array  # []       index of the row
     row: Row
+    sigma: jax.Array  # [] or [B]  the noise level of the call, 0: none
     x: jax.Array  # [B,...]  the point at which the model was called
     denoised: jax.Array  # [B,...]  x itself in a row without a model call
     uncond: jax.Array  # [B,...]  denoised without guidance
     noise: jax.Array  # [B,...]  zero where no image of the batch asks for any
     after: State
-
-    @property
-    def sigma(self):
-        """The noise level of the call, [] or [B]."""
-        return self.row.sigma
 
     @property
     def eps(self):
@@ -46,12 +40,13 @@ class Call(NamedTuple):
 
 
 def init(x, rows, memory=None):
-    """The state before the first row: a State, see `lift`, or adaptive.State. x [B,...]; memory: as
-    of `sample`."""
+    """The state before the first of the rows, see `lift`. x [B,...]; memory: as of `sample`."""
     x = lift(x)
-    if isinstance(rows, Adaptive):
-        return adaptive.init(x, rows, memory)
     zero = jnp.zeros_like(x)
+    if isinstance(rows, Custom):
+        first = jax.tree.map(lambda a: jnp.asarray(a[0], x.dtype), rows)
+        kept = () if rows.rule.init is None else _each(rows.rule.init, first, x=x)
+        return State(x, jax.tree.map(lambda a: jnp.array(a, a.dtype), kept), (), zero, memory)
     return State(x, zero, (zero,) * (rows.mix.shape[-1] - 4), zero, memory)
 
 
@@ -61,10 +56,36 @@ def lift(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def _each(function, row, **given):
+    """A function of one picture -> what it gives for all, from `given` [B,...] and a Custom row."""
+    fields = {**row.fields, 'sigma': jnp.where(row.sigma > 0, row.sigma, 1)}
+    shared = row.sigma.ndim == 0
+    return jax.vmap(lambda fields, given: Rule.call(function, fields, **given),
+                    (None if shared else 0, 0))(fields, given)
+
+
+def point(state, row):
+    """Where a row calls its model -> x [B,...] and sigma [] or [B], 0: nowhere."""
+    if not isinstance(row, Custom) or not row.free:
+        return state.x, row.sigma
+    x, sigma = _each(row.rule.point, row, x=state.x, state=state.y)
+    sigma = jnp.where(row.sigma > 0, sigma, 0)
+    return jnp.where(spread(sigma > 0, x.ndim), x, state.x), sigma
+
+
 def step(state, row, denoised, noise, uncond=None):
     """One row: push the model's output into the history, then mix. -> State."""
+    uncond = denoised if uncond is None else uncond
+    if isinstance(row, Custom):
+        at, sigma = point(state, row)
+        sigma = jnp.broadcast_to(sigma, len(at))
+        x, y = _each(row.rule.step, row, x=state.x, state=state.y, denoised=denoised, noise=noise,
+                     uncond=uncond, point=at, sigma=jnp.where(sigma > 0, sigma, 1))
+        return jax.tree.map(
+            lambda new, old: jnp.where(spread(sigma > 0, old.ndim), new, old).astype(old.dtype),
+            state._replace(x=x, y=y), state)
     e = (_weigh(row.push, (state.x, denoised)), *state.e[:-1])
-    terms = (state.x, state.y, noise, *e, denoised if uncond is None else uncond)
+    terms = (state.x, state.y, noise, *e, uncond)
     return state._replace(x=_weigh(row.mix[..., 0, :], terms), y=_weigh(row.mix[..., 1, :], terms),
                           e=e)
 
@@ -76,10 +97,10 @@ def sample(denoise, x, rows, noise, info=None, memory=None, along=None):
     that CFG++ samplers use; sigma is [] for shared rows and [B] for rows per image, i the index of
     the row. Traced once, whatever the table holds.
     x: [B,...] at the table's first sigma (pure noise times that sigma, or x0 + sigma * noise).
-    rows: from `plan`, shared by all images, or from `stack`, one table per image; or Adaptive.
+    rows: from `plan`, shared by all images, or from `stack`, one table per image.
     noise(i) -> array like x, standard normal; drawn only where a row asks for it.
     info(Call): optional; whatever it returns is stacked on a leading axis of rows, and the result
-    is (x, stacked). Of Adaptive steps it is called once, at the end, with adaptive.Steps.
+    is (x, stacked).
     memory: optional; a pytree that denoise takes as a fourth argument and returns, changed, beside
     its output: guidance with momentum.
     along: see `advance`.
@@ -96,9 +117,8 @@ def advance(denoise, state, rows, noise, info=None, along=None, count=None):
     """Go on from a state of `init` over the next rows -> (State, what info gave or None).
 
     denoise, noise, info: as of `sample`. along: what denoise and noise are given in place of the
-    row's index: a pytree with a leading axis of rows; of Adaptive a function of the numbers [B] of
-    the images' calls. count: so many rows, or calls of Adaptive, and no more (without info, and
-    without gradients); None: all.
+    row's index: a pytree with a leading axis of rows. count: so many rows and no more (without
+    info, and without gradients); None: all.
     """
     dtype = state.x.dtype
 
@@ -112,28 +132,29 @@ def advance(denoise, state, rows, noise, info=None, along=None, count=None):
         denoised, uncond = out if isinstance(out, tuple) else (out, out)
         return jnp.asarray(denoised, dtype), jnp.asarray(uncond, dtype), memory
 
-    if isinstance(rows, Adaptive):
-        state = adaptive.advance(model, state, rows, noise, along, count)
-        return state, None if info is None else info(adaptive.steps(state))
-    rows = Row(*(jnp.asarray(field, dtype) for field in rows))
+    rows = jax.tree.map(lambda field: jnp.asarray(field, dtype), rows)
     along = jnp.arange(len(rows.sigma)) if along is None else along
     # Both are reduced over images here, once, so that a sharded batch does so outside the loop.
     images = tuple(range(1, rows.sigma.ndim))
     active = jnp.any(rows.sigma > 0, axis=images)
-    noisy = jnp.any(rows.mix[..., NOISE] != 0, axis=(*images, -1))
+    noisy = jnp.any(rows.noisy, axis=images)
 
     def body(state, xs):
         i, row, along, active, noisy = xs
+        x, sigma = point(state, row)
+        if free(rows):
+            active = jnp.any(sigma > 0)
+            noisy &= active
         denoised, uncond, memory = lax.cond(
-            active, lambda memory: model(state.x, row.sigma, along, memory),
-            lambda memory: (state.x, state.x, memory), state.memory)
+            active, lambda memory: model(x, sigma, along, memory),
+            lambda memory: (x, x, memory), state.memory)
         fresh = lax.cond(noisy, lambda: jnp.asarray(noise(along), dtype),
-                         lambda: jnp.zeros_like(state.x))
-        called = spread(row.sigma > 0, state.x.ndim)
-        after = step(state, row, denoised, fresh, uncond)._replace(
+                         lambda: jnp.zeros_like(x))
+        called = spread(sigma > 0, x.ndim)
+        after = step(state._replace(memory=None), row, denoised, fresh, uncond)._replace(
             denoised=jnp.where(called, denoised, state.denoised), memory=memory)
         return after, None if info is None else info(
-            Call(i, row, state.x, denoised, uncond, fresh, after))
+            Call(i, row, sigma, x, denoised, uncond, fresh, after))
 
     xs = (jnp.arange(len(rows.sigma)), rows, along, active, noisy)
     if count is not None:
@@ -175,25 +196,34 @@ def pad(rows, length):
     extra = length - len(rows.sigma)
     if extra < 0:
         raise ValueError(f'{len(rows.sigma)} rows do not fit a length of {length}')
-    tail = Row(*(np.zeros((extra, *field.shape[1:])) for field in rows))
-    tail.mix[..., 0, 0] = tail.mix[..., 1, 1] = 1
-    return Row(*(np.concatenate(both) for both in zip(rows, tail)))
+    return jax.tree.map(lambda *both: np.concatenate(both), rows, rows.idle(extra))
 
 
 def stack(tables, length=None):
     """One table per image -> Rows [length, B, ...], padded; length: `bucket` of the longest.
 
-    Several Adaptive give an Adaptive [B]; with tables they do not mix: ValueError.
+    Custom rows do not mix with those of others: ValueError.
     """
-    adaptive = [isinstance(rows, Adaptive) for rows in tables]
-    if all(adaptive):
-        return Adaptive(*map(np.stack, zip(*tables)))
-    if any(adaptive):
-        raise ValueError(f'{sum(adaptive)} of {len(tables)} images are dpm_adaptive, which has no '
-                         'table: expected all or none; run them in batches of their own')
+    own = [rows.rule for rows in tables if isinstance(rows, Custom)]
+    if own and (len({*map(jax.tree.structure, tables)}) > 1):
+        raise ValueError(f'{own.count(own[0])} of {len(tables)} images are {own[0].name}, which '
+                         'has a step of its own: expected all or none; run them in batches of '
+                         'their own')
     if length is None:
         length = bucket(max(len(rows.sigma) for rows in tables))
-    return Row(*(np.stack(fields, axis=1) for fields in zip(*(pad(t, length) for t in tables))))
+    return jax.tree.map(lambda *fields: np.stack(fields, axis=1),
+                        *(pad(table, length) for table in tables))
+
+
+def free(rows):
+    """Whether the pictures decide where the model is called, and how often: no steps are known."""
+    return isinstance(rows, Custom) and rows.free
+
+
+def going(state, rows):
+    """Which images are not at their end, where that is theirs to say (`free`), bool [B]; rows: the
+    next ones, of which the first counts."""
+    return point(state, jax.tree.map(lambda a: a[0], rows))[1] > 0
 
 
 def spread(per_image, ndim):

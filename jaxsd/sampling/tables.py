@@ -5,13 +5,20 @@ saved point `y`, fresh noise and the last few model outputs `e0, e1, ...` (newes
 coefficients that depend on the sigmas alone: Butcher's general linear methods. A sampler here
 yields one `row` per model call; `scan.sample` runs any table.
 
-A new sampler is one function that yields rows and one entry in its file's SAMPLERS. Its formulas
-read like the paper's: a and b are the sigmas before and after a step, `e` the weights of e0, e1...
+A new sampler is one function that yields rows and one entry in its file's SAMPLERS, or in a file of
+one's own `jaxsd.sampler` before it, whose docstring says what a sampler is. Its formulas read like
+the paper's: a and b are the sigmas before and after a step, `e` the weights of e0, e1...
+
+What is not linear has rows too, but a step of its own: `Custom`.
 """
 
 import functools
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 HISTORY = 4  # model outputs that a row can reach back to; one number, so that all tables stack
@@ -28,6 +35,85 @@ class Row(NamedTuple):
     mix: np.ndarray  # [2,4+K]  (x, y) <- mix @ (x, y, noise, e0 .. eK-1, uncond)
     path: np.ndarray  # [2]      the noise is the image's Brownian path between these sigmas,
     #                            scaled to unit variance; equal: it is drawn independently
+
+    @property
+    def noisy(self):
+        """Which rows add fresh noise, bool."""
+        return (self.mix[..., NOISE] != 0).any(-1)
+
+    def idle(self, count):
+        """So many rows that do nothing, to follow these."""
+        tail = Row(*(np.zeros((count, *field.shape[1:])) for field in self))
+        tail.mix[..., 0, 0] = tail.mix[..., 1, 1] = 1
+        return tail
+
+
+class Rule(NamedTuple):
+    """Functions of one's own, of one picture each, as `jaxsd.sampler` and `jaxsd.guidance` say."""
+
+    name: str
+    step: Callable  # of a sampler; of guidance the function itself
+    init: Callable | None = None
+    point: Callable | None = None
+    code: str = ''  # a hash of the file that they stand in
+
+    def __repr__(self):
+        return f'{self.name} {self.code}'  # names compiled programs, in all processes alike
+
+    @staticmethod
+    def call(function, row, **given):
+        """`function` with what it names of `given` and, as attributes of `row`, of a dict."""
+        given['row'] = SimpleNamespace(**row)
+        return function(**{name: given[name] for name in inspect.signature(function).parameters})
+
+
+@jax.tree_util.register_pytree_node_class
+class Custom:
+    """The rows of a sampler with a step of its own, or the options of guidance that is a function.
+
+    rule: the functions, which choose the program. fields: {name: array}, data; a leading axis of
+    rows, then perhaps one of images, as in Row. Of a sampler `sigma` is among them, the level at
+    which the model is called, 0: the row does nothing; and perhaps `path`, as in Row, and `noisy`,
+    0 where the step needs no noise.
+    """
+
+    def __init__(self, rule, fields):
+        self.rule, self.fields = rule, dict(sorted(fields.items()))
+
+    def tree_flatten(self):
+        return tuple(self.fields.values()), (self.rule, tuple(self.fields))
+
+    @classmethod
+    def tree_unflatten(cls, static, values):
+        return cls(static[0], dict(zip(static[1], values)))
+
+    @property
+    def sigma(self):
+        """As in Row."""
+        return self.fields['sigma']
+
+    @property
+    def path(self):
+        """As in Row."""
+        return self.fields.get('path', np.zeros((*self.sigma.shape, 2)))
+
+    @property
+    def noisy(self):
+        """As in Row."""
+        asked = 'noise' in inspect.signature(self.rule.step).parameters
+        return (self.sigma > 0) & (self.fields.get('noisy', 1) != 0) & asked
+
+    @property
+    def free(self):
+        """Whether the picture decides where the model is called, and how often."""
+        return self.rule.point is not None
+
+    def idle(self, count):
+        """So many rows that do nothing, to follow these."""
+        def tail(a):  # the last row's values, with which a gradient is finite
+            return np.broadcast_to(a[-1:] if len(a) else 0.0, (count, *a.shape[1:]))
+        return Custom(self.rule, {**{name: tail(a) for name, a in self.fields.items()},
+                                  'sigma': np.zeros((count, *self.sigma.shape[1:]))})
 
 
 Rows = Row
@@ -61,6 +147,24 @@ def table(sampler):
     def rows(sigmas, **options):
         return Row(*map(np.stack, zip(*sampler(sigmas, **options))))
     return rows
+
+
+def custom(rule, rows):
+    """Rows of a Rule, dicts of numbers or arrays -> Custom. Raises ValueError for others."""
+    rows = list(rows)
+    if not rows or not all(isinstance(row, dict) and 'sigma' in row for row in rows):
+        raise ValueError(f'sampler {rule.name!r} has a step of its own: expected a row of it to be '
+                         f'a dict with sigma in it, found {str(rows[:1])[1:200]!r}')
+    if len({tuple(sorted(row)) for row in rows}) > 1:
+        raise ValueError(f'sampler {rule.name!r}: expected the same names in all of its rows')
+    try:
+        fields = {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
+    except (TypeError, ValueError):
+        raise ValueError(f'sampler {rule.name!r}: expected numbers in its rows, or arrays of one '
+                         'shape') from None
+    if fields['sigma'].ndim != 1 or not (fields['sigma'] > 0).all():
+        raise ValueError(f'sampler {rule.name!r}: expected a sigma above 0 in each row')
+    return Custom(rule, fields)
 
 
 def pairs(sigmas):
