@@ -20,6 +20,7 @@ _WHERE = {
                      'load_adapter', 'Adapter', 'merge', 'save_network'), 'jaxsd.weights'),
     'read_config': 'jaxsd.config', 'ModelConfig': 'jaxsd.config', 'versions': 'jaxsd.config',
     **dict.fromkeys(('generate', 'Engine', 'Request', 'Control', 'Preview'), 'jaxsd.run'),
+    **dict.fromkeys(('sampler', 'schedule', 'guidance', 'load_plugin'), 'jaxsd.sampling.plugins'),
 }
 __all__ = sorted(_WHERE)
 

@@ -3,12 +3,15 @@
 import contextlib
 import ctypes
 import hashlib
+import importlib.metadata
 import logging
 import os
 import pathlib
 import platform
 import re
 import sys
+
+from absl import flags
 
 # absl prints INFO to stderr, where jax reports every backend that this machine does not have.
 logging.getLogger('jax').setLevel(logging.WARNING)
@@ -47,6 +50,20 @@ def keep_programs(folder=None):
     os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', str(2**32))
 
 
+def define_plugin_flag():
+    """Of the mains that draw pictures, or measure how they are drawn."""
+    flags.DEFINE_multi_string('plugin', [], 'A Python file with samplers, schedules or guidance of '
+                              'your own, which is run: see docs/plugins.md; repeat for several.')
+
+
+def load_plugins():
+    """What --plugin names, where a main has it, and what installed packages offer."""
+    paths = flags.FLAGS['plugin'].value if 'plugin' in flags.FLAGS else None
+    if paths is not None and (paths or importlib.metadata.entry_points(group='jaxsd.plugins')):
+        from jaxsd.sampling import plugins  # JAX: only where it is needed
+        plugins.load_plugins(paths)
+
+
 def plain_errors(run):
     """`run` as an absl main: one clear line and exit code 1 for whatever the user can get wrong."""
     def main(argv):
@@ -54,6 +71,7 @@ def plain_errors(run):
             if len(argv) > 1:
                 raise ValueError(f'unexpected argument {argv[1]!r}')
             keep_programs()
+            load_plugins()
             run()
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             sys.exit(f'error: {printable(error)}')

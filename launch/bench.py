@@ -20,13 +20,14 @@ import time
 
 from absl import app, flags
 
-from . import plain_errors
+from . import define_plugin_flag, plain_errors
 
 FLAGS = flags.FLAGS
 
 
 def define_flags():
     """Not at import: other mains have flags of these names."""
+    define_plugin_flag()
     flags.DEFINE_string('version', 'sd15', 'A released version, see jaxsd.versions().')
     flags.DEFINE_list('parts', ['text', 'unet', 'vae'], 'What to time: text, unet, vae, mixed, '
                       'requests.')
@@ -157,12 +158,14 @@ def measure_mixed(count=16, steps=12):
     import jaxsd
     from configs import emoji
     from jaxsd import sampling
+    from jaxsd.sampling.plugins import OWN
     model = jaxsd.load(emoji.CHECKPOINT)
     config = model.config.schedule
     sigmas = sampling.schedule('karras', steps, config)
     tables = {name: sampling.plan(name, sigmas, config=config) for name in sampling.SAMPLERS}
     names = [name for name, rows in tables.items()
              if isinstance(rows, sampling.Rows) and sampling.calls(rows) == steps]
+    names.sort(key=lambda name: ('sampler', name) not in OWN)  # those of --plugin first
 
     def pictures(names):
         return lambda: jaxsd.generate(model, [

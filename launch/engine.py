@@ -1,6 +1,7 @@
 """A model as the flags of `batch` and `serve` describe it, brought onto this host's devices."""
 
 import math
+import os
 import sys
 import time
 from types import SimpleNamespace
@@ -28,7 +29,9 @@ def define_flags():
 def describe():
     """What the flags say of the model, as JSON can keep it: for `build`, here or elsewhere."""
     recipe = FLAGS.config
-    return {**{name: recipe[name] for name in generate.RECIPE},
+    plugins = [os.path.abspath(path) for path in FLAGS.plugin]
+    return {**{name: recipe[name] for name in generate.RECIPE}, **({'plugin': plugins} if plugins
+                                                                   else {}),
             **{name: FLAGS[name].value for name in ('vae', 'refiner', 'strays')
                if FLAGS[name].value},
             **{name: [f'{key}={path}' for key, path in files(
@@ -44,6 +47,8 @@ def build(how, requests=None, devices=None, lone=False):
     import jaxsd
     from jaxsd.batch.identity import Identity
     from jaxsd.run import Engine
+    from jaxsd.sampling import plugins
+    plugins.load_plugins(how.get('plugin', ()))  # in Ray's actors nothing else does
     start = time.perf_counter()
     recipe = SimpleNamespace(**how)
     strays = how.get('strays', False)

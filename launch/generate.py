@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from jaxsd import recipe
 from jaxsd.recipe import FIELDS, complete, fields, files, load, words
 
-from . import keep_programs, printable
+from . import define_plugin_flag, keep_programs, load_plugins, printable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'configs'
@@ -68,7 +68,8 @@ def define_flags():
 
 
 def define_model_flags():
-    """The flags that say which model makes the pictures."""
+    """The flags that say which model makes the pictures, and what of one's own it is used with."""
+    define_plugin_flag()
     config_flags.DEFINE_config_file(
         'config', None, 'Recipe: a file, or the name of one in configs/, emoji if left out. Its '
         'fields are flags, --steps=30; written as --config.steps=30 they are the same.')
@@ -103,6 +104,7 @@ def guarded(run):
             if len(argv) > 1:
                 fail(f'unexpected argument {argv[1]!r}: give prompts as --prompt="{argv[1]}"', 2)
             keep_programs(FLAGS.compilation_cache if 'compilation_cache' in FLAGS else None)
+            load_plugins()
             return run()
         except (ValueError, OSError, ImportError) as error:
             fail(error)

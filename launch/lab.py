@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 from jaxsd.recipe import check_length, fields, load, options, shorten
 
-from . import generate, plain_errors
+from . import define_plugin_flag, generate, plain_errors
 
 FLAGS = flags.FLAGS
 DATA = pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'data'
@@ -61,6 +61,7 @@ def define_flags(command):
                                     'fields are flags too, as in launch.generate.')
     flags.DEFINE_string('checkpoint', None,
                         "A folder, a .safetensors file or a Hub id, instead of the recipe's.")
+    define_plugin_flag()
     if command == 'trace':
         flags.DEFINE_string('prompt', None, 'What to draw.')
         flags.DEFINE_integer('seed', 0, '0 to 2^64 - 1.')

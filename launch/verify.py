@@ -19,13 +19,14 @@ import sys
 
 from absl import app, flags
 
-from . import engine, generate
+from . import define_plugin_flag, engine, generate
 
 FLAGS = flags.FLAGS
 
 
 def define_flags():
     """Not at import: other mains have flags of these names."""
+    define_plugin_flag()
     flags.DEFINE_string('sample', '16', 'How many pictures to make again, or all.')
     flags.DEFINE_integer('seed', 0, 'Which ones: other seeds take others.')
     flags.DEFINE_boolean('repair', False, 'Forget damaged pictures and lines, and make none.')
@@ -51,7 +52,7 @@ def run(path):
                          'launch.batch writes it')
     if not records:
         raise ValueError(f'{path}: no picture is there yet')
-    wrong, requests, kept = [], [], []
+    wrong, requests, kept, changes = [], [], [], set()
     for record in records:
         if damage := folder.damage(path, record, whole=True):
             wrong.append(damage)
@@ -61,11 +62,12 @@ def run(path):
             past.check_files()
             requests.append(Request(**past.fields))
             kept.append(record)
+            changes.add(infotext.differences(past.run))
         except (ValueError, OSError) as error:
             wrong.append(f'{record["file"]}: {error}')
-    maker, identity, _ = engine.build(config['how'], requests)
-    changed = infotext.differences(infotext.read(path / kept[0]['file']).run) if kept else ''
-    if changed:
+    # The files of --plugin alone are run, and not those that the folder names.
+    maker, identity, _ = engine.build({**config['how'], 'plugin': []}, requests)
+    for changed in sorted(changes - {''}):
         print(f'note: {changed}', file=sys.stderr)
     for name, value in identity.settings.items():
         if value != config['settings'].get(name):

@@ -4,7 +4,6 @@ The same id is the same picture, to the bit, on one kind of device with one vers
 `fingerprint`), and nearly so elsewhere.
 """
 
-import ast
 import concurrent.futures
 import functools
 import hashlib
@@ -20,6 +19,7 @@ from jaxsd.run import picture
 from jaxsd.run.engine import slots_for
 from jaxsd.run.request import PROMPTS
 from jaxsd.run.text_conditioning import parse_prompts
+from jaxsd.sampling import plugins
 
 # The rooms whose code pictures depend on; a comment or docstring changes nothing.
 ROOMS = ('config.py', 'images', 'models', 'prompt', 'run',
@@ -34,13 +34,8 @@ def numerics():
     for room in ROOMS:
         files = sorted((root / room).glob('*.py')) if (root / room).is_dir() else [root / room]
         for file in files:
-            tree = ast.parse(file.read_text())
-            for node in ast.walk(tree):
-                body = getattr(node, 'body', None)
-                if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(
-                        body[0].value, ast.Constant):
-                    del body[0]
-            found.update(f'{file.relative_to(root)}\n{ast.unparse(tree)}\n'.encode())
+            text = plugins.stripped(file.read_text())
+            found.update(f'{file.relative_to(root)}\n{text}\n'.encode())
     return found.hexdigest()[:16]
 
 
@@ -63,7 +58,8 @@ class Identity:
 
     settings: what is common to all of them: hashes of the weights and of the code, the Engine's
     slots (None: chosen by size), tile, and over how many devices the weights are spread (None:
-    not). Adapters, embeddings and ControlNets count for the requests that name them.
+    not). Adapters, embeddings, ControlNets and the code of plugins count for the requests that name
+    them.
     """
 
     def __init__(self, model, refiner=None, *, slots, tile=None, spread=None):
@@ -100,6 +96,8 @@ class Identity:
                  'embeddings': [n for n in self._named['embeddings'] if n.lower() in words]}
         used = {kind: {name: self._named[kind].get(name) for name in sorted(found)}
                 for kind, found in names.items() if found}
+        if own := plugins.used(request):
+            used['plugins'] = own
         hashes = {name: self._file(name) for name in picture.files(request)}
         fields = json.loads(json.dumps(vars(request) | {'wildcards': None},
                                        default=picture.describe))

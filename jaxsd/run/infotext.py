@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jaxsd import images
 from jaxsd.run import picture
 from jaxsd.run.request import MAX_SIDE, Control, Request
+from jaxsd.sampling import plugins
 from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
 
 # Fields of a Request, and what else is in a record, that name files, folders and models.
@@ -113,13 +114,15 @@ def _whole(low, high):
 RUN = {  # what `picture.record` is given beside the request, where it is given
     **dict.fromkeys(('checkpoint', 'base', 'dtype', 'prediction', 'vae', 'refiner', 'model',
                      'device', 'id'), _text),
-    **dict.fromkeys(('control', 'lora', 'embeddings'), _several),
+    **dict.fromkeys(('control', 'lora', 'embeddings', 'plugin'), _several),
     **dict.fromkeys(('ema', 'strays'), _flag),
     'slots': _whole(1, MOST),
     'tile': _whole(0, MAX_SIDE),
     'hint_size': lambda value: isinstance(value, list) and list(
         map(_whole(1, MAX_SIDE), value)) == [True, True],
     'versions': lambda value: isinstance(value, dict) and all(map(_text, value.values())),
+    'plugins': lambda value: isinstance(value, dict) and all(
+        ' ' in key and _text(code) for key, code in value.items()),
 }
 SURE = ('checkpoint', 'dtype', 'ema', 'tile', 'slots')  # of them, those that are never None
 
@@ -142,6 +145,10 @@ def _recorded(path, text):
     for name, check in RUN.items():
         if name in run and not check(run[name]) and (run[name] is not None or name in SURE):
             raise ValueError(f'{path}: its record is damaged: {name}={brief(run[name])}')
+    try:
+        plugins.changed(run.get('plugins') or {})
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
     notes = []
     for name in [name for name in found if name not in Request.__dataclass_fields__]:
         notes.append(f'{name}={brief(found.pop(name))}: unknown here, written by jaxsd '
@@ -186,12 +193,15 @@ def _lost(value):
 
 
 def differences(run):
-    """What of a record's versions and device is otherwise here: a line, '' for nothing."""
+    """What of a record's versions, device and plugins is otherwise here: a line, '' for nothing."""
     then = {**run['versions'], 'device': run.get('device')}
     now = {**picture.versions(), 'device': picture.device()}
     changed = [f'{name} {value}, here {now[name]}' for name, value in then.items()
                if value and name in now and value != now[name]]
-    return f'made with {"; ".join(changed)}: the last bits may differ' if changed else ''
+    told = [f'made with {"; ".join(changed)}: the last bits may differ'] if changed else []
+    if other := plugins.changed(run.get('plugins') or {}):
+        told.append(f'made with other code of {", ".join(other)}: the picture may differ')
+    return '; '.join(told)
 
 
 # What A1111 writes.

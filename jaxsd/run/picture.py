@@ -18,6 +18,7 @@ import numpy as np
 
 import jaxsd
 from jaxsd import images
+from jaxsd.sampling import plugins
 from jaxsd.sampling.names import A1111_SAMPLERS, A1111_SCHEDULES
 
 WEIGHTINGS = {'no_norm': 'No norm', 'none': 'None', 'comfy': 'comfy',
@@ -75,11 +76,14 @@ def _quote(value):
 
 
 def record(request, **run):
-    """The complete request, the files that it follows, and what made it, as JSON text.
+    """The complete request, the files that it follows, and what made it, as JSON text; of plugins
+    the hash of their code.
 
     run: what else a repetition needs, see launch/generate.py.
     """
     hashes = {name: digest(name) for name in files(request)}
+    if own := plugins.used(request):
+        run['plugins'] = own
     return json.dumps({'request': _fields(request), **run, 'files': hashes, 'versions': versions(),
                        'device': device()}, default=describe, ensure_ascii=False)
 

@@ -102,7 +102,8 @@ def guided(denoise, guidance, prediction_type='epsilon', unguided=None, sigma_da
         origin = None
         if row.rescale is not None or row.zero_star is not None:
             origin = zero_prediction(x, spread(sigma, x.ndim), prediction_type, sigma_data)
-        result, memory = combine(row, uncond, cond, more, perturbed, origin, memory)
+        result, memory = combine(row, uncond, cond, more, perturbed, origin, memory, x,
+                                 sigma)
         if row.sag is not None:
             blurred = blur_where(uncond, received[0][::parts])
             again = unguided(x + blurred - uncond, sigma, i)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .scan import spread
+from .tables import Custom
 
 
 class Threshold(NamedTuple):
@@ -52,6 +53,7 @@ class Guidance(NamedTuple):
     sag: Any = None  # scale of self-attention guidance
     freeu: tuple | None = None  # b1, b2, s1, s2: for `unet.apply`
     prompts: tuple | None = None  # a weight for each of several prompts, see `compose`
+    function: Custom | None = None  # of one's own, see `jaxsd.guidance`; its field `on`, 0: off
 
     @property
     def parts(self):
@@ -69,11 +71,12 @@ class Guidance(NamedTuple):
         return jax.tree.map(lambda a: jnp.asarray(a)[i] if np.ndim(a) == 2 else a, self)
 
 
-def combine(guidance, uncond, cond, negatives, perturbed, origin, memory=None):
+def combine(guidance, uncond, cond, negatives, perturbed, origin, memory=None, x=None, sigma=None):
     """Denoised pictures [B,...] -> the guided one, and memory.
 
     guidance: of one row, values [] or [B,1,...]. negatives: a list; perturbed: or None. origin: the
-    picture that a prediction of zero means, or None where neither rescale nor zero_star is on.
+    picture that a prediction of zero means, or None where neither rescale nor zero_star is on. x,
+    sigma [B]: what the model saw, for a function of one's own.
     """
     g, target = guidance, uncond
     if g.zero_star is not None:
@@ -86,6 +89,8 @@ def combine(guidance, uncond, cond, negatives, perturbed, origin, memory=None):
 
     def at(scale):
         out = target + scale * difference
+        if g.function is not None:
+            out = own(g.function, out, target + difference, target, scale, x, sigma)
         return out if perturbed is None else out + g.pag * (cond - perturbed)
 
     out = at(g.scale)
@@ -94,6 +99,16 @@ def combine(guidance, uncond, cond, negatives, perturbed, origin, memory=None):
     if g.rescale is not None:
         out = rescale(g.rescale, out, cond, origin)
     return out, memory
+
+
+def own(function, plain, cond, uncond, scale, x, sigma):
+    """Guidance by a function of one's own, picture by picture, where it is on; else `plain`."""
+    fields, scale, sigma = jax.tree.map(lambda a: jnp.broadcast_to(a.reshape(-1), len(x)),
+                                        (function.fields, scale, sigma))
+    on = spread(fields.pop('on') > 0, x.ndim)
+    rule, given = function.rule, dict(cond=cond, uncond=uncond, scale=scale, x=x, sigma=sigma)
+    return jnp.where(on, jax.vmap(lambda given: rule.call(rule.step, {}, **given))(given | fields),
+                     plain)
 
 
 def compose(weights, uncond, conds):

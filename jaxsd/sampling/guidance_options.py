@@ -7,6 +7,7 @@ import numpy as np
 
 from .choice import check_number, choose
 from .guidance import Guidance, Projection, Threshold, ZeroStar
+from .tables import Custom
 
 # Every kind at the value that changes nothing.
 OFF = Guidance(1.0, 0.0, Threshold(1.0, 1.0, 0.0), ZeroStar(0.0, 0.0),
@@ -27,13 +28,14 @@ def table(scale, options, sigmas, levels, prompts=(1.0,)):
         value = np.asarray(value, np.float64)
         return value[np.minimum(step, len(value) - 1)] if value.ndim else np.full(step.shape, value)
 
-    scale = rows(scale)
+    scale, on = rows(scale), np.ones(step.shape, bool)
     if 'interval' in options:  # diffusers' rounding
         start, stop = (int(fraction * steps) for fraction in options['interval'])
-        scale = np.where((start <= step) & (step < stop), scale, 1)
+        on = (start <= step) & (step < stop)
     if 'interval_sigma' in options:
         low, high = options['interval_sigma']
-        scale = np.where((low < levels) & (levels <= high), scale, 1)
+        on &= (low < levels) & (levels <= high)
+    scale = np.where(on, scale, 1)
     found = {name: rows(options[name]) for name in ('rescale', 'pag', 'sag') if name in options}
     if 'threshold' in options:
         found['threshold'] = Threshold(**jax.tree.map(
@@ -49,6 +51,10 @@ def table(scale, options, sigmas, levels, prompts=(1.0,)):
         found['perp_neg'] = tuple(rows(weight) for _, weight in options['perp_neg'])
     if 'freeu' in options:
         found['freeu'] = tuple(map(rows, options['freeu']))
+    for name in FUNCTIONS.keys() & options.keys():
+        found['function'] = Custom(FUNCTIONS[name], {
+            **{option: rows(value) for option, value in options[name].items()},
+            'on': on.astype(np.float64)})
     if tuple(prompts) != (1.0,):
         found['prompts'] = tuple(map(rows, prompts))
     return Guidance(scale, **found)
@@ -70,6 +76,13 @@ def stack(tables):
     prompts = max(len(t.prompts or (1,)) for t in tables)
     off = jax.tree.map(lambda value: np.full(tables[0].scale.shape, value), OFF._replace(
         perp_neg=(0.0,) * negatives, prompts=(1.0, *(0.0,) * (prompts - 1))))
+    own = [t.function for t in tables if t.function is not None]
+    if len({function.rule for function in own}) > 1:
+        raise ValueError(f'guidance of one batch by {own[0].rule.name} and another function: '
+                         'expected one; run them in batches of their own')
+    if own:  # with `on` 0 the others' options change nothing
+        off = off._replace(function=Custom(own[0].rule, {
+            **own[0].fields, 'on': 0 * own[0].fields['on']}))
     used = [any(field is not None for field in fields) for fields in zip(*tables)]
 
     def fill(t):
@@ -96,10 +109,13 @@ def check(options, steps):
         perp_neg        ((text, weight), ...)
         pag, sag        scale
         freeu           (b1, b2, s1, s2) (https://arxiv.org/abs/2309.11497)
+        and one of `jaxsd.guidance`, {option: number}
     Raises ValueError for an unknown name and for values that are out of range.
     """
     if not isinstance(options, Mapping):
         raise ValueError(f'guidance_options={options!r}: expected a mapping from names to values')
+    if len(own := sorted(FUNCTIONS.keys() & options.keys())) > 1:
+        raise ValueError(f'guidance options {" and ".join(own)}: expected one of these functions')
     return {name: choose('guidance option', name, CHECKS)(f'guidance option {name}', value, steps)
             for name, value in options.items()}
 
@@ -131,11 +147,12 @@ def _several(count, low, high, rising):
     return check
 
 
-def _fields(varies=True, **fields):
-    """A mapping; fields: name = (default, low, high); varies: may be one per step."""
+def fields(varies=True, **fields):
+    """The check of a mapping; fields: name = (default, low, high); varies: may be one per step."""
     def check(name, value, steps):
         if not isinstance(value, Mapping):
-            raise ValueError(f'{name}={value!r}: expected a mapping, of {", ".join(fields)}')
+            raise ValueError(f'{name}={value!r}: expected a mapping, of '
+                             f'{", ".join(fields) or "nothing: {}"}')
         for field in value:
             choose(f'field of {name}', field, fields)
         return {field: per_step(f'{name}.{field}', value.get(field, default),
@@ -152,13 +169,14 @@ def _negatives(name, value, steps):
     return tuple((text, per_step(name, weight, steps)) for text, weight in value)
 
 
+FUNCTIONS = {}  # {name: Rule}, of `jaxsd.guidance`
 CHECKS = {
     'rescale': _scale(0, 1),
     'interval': _several(2, 0, 1, rising=True),
     'interval_sigma': _several(2, 0, np.inf, rising=True),
-    'threshold': _fields(mimic=(1.0, -np.inf, np.inf), percentile=(1.0, 0, 1), weight=(1.0, 0, 1)),
-    'cfg_zero_star': _fields(varies=False, init_steps=(1, 0, np.inf)),
-    'apg': _fields(eta=(0.0, -np.inf, np.inf), norm=(15.0, 0, np.inf), momentum=(-0.5, -1, 1)),
+    'threshold': fields(mimic=(1.0, -np.inf, np.inf), percentile=(1.0, 0, 1), weight=(1.0, 0, 1)),
+    'cfg_zero_star': fields(varies=False, init_steps=(1, 0, np.inf)),
+    'apg': fields(eta=(0.0, -np.inf, np.inf), norm=(15.0, 0, np.inf), momentum=(-0.5, -1, 1)),
     'perp_neg': _negatives,
     'pag': _scale(),
     'sag': _scale(),

@@ -64,11 +64,24 @@ def _each(function, row, **given):
                     (None if shared else 0, 0))(fields, given)
 
 
+def _pair(row, what, found, x):
+    """What a step or a point gave, checked: x and something else."""
+    if not isinstance(found, tuple) or len(found) != 2 or jnp.shape(found[0]) != x.shape:
+        raise ValueError(f'sampler {row.rule.name!r}: expected its {what} to give a pair, first '
+                         f'an array like x, {_shapes(x)}; found {_shapes(found)}')
+    return found
+
+
+def _shapes(tree):
+    """The shapes of one picture's arrays, as an error tells them."""
+    return jax.tree.map(lambda a: jnp.shape(a)[1:], tree)
+
+
 def point(state, row):
     """Where a row calls its model -> x [B,...] and sigma [] or [B], 0: nowhere."""
     if not isinstance(row, Custom) or not row.free:
         return state.x, row.sigma
-    x, sigma = _each(row.rule.point, row, x=state.x, state=state.y)
+    x, sigma = _pair(row, 'point', _each(row.rule.point, row, x=state.x, state=state.y), state.x)
     sigma = jnp.where(row.sigma > 0, sigma, 0)
     return jnp.where(spread(sigma > 0, x.ndim), x, state.x), sigma
 
@@ -79,8 +92,16 @@ def step(state, row, denoised, noise, uncond=None):
     if isinstance(row, Custom):
         at, sigma = point(state, row)
         sigma = jnp.broadcast_to(sigma, len(at))
-        x, y = _each(row.rule.step, row, x=state.x, state=state.y, denoised=denoised, noise=noise,
-                     uncond=uncond, point=at, sigma=jnp.where(sigma > 0, sigma, 1))
+        # What a step makes of an idle row is not used, but its gradient must be finite, which that
+        # at a prediction of zero often is not.
+        denoised = jnp.where(spread(sigma > 0, at.ndim), denoised, at + 1)
+        x, y = _pair(row, 'step', _each(
+            row.rule.step, row, x=state.x, state=state.y, denoised=denoised, noise=noise,
+            uncond=uncond, point=at, sigma=jnp.where(sigma > 0, sigma, 1)), state.x)
+        shapes = [jax.tree.flatten(jax.tree.map(jnp.shape, tree)) for tree in (y, state.y)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f'sampler {row.rule.name!r}: expected its step to give a state like '
+                             f'the one that it took, {_shapes(state.y)}; found {_shapes(y)}')
         return jax.tree.map(
             lambda new, old: jnp.where(spread(sigma > 0, old.ndim), new, old).astype(old.dtype),
             state._replace(x=x, y=y), state)

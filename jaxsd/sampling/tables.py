@@ -154,7 +154,7 @@ def custom(rule, rows):
     rows = list(rows)
     if not rows or not all(isinstance(row, dict) and 'sigma' in row for row in rows):
         raise ValueError(f'sampler {rule.name!r} has a step of its own: expected a row of it to be '
-                         f'a dict with sigma in it, found {str(rows[:1])[1:200]!r}')
+                         f'a dict with sigma in it, found {str(*rows[:1])[:200]!r}')
     if len({tuple(sorted(row)) for row in rows}) > 1:
         raise ValueError(f'sampler {rule.name!r}: expected the same names in all of its rows')
     try:
