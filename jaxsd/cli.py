@@ -2,7 +2,7 @@
 
 import ast
 import difflib
-import importlib.util
+import importlib
 import pathlib
 import runpy
 import sys
@@ -10,19 +10,19 @@ import sys
 CHECKOUT = ('emoji_data', 'evaluate', 'gallery')  # need the data of the repository
 
 
-def commands():
+def commands() -> dict[str, str]:
     """{name: what it does, a line}: the modules of launch/ that are run as mains."""
-    folder = pathlib.Path(importlib.util.find_spec('jaxsd.launch').submodule_search_locations[0])
+    folder = pathlib.Path(importlib.import_module('jaxsd.launch').__path__[0])
     texts = {path.stem: path.read_text() for path in sorted(folder.glob('*.py'))}
     if not (folder.parent / 'pyproject.toml').exists():
         texts = {name: text for name, text in texts.items() if name not in CHECKOUT}
-    docs = {name: ast.get_docstring(ast.parse(text)) for name, text in texts.items()
+    docs = {name: ast.get_docstring(ast.parse(text)) or name for name, text in texts.items()
             if "if __name__ == '__main__'" in text}
     return {name: doc.splitlines()[0].partition(': `')[0].rstrip(':.')
             for name, doc in docs.items()}
 
 
-def main():
+def main() -> int:
     """Run a command -> its exit code."""
     known, name = commands(), sys.argv[1] if len(sys.argv) > 1 else '--help'
     if name in ('-h', '--help', 'help'):

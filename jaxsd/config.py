@@ -6,6 +6,10 @@ import json
 import math
 import pathlib
 import re
+from collections.abc import Sequence
+from typing import Any
+
+from jaxsd.typing import Path
 
 VERSIONS = pathlib.Path(__file__).parent / 'versions'
 TEXT_ENCODERS = ('text_encoder', 'text_encoder_2')
@@ -42,17 +46,17 @@ class Checked:
                 _check_field(field, value)
         self.check()
 
-    def check(self):
+    def check(self) -> None:
         """ValueError for fields that do not fit each other."""
 
-    def same_length(self, *names):
+    def same_length(self, *names: str) -> None:
         """ValueError unless these tuples have one entry per level."""
         lengths = {name: len(getattr(self, name)) for name in names}
         if len(set(lengths.values())) > 1 or not 0 < min(lengths.values()) <= 8:
             raise ValueError('expected one entry per level, 1 to 8 levels, in each of '
                              + ', '.join(f'{k} (found {n})' for k, n in lengths.items()))
 
-    def divisible(self, what, widths, by, parts):
+    def divisible(self, what: str, widths: Sequence[int], by: str, parts: Sequence[int]) -> None:
         """ValueError unless every width is a multiple of the number beside it."""
         for width, part in zip(widths, parts):
             if width % part:
@@ -102,7 +106,7 @@ class TextConfig(Checked):
     skip: int = _ranged(0, 0, 255)  # layers left out at the end: 1 is the "penultimate" of SDXL
     final_norm: bool = True  # whether the hidden state passes the final layer norm
 
-    def check(self):
+    def check(self) -> None:
         self.divisible('hidden_size', [self.hidden_size], 'num_attention_heads',
                        [self.num_attention_heads])
 
@@ -129,7 +133,7 @@ class UNetConfig(Checked):
     added_time_dim: int = _ranged(256, 1, WIDTH)  # sinusoids per time id inside `added`
     sample_size: int = _ranged(64, 1, WIDTH)  # the native latent height and width
 
-    def check(self):
+    def check(self) -> None:
         self.same_length('block_out_channels', 'transformer_layers', 'heads',
                          'only_cross_attention')
         widths = self.block_out_channels
@@ -160,11 +164,11 @@ class T2IAdapterConfig(Checked):
     downscale_factor: int = _ranged(8, 1, 256)
     adapter_type: str = _choice('full_adapter', 'full_adapter_xl')
 
-    def check(self):
+    def check(self) -> None:
         self.same_length('channels')
 
     @property
-    def halved(self):
+    def halved(self) -> Sequence[int]:
         """The features that are half as high and wide as the one before."""
         return (2,) if self.adapter_type == 'full_adapter_xl' else range(1, len(self.channels))
 
@@ -190,7 +194,7 @@ class VAEConfig(Checked):
     force_upcast: bool | None = False  # float16 overflows: decode in float32 or bfloat16
     sample_size: int | None = _ranged(512, 1, WIDTH)  # the native picture height and width
 
-    def check(self):
+    def check(self) -> None:
         self.same_length('block_out_channels')
         self.divisible('block_out_channels', self.block_out_channels, 'norm_num_groups',
                        [self.norm_num_groups] * len(self.block_out_channels))
@@ -201,7 +205,7 @@ class VAEConfig(Checked):
                                  f'numbers, found {len(found)}')
 
     @property
-    def factor(self):
+    def factor(self) -> int:
         """Pixels per latent along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
@@ -223,7 +227,7 @@ class TinyVAEConfig(Checked):
 
     latents_mean = latents_std = ()  # it has none
 
-    def check(self):
+    def check(self) -> None:
         self.same_length('encoder_block_out_channels', 'decoder_block_out_channels',
                          'num_encoder_blocks', 'num_decoder_blocks')
         for name in ('encoder_block_out_channels', 'decoder_block_out_channels'):
@@ -232,7 +236,7 @@ class TinyVAEConfig(Checked):
                                  'expected one width at all levels')
 
     @property
-    def factor(self):
+    def factor(self) -> int:
         """Pixels per latent along each side."""
         return 2 ** (len(self.encoder_block_out_channels) - 1)
 
@@ -256,7 +260,7 @@ class DPTConfig(Checked):
     hidden_sizes: tuple = _ranged((256, 512, 1024), 1, WIDTH)  # of the stem, channels per stage
     num_groups: int = _ranged(32, 1, WIDTH)
 
-    def check(self):
+    def check(self) -> None:
         self.divisible('hidden_size', [self.hidden_size], 'num_attention_heads',
                        [self.num_attention_heads])
         self.divisible('image_size', [self.image_size], 'patch_size', [self.patch_size])
@@ -287,7 +291,7 @@ class ScheduleConfig(Checked):
     sigma_max: float = _ranged(80.0, above=0)
     sigma_data: float = _ranged(0.5, above=0)
 
-    def check(self):
+    def check(self) -> None:
         betas = self.trained_betas
         if betas is not None and len(betas) != self.num_train_timesteps:
             raise ValueError(f'trained_betas: expected num_train_timesteps='
@@ -318,12 +322,12 @@ class ModelConfig:
     # The released version it equals, see versions(); a label, no part of what the config is.
     version: str = dataclasses.field(default='custom', compare=False)
 
-    def replace(self, **parts):
+    def replace(self, **parts: Any) -> 'ModelConfig':
         """A copy with some parts replaced, e.g. `replace(schedule=...)`."""
         return dataclasses.replace(self, **parts)
 
     @property
-    def task(self):
+    def task(self) -> str:
         """What the U-Net sees beside the latents: '' (nothing), 'depth', 'inpainting' (a mask and
         what is around it) or 'upscaler' (a small image).
 
@@ -339,18 +343,18 @@ class ModelConfig:
                 f'(inpainting), or {image} more and a low_res_scheduler (upscaler)')
         return found
 
-    def with_prediction(self, prediction_type):
+    def with_prediction(self, prediction_type: str) -> 'ModelConfig':
         """A copy with another prediction type: epsilon, v_prediction or sample."""
         schedule = dataclasses.replace(self.schedule, prediction_type=prediction_type)
         return self.replace(schedule=schedule)
 
 
-def versions():
+def versions() -> list[str]:
     """Names of the released versions whose configs ship inside the package."""
     return sorted(p.name for p in VERSIONS.iterdir() if (p / 'model_index.json').exists())
 
 
-def read_config(folder):
+def read_config(folder: Path) -> ModelConfig:
     """The ModelConfig that a diffusers folder's config.json files describe, of any sizes.
 
     folder: a path, or the name of a released version (`versions()`).
@@ -391,7 +395,7 @@ def read_config(folder):
         (v for v in reversed(versions()) if _same(config, read_config(v))), 'custom'))
 
 
-def read_network_config(folder, classes=None):
+def read_network_config(folder: Path, classes: Sequence[str] | None = None) -> Any:
     """The config of the single network whose config.json a folder holds, such as a ControlNet's.
 
     classes: the names of classes that are expected; None: any of NETWORKS.

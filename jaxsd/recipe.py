@@ -1,11 +1,20 @@
 """What the files in configs/ have in common. No heavy imports: `--help` must be quick."""
 
+from __future__ import annotations
+
 import ast
 import os
 import pathlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+if TYPE_CHECKING:
+    from jaxsd.run.request import Request
+    from jaxsd.typing import Device, Path
+    from jaxsd.weights.model import Model
 
 LONGEST = 2**16  # characters of options
 NO_LITERAL = (SyntaxError, ValueError, RecursionError, MemoryError)  # the last: nested too deeply
@@ -34,7 +43,7 @@ FIELDS = {
 }
 
 
-def recipe(checkpoint, size, **changes):
+def recipe(checkpoint: Path, size: int | None, **changes: Any) -> ConfigDict:
     """A generation recipe as a locked ConfigDict of FIELDS; each is a flag, `--steps=30`.
 
     checkpoint: a folder, a .safetensors file or a Hugging Face Hub id; size: pixels per side, None:
@@ -49,13 +58,13 @@ def recipe(checkpoint, size, **changes):
     return config.lock()
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """The recipe of a checkpoint that is given without one: its file says version, size, prediction
     and guidance."""
     return recipe('', None, guidance=placeholder(float))
 
 
-def fields(config, only=None):
+def fields(config: ConfigDict, only: Collection[str] | None = None) -> dict[str, Any]:
     """What a recipe says of a jaxsd.Request -> a dict of its arguments.
 
     only: names of the recipe's fields that count; None: all.
@@ -76,7 +85,8 @@ def fields(config, only=None):
     return {**found, **more}
 
 
-def load(config, checkpoint=None, device=None, strays=False):
+def load(config: ConfigDict, checkpoint: str | None = None, device: Device | None = None,
+         strays: bool = False) -> tuple[Model, str, str]:
     """A recipe's model, or another checkpoint in its dtype -> (model, its name, dtype).
 
     strays: leave out what is not the model's, see `jaxsd.load`.
@@ -93,7 +103,10 @@ def load(config, checkpoint=None, device=None, strays=False):
     return model, pathlib.Path(name).name if os.path.exists(source) else name, dtype
 
 
-def complete(model, requests, dtype, loras, embeddings, device=None, strays=False):
+def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
+             loras: Mapping[str, Path], embeddings: Mapping[str, Path],
+             device: Device | None = None,
+             strays: bool = False) -> tuple[Model, dict[str, list[str]]]:
     """The model with what resolved requests name -> it, and what a picture's record says of that.
 
     requests: None: whatever is there counts as named. loras, embeddings: {name: path}, see `files`;
@@ -116,7 +129,7 @@ def complete(model, requests, dtype, loras, embeddings, device=None, strays=Fals
                    for flag, found in (('lora', loras), ('embeddings', embeddings))}
 
 
-def options(text):
+def options(text: str) -> dict[str, Any]:
     """'order=3, solver_type=heun, interval=(0.2, 0.8)' -> a dict; bare words are strings.
 
     Raises ValueError for anything but names with literal values.
@@ -124,29 +137,31 @@ def options(text):
     check_length(text)
     try:
         call = ast.parse(f'dict({text})', mode='eval').body
+        if not isinstance(call, ast.Call):
+            raise ValueError
         names = [word.arg for word in call.keywords]
         if (call.args or not isinstance(call.func, ast.Name) or None in names
                 or len(set(names)) < len(names)):
             raise ValueError
-        return {word.arg: word.value.id if isinstance(word.value, ast.Name)
+        return {str(word.arg): word.value.id if isinstance(word.value, ast.Name)
                 else ast.literal_eval(word.value) for word in call.keywords}
-    except (AttributeError, *NO_LITERAL):
+    except NO_LITERAL:
         raise ValueError(f'options {shorten(text)}: expected names with values, for example '
                          '"order=3, solver_type=heun"') from None
 
 
-def check_length(text):
+def check_length(text: str) -> None:
     """Raises ValueError for options of more than LONGEST characters."""
     if len(text) > LONGEST:
         raise ValueError(f'options {shorten(text)}: expected at most {LONGEST} characters')
 
 
-def shorten(text):
+def shorten(text: str) -> str:
     """A text as an error tells it."""
     return repr(text) if len(text) <= 200 else f'{text[:200]!r}... ({len(text)} characters)'
 
 
-def words(flag, text):
+def words(flag: str, text: str) -> dict[str, Any]:
     """'net=a/b, scale=0.5' -> a dict; values that are no Python literals are strings, paths too."""
     check_length(text)
     found = {}
@@ -162,7 +177,7 @@ def words(flag, text):
     return found
 
 
-def files(flag, texts):
+def files(flag: str, texts: Iterable[str]) -> dict[str, str]:
     """[name=]PATH, of a file or of a folder of files -> {name: path}; without a name the file's,
     or of --embeddings those in it.
 

@@ -4,11 +4,14 @@ A picture is uint8 [H,W,3], a mask float32 [H,W] in [0,1] with 1 where something
 """
 
 import numpy as np
+from jaxtyping import Float32
+
+from jaxsd.images.reading import Mask, Picture
 
 from jaxsd.images.opencv import opencv
 
 
-def fit(image, width, height, how='crop'):
+def fit(image: np.ndarray, width: int, height: int, how: str = 'crop') -> np.ndarray:
     """A picture or a mask at width x height, in pixels; one that has the size comes back as it is.
 
     'crop' covers the size and cuts off equally at both sides, 'pad' fits inside it and repeats the
@@ -49,7 +52,8 @@ def _extend(image, left, top, right, bottom):
     return np.pad(image, sides, mode='edge')
 
 
-def pad(image, left, top, right, bottom, fill='edge', seed=0):
+def pad(image: Picture, left: int, top: int, right: int, bottom: int, fill: str = 'edge',
+        seed: int = 0) -> tuple[Picture, Mask]:
     """The picture with so many pixels more at each side, and the mask of what is new.
 
     fill: 'edge' repeats the pixels of the edge, 'noise' draws from the uniform distribution with
@@ -76,7 +80,7 @@ def _noise(image, shape, seed):
     return np.rint(np.clip(mean + deviation * uniform, 0, 255)).astype(np.uint8)
 
 
-def cover(image, mask, fill, seed=0):
+def cover(image: Picture, mask: Mask, fill: str, seed: int = 0) -> Picture:
     """The picture with what the mask hides painted over.
 
     fill: 'edge' goes on from the edge of the mask inwards (Telea 2004), 'noise' as for `pad`.
@@ -90,7 +94,7 @@ def cover(image, mask, fill, seed=0):
     return np.rint(known + (new - known) * mask[..., None]).astype(np.uint8)
 
 
-def feather(mask, radius):
+def feather(mask: Mask, radius: float) -> Mask:
     """The mask with an edge that fades outwards over a Gaussian of deviation `radius`, in pixels.
 
     What was masked stays so; next to a straight edge the value falls from 1 as erfc, and it is
@@ -107,7 +111,7 @@ def feather(mask, radius):
     return np.where(far, np.float32(0), np.maximum(mask, np.minimum(1, 2 * soft)))
 
 
-def box(mask, padding, width, height):
+def box(mask: Mask, padding: int, width: int, height: int) -> tuple[int, int, int, int]:
     """The part of a picture to draw anew: (left, top, right, bottom), in whole pixels.
 
     The bounding box of mask > 0 with `padding` pixels around it, grown to the proportions of
@@ -117,7 +121,7 @@ def box(mask, padding, width, height):
         raise ValueError('the mask is black everywhere: nothing to draw; paint white what is to '
                          'be replaced')
     (top, bottom), (left, right) = [
-        (max(0, there[0] - padding), min(len(line), there[-1] + 1 + padding))
+        (max(0, there[0] - padding), min(line.size, there[-1] + 1 + padding))
         for line in ((mask > 0).any(1), (mask > 0).any(0)) for there in [np.flatnonzero(line)]]
     w, h = right - left, bottom - top
     left, right = _grow(left, right, round(h * width / height), mask.shape[1])
@@ -132,7 +136,7 @@ def _grow(start, end, length, limit):
     return start, start + length
 
 
-def paste(picture, patch, box, mask):
+def paste(picture: Picture, patch: Picture, box: tuple[int, int, int, int], mask: Mask) -> Picture:
     """The picture with a patch, of any size, over its box (left, top, right, bottom) by the mask.
 
     mask: of the whole picture; where it is 0 the picture stays untouched to the bit.
@@ -147,14 +151,14 @@ def paste(picture, patch, box, mask):
     return out
 
 
-def check_sizes(image, mask):
+def check_sizes(image: np.ndarray, mask: np.ndarray) -> None:
     """ValueError unless the mask has as many rows and columns as the image."""
     if image.shape[:2] != mask.shape[:2]:
         (h, w), (mh, mw) = image.shape[:2], mask.shape[:2]
         raise ValueError(f'the image is {w}x{h} and the mask {mw}x{mh}: expected the same size')
 
 
-def downsample(mask, factor):
+def downsample(mask: Mask, factor: int) -> Float32[np.ndarray, 'h w']:
     """A mask [H,W] at the size of the latents, [H/factor,W/factor]: the maximum of each cell."""
     rows, columns = mask.shape
     if rows % factor or columns % factor:

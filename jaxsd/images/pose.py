@@ -9,11 +9,14 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxsd.images.opencv import opencv
+from jaxsd.images.reading import Picture
+from jaxsd.typing import Path
 
 # Pairs of COCO's 18 points (nose, neck, right arm, left arm, right leg, left leg, eyes, ears).
 LIMBS = [(1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11),
@@ -49,7 +52,7 @@ class Pose(NamedTuple):
     height: int | None
 
 
-def read_pose(source, width=None, height=None):
+def read_pose(source: Path | dict, width: int | None = None, height: int | None = None) -> Pose:
     """The Pose in OpenPose's JSON: a path, or the dict itself.
 
     {'people': [{'pose_keypoints_2d': [x, y, confidence, ...], 'face_keypoints_2d',
@@ -131,7 +134,7 @@ def _check_inside(name, number, person, size):
                              f'lies outside the picture of {w}x{h}')
 
 
-def draw_pose(people, width, height):
+def draw_pose(people: Iterable[Person], width: int, height: int) -> Picture:
     """The skeletons of Persons on black, uint8 [height,width,3]."""
     canvas = np.zeros((height, width, 3), np.uint8)
     for person in people:

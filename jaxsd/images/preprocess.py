@@ -2,16 +2,18 @@
 
 import math
 import numbers
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxsd.images.fitting import fit
 from jaxsd.images.opencv import opencv
 from jaxsd.images.pose import draw_pose, read_pose
-from jaxsd.images.reading import read
+from jaxsd.images.reading import Picture, read
 
 
-def canny(image, low=100, high=200):
+def canny(image: Picture, low: float = 100, high: float = 200) -> Picture:
     """White edges on black: Canny's, with hysteresis between two thresholds of the gradient.
 
     The annotator of lllyasviel/ControlNet (annotator/canny).
@@ -23,7 +25,7 @@ def canny(image, low=100, high=200):
     return _three(opencv('canny').Canny(image, low, high))
 
 
-def scribble(image, threshold=127):
+def scribble(image: Picture, threshold: float = 127) -> Picture:
     """Dark strokes on white -> white strokes on black: where any channel is below the threshold.
 
     As in lllyasviel/ControlNet, gradio_scribble2image.py.
@@ -32,7 +34,7 @@ def scribble(image, threshold=127):
     return _three(np.where(image.min(-1) < threshold, np.uint8(255), np.uint8(0)))
 
 
-def tile(image, factor=1):
+def tile(image: Picture, factor: float = 1) -> Picture:
     """The picture without its detail: `factor` times smaller, and back.
 
     The tile ControlNet of 1.1 was trained on pictures made smaller and brought back linearly
@@ -46,7 +48,7 @@ def tile(image, factor=1):
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def depth(depth_map):
+def depth(depth_map: Float[np.ndarray, 'H W']) -> Picture:
     """Inverse depth, float [H,W], larger when nearer -> uint8 [H,W,3], from black to white.
 
     As diffusers' depth-estimation pipeline for ControlNet. Raises ValueError for one value only.
@@ -73,7 +75,8 @@ def _check(option, value, low, high=math.inf):
 PREPROCESSORS = {'none': lambda image: image, 'canny': canny, 'scribble': scribble, 'tile': tile}
 
 
-def hint(kind, source, width=None, height=None, **options):
+def hint(kind: str, source: Any, width: int | None = None, height: int | None = None,
+         **options: Any) -> Picture:
     """The hint of a kind, for a picture of width x height, or of the source's own size.
 
     kind: a key of PREPROCESSORS, or 'pose', for which source is OpenPose's JSON; else as for

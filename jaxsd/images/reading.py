@@ -7,8 +7,15 @@ import re
 import struct
 import warnings
 import zlib
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, UInt8
+
+from jaxsd.typing import ImageLike
+
+Picture = UInt8[np.ndarray, 'H W 3']
+Mask = Float32[np.ndarray, 'H W']  # or another gray map in [0,1]
 
 LUMA = np.array([19595, 38470, 7471], np.float32) / 65536  # ITU-R BT.601 as Pillow has it: sum 1
 FORMATS = ('PNG', 'JPEG', 'WEBP')  # read from bytes: some others of Pillow's readers start programs
@@ -17,7 +24,7 @@ SCALES = {np.dtype(bool): 1, np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535
 ONES = [np.float32(1) / np.float32(white) for white in (255, 65535)]
 
 
-def read(source):
+def read(source: ImageLike) -> Picture:
     """The picture, uint8 [H,W,3].
 
     source: a path, a PIL.Image, or an array [H,W] or [H,W,1|3|4] of uint8, uint16, bool or of
@@ -31,7 +38,7 @@ def read(source):
     return np.ascontiguousarray(np.broadcast_to(over_white, (*colour.shape[:2], 3)), np.uint8)
 
 
-def read_gray(source):
+def read_gray(source: ImageLike) -> Mask:
     """The luminance of a picture, float32 [H,W] in [0,1], for masks and depth maps.
 
     Sources and errors are those of `read`. All 16 bits of a deep image are kept. Transparency lies
@@ -46,7 +53,7 @@ def read_gray(source):
     return colour[..., 0] if colour.shape[2] == 1 else colour @ LUMA
 
 
-def read_bytes(data, name, most, gray=False):
+def read_bytes(data: bytes, name: str, most: int, gray: bool = False) -> Picture | Mask:
     """`read`, or `read_gray`, of the bytes of a PNG, JPEG or WebP file.
 
     name: what errors call it. most: pixels; a larger picture is never decoded. Raises ValueError.
@@ -54,7 +61,7 @@ def read_bytes(data, name, most, gray=False):
     return (read_gray if gray else read)(_open_bytes(data, name, most))
 
 
-def read_texts(data, name, most):
+def read_texts(data: bytes, name: str, most: int) -> tuple[dict[str, str], Any]:
     """The texts in such a file -> {keyword: text}, and EXIF's user comment as it is, or None."""
     image = _open_bytes(data, name, most)
     with _one_line(name):

@@ -4,8 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
 
+from jaxsd.config import TextConfig
 from jaxsd.models.layers import attention, children, layer_norm, linear
+from jaxsd.typing import Params
 
 ACTIVATIONS = {
     'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -20,7 +24,9 @@ class Features(NamedTuple):
     pooled: jax.Array
 
 
-def encode(params, cfg, tokens, keep=None, extra=None, skip=None):
+def encode(params: Params, cfg: TextConfig, tokens: Int[Array, 'B T'],
+           keep: Bool[Array, 'B T'] | None = None, extra: Float[Array, 'E D'] | None = None,
+           skip: Int[Array, ' B'] | None = None) -> Features:
     """Tokens int [B,T], T at most cfg.max_position_embeddings -> Features.
 
     keep, bool [B,T]: tokens that the others may see; extra [E,D]: the vectors that stand for tokens

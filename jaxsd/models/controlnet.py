@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax import Array
+from jaxtyping import Float, Int, Num
 
+from jaxsd.config import ControlNetConfig, UNetConfig
 from jaxsd.models import shapes, spec, unet
 from jaxsd.models.layers import children, conv, pointwise
+from jaxsd.typing import Params
 
 # How much the outputs count in guess mode, from the finest to the coarsest.
 GUESS_MODES = {'diffusers': lambda count: np.logspace(-1, 0, count),
@@ -20,7 +24,7 @@ GUESS_MODES = {'diffusers': lambda count: np.logspace(-1, 0, count),
 FAMILIES = {768: '1.x', 1024: '2.x', 1280: 'the SDXL refiner', 2048: 'SDXL'}  # by width of the text
 
 
-def embed(params, hint):
+def embed(params: Params, hint: Float[Array, 'B 8h 8w 3']) -> Float[Array, 'B h w C']:
     """A hint [B,8h,8w,3] in [0,1] -> [B,h,w,C]; independent of time, so it runs once a picture."""
     p = params['controlnet_cond_embedding']
     x = jax.nn.silu(conv(p['conv_in'], hint.astype(p['conv_in']['weight'].dtype)))
@@ -29,7 +33,10 @@ def embed(params, hint):
     return conv(p['conv_out'], x)
 
 
-def apply(params, cfg, x, t, context, hint, added=None, class_labels=None):
+def apply(params: Params, cfg: ControlNetConfig, x: Float[Array, 'B h w L'], t: Num[Array, ' B'],
+          context: Float[Array, 'B T D'], hint: Float[Array, 'B h w C'],
+          added: Float[Array, 'B A'] | None = None,
+          class_labels: Int[Array, ' B'] | None = None) -> list[Array]:
     """What to add to the U-Net's states, unscaled: a list of [B,H_i,W_i,C_i] as unet.encode gives.
 
     hint [B,H,W,C]: from `embed`. The other arguments are the U-Net's; cfg: ControlNetConfig, where
@@ -44,7 +51,7 @@ def apply(params, cfg, x, t, context, hint, added=None, class_labels=None):
     return residuals
 
 
-def check(cfg, unet_cfg):
+def check(cfg: ControlNetConfig, unet_cfg: UNetConfig) -> None:
     """ValueError unless a ControlNet fits a U-Net: what it is made for and what is needed."""
     needed = {name: getattr(unet_cfg, name) for name in (
         'cross_attention_dim', 'block_out_channels', 'layers_per_block', 'added_dim')}
@@ -63,7 +70,7 @@ def _family(cfg):
     return f'{FAMILIES.get(width, "a model")} ({width}-wide text)'
 
 
-def init_from_unet(unet_params, cfg, rng):
+def init_from_unet(unet_params: Params, cfg: ControlNetConfig, rng: np.random.Generator) -> Params:
     """Parameters to train from: the U-Net's first half copied, fresh layers for the hint, zeros.
 
     rng: a numpy generator. As diffusers' ControlNetModel.from_unet.

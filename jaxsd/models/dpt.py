@@ -2,18 +2,22 @@
 Prediction; parameter names of transformers' DPTForDepthEstimation with a BiT backbone)."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Float
 
+from jaxsd.config import DPTConfig
 from jaxsd.models.layers import attention, children, conv, group_norm, layer_norm, linear, pointwise
+from jaxsd.typing import Params
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
-def apply(params, cfg, pixels):
+def apply(params: Params, cfg: DPTConfig, pixels: Float[Array, 'B H W 3']) -> Float[Array, 'B H W']:
     """pixels [B,H,W,3], (rgb - 0.5) / 0.5 -> inverse depth float32 [B,H,W], near is large.
 
     Sides are multiples of 32; where they are not cfg.image_size, the position embeddings are
@@ -45,7 +49,7 @@ def apply(params, cfg, pixels):
             maps.append(y)
 
     maps = [conv(c, y) for c, y in zip(children(params['neck']['convs']), maps)]
-    fused = None  # from the coarsest map [B,H/32,W/32,F] to [B,H/2,W/2,F]
+    fused: Any = None  # from the coarsest map [B,H/32,W/32,F] to [B,H/2,W/2,F]
     for layer, y in zip(children(params['neck']['fusion_stage']['layers']), reversed(maps)):
         fused = y if fused is None else fused + residual(layer['residual_layer1'], y)
         fused = pointwise(layer['projection'], double(residual(layer['residual_layer2'], fused)))
@@ -55,7 +59,7 @@ def apply(params, cfg, pixels):
     return jax.nn.relu(pointwise(head['4'], x))[..., 0].astype(jnp.float32)
 
 
-def stem(p, cfg, x):
+def stem(p: Params, cfg: DPTConfig, x: Array) -> list[Array]:
     """The ResNetV2 of BiT, post-activation: x [B,H,W,3] -> maps of its stages, strides 4, 8, 16."""
     norm = functools.partial(group_norm, groups=cfg.num_groups, eps=1e-5)
 
@@ -77,7 +81,7 @@ def stem(p, cfg, x):
     return maps
 
 
-def standardized(p, x, stride=1):
+def standardized(p: Params, x: Array, stride: int = 1) -> Array:
     """A convolution whose weights have mean 0 and variance 1 per output channel, 'same' padding
     of sides that stride divides (Qiao et al. 2019)."""
     w = p['weight'].astype(jnp.float32)
@@ -87,18 +91,17 @@ def standardized(p, x, stride=1):
     return conv({'weight': w.astype(x.dtype)}, x, stride, (total // 2, total - total // 2))
 
 
-def transformer(p, cfg, x):
+def transformer(p: Params, cfg: DPTConfig, x: Array) -> Array:
     """One layer of the vision transformer: x [B,1+T,D] (Dosovitskiy et al. 2020)."""
     attn, eps = p['attention'], cfg.layer_norm_eps
     y = layer_norm(p['layernorm_before'], x, eps)
-    y = attention(*(linear(attn['attention'][name], y) for name in ('query', 'key', 'value')),
-                  cfg.num_attention_heads)
-    x = x + linear(attn['output']['dense'], y)
+    q, k, v = (linear(attn['attention'][name], y) for name in ('query', 'key', 'value'))
+    x = x + linear(attn['output']['dense'], attention(q, k, v, cfg.num_attention_heads))
     y = gelu(linear(p['intermediate']['dense'], layer_norm(p['layernorm_after'], x, eps)))
     return x + linear(p['output']['dense'], y)
 
 
-def positions(table, grid):
+def positions(table: Array, grid: tuple[int, ...]) -> Array:
     """Position embeddings [1,N*N,D] of a square -> [1,h*w,D] of a grid (h, w), bilinear."""
     side = int(table.shape[1] ** 0.5)
     square = table.reshape(1, side, side, -1)
@@ -106,13 +109,13 @@ def positions(table, grid):
                             antialias=False).reshape(1, -1, table.shape[-1])
 
 
-def residual(p, x):
+def residual(p: Params, x: Array) -> Array:
     """A residual unit with activation first: x [B,H,W,C]."""
     y = conv(p['convolution1'], jax.nn.relu(x))
     return x + conv(p['convolution2'], jax.nn.relu(y))
 
 
-def double(x):
+def double(x: Array) -> Array:
     """Bilinear x2 in which the corners stay corners (torch's align_corners): [B,H,W,C]."""
     for axis in (1, 2):
         n = x.shape[axis]

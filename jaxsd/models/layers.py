@@ -1,20 +1,25 @@
 """Layers shared by all networks: `layer(params, x, ...)`, NHWC, norms and softmax in float32."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float
+
+from jaxsd.typing import Params
 
 
-def linear(p, x):
+def linear(p: Params, x: Array) -> Array:
     """x [..., I] -> [..., O]; p: weight [I,O] and maybe bias [O]."""
     y = adapted(p, x, x @ p['weight'], jnp.matmul)
     return y + p['bias'] if 'bias' in p else y
 
 
-def conv(p, x, stride=1, padding=1):
+def conv(p: Params, x: Array, stride: int = 1, padding: int | tuple[int, int] = 1) -> Array:
     """x [B,H,W,I] -> [B,H/stride,W/stride,O]; p: weight [K,K,I,O] and maybe bias [O].
 
     padding: pixels on each side, or a pair (before, after) for both axes. On CPU, wide 3x3
@@ -54,20 +59,20 @@ def _convolve(x, w, stride, padding):
 # Winograd's convolution F(2x2, 3x3) (Lavin and Gray 2015, https://arxiv.org/abs/1509.09308) along
 # one axis: what four pixels and three weights become, and the two pixels that their products make.
 # In a doubled picture the pixels in the middle of four are one, and the last product is 0.
-TILE = np.float32([[1, 0, -1, 0], [0, 1, 1, 0], [0, 1, 0, -1], [0, -1, 1, 0]])
-DOUBLED = np.float32([[1, -1, 0], [0, 2, 0], [0, 1, -1]])
-KERNEL = np.float32([[1, 0, 0], [0.5, 0.5, 0.5], [0, 0, 1], [0.5, -0.5, 0.5]])
-PIXELS = np.float32([[1, 1, 0, 1], [0, 1, -1, -1]])
+TILE = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, 1, 0, -1], [0, -1, 1, 0]], np.float32)
+DOUBLED = np.array([[1, -1, 0], [0, 2, 0], [0, 1, -1]], np.float32)
+KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0, 0, 1], [0.5, -0.5, 0.5]], np.float32)
+PIXELS = np.array([[1, 1, 0, 1], [0, 1, -1, -1]], np.float32)
 
 
-def prepared(p, doubled=False):
+def prepared(p: Params, doubled: bool = False) -> Params:
     """A network's parameters, to be used many times: on CPU with `tiles` for `_winograd` beside the
     weights of 3x3 convolutions. Few channels gain nothing, the most would take too much memory."""
     if jax.default_backend() != 'cpu' or type(p) is not dict or 'tiles' in p:  # or spread, or done
         return p
     p = {name: prepared(part, doubled or name == 'upsamplers') for name, part in p.items()}
     w = p.get('weight')
-    if (getattr(w, 'shape', ())[:2] == (3, 3) and w.dtype == jnp.float32
+    if (w is not None and w.shape[:2] == (3, 3) and w.dtype == jnp.float32
             and w.shape[2] >= (32 if doubled else 64) and w.shape[2] * w.shape[3] <= 2**20):
         rows = KERNEL[:3] if doubled else KERNEL
         tiles = (np.kron(rows, rows) @ w.reshape(9, -1)).reshape(-1, *w.shape[2:])
@@ -105,7 +110,7 @@ def _winograd(x, tiles):
     return jnp.stack(rows, 2).reshape(B, 2 * H, 2 * W, -1)
 
 
-def pointwise(p, x):
+def pointwise(p: Params, x: Array) -> Array:
     """A 1x1 convolution or the linear layer that stands for it: [..., I] -> [..., O]."""
     def mix(x, w):
         return x @ w.reshape(w.shape[-2:])
@@ -113,7 +118,7 @@ def pointwise(p, x):
     return adapted(p, x, mix(x, p['weight']), mix) + p['bias']
 
 
-def adapted(p, x, y, apply):
+def adapted(p: Params, x: Array, y: Array, apply: Callable[[Array, Array], Array]) -> Array:
     """A layer's output y, without its bias, and what adapters add to it (weights.adapters.attach).
 
     x: the layer's input; apply(x, w): the layer with other weights. Each image has its own weight
@@ -127,20 +132,20 @@ def adapted(p, x, y, apply):
     return out + per_image(path['bias'], y) if 'bias' in path else out
 
 
-def per_image(a, x):
+def per_image(a: Array, x: Array) -> Array:
     """a [B,C] -> [B*n,1,...,C], to go with x [B*n,...,C], n rows of each image side by side."""
     a = jnp.repeat(a, len(x) // len(a), 0)
     return a.reshape(len(a), *(1,) * (x.ndim - 2), -1)
 
 
-def affine(p, x):
+def affine(p: Params, x: Array) -> tuple[Array, Array]:
     """A norm's weight and bias: [C], or [B,1,...,C] where adapters change them."""
     path = p.get('adapter', {})
     return tuple(p[name] + per_image(path[name], x) if name in path else p[name]
                  for name in ('weight', 'bias'))
 
 
-def layer_norm(p, x, eps=1e-5):
+def layer_norm(p: Params, x: Array, eps: float = 1e-5) -> Array:
     """Normalise the last axis of x [..., C] (Ba et al. 2016)."""
     f = x.astype(jnp.float32)
     f = f - f.mean(-1, keepdims=True)
@@ -149,7 +154,7 @@ def layer_norm(p, x, eps=1e-5):
     return (f * weight + bias).astype(x.dtype)
 
 
-def group_norm(p, x, groups, eps):
+def group_norm(p: Params, x: Array, groups: int, eps: float) -> Array:
     """Normalise groups of channels over H, W of x [B,H,W,C] (Wu and He 2018).
 
     The sums go over the pixels of each channel first, then over the few channels of a group: that
@@ -168,7 +173,9 @@ def group_norm(p, x, groups, eps):
     return (f * scale + (bias - centre * scale)).astype(x.dtype)
 
 
-def attention(q, k, v, heads, causal=False, keep=None):
+def attention(q: Float[Array, 'B T C'], k: Float[Array, 'B S C'], v: Float[Array, 'B S C'],
+              heads: int, causal: bool = False,
+              keep: Bool[Array, 'B S'] | None = None) -> Float[Array, 'B T C']:
     """Multi-head attention; q [B,T,C], k and v [B,S,C] -> [B,T,C] (Vaswani et al. 2017).
 
     keep: bool [B,S], the keys to be seen beside `causal`; None: all. GPU in 16 bits without keep:
@@ -181,8 +188,8 @@ def attention(q, k, v, heads, causal=False, keep=None):
     S, D = k.shape[1], C // heads
     cpu = jax.default_backend() == 'cpu'
     if cpu and q.dtype == jnp.float16:
-        wide = (a.astype(jnp.float32) for a in (q, k, v))
-        return attention(*wide, heads, causal, keep).astype(q.dtype)
+        dtype, (q, k, v) = q.dtype, (a.astype(jnp.float32) for a in (q, k, v))
+        return attention(q, k, v, heads, causal, keep).astype(dtype)
     q, k, v = (a.reshape(B, -1, heads, D) for a in (q, k, v))  # [B,T,N,D]
     fused = (jax.default_backend() == 'gpu' and q.dtype in (jnp.float16, jnp.bfloat16)
              and keep is None and D % 8 == 0 and D <= 256)
@@ -215,21 +222,22 @@ def attention(q, k, v, heads, causal=False, keep=None):
     return out.swapaxes(1, 2).reshape(B, T, C)
 
 
-def attention_received(q, k, heads):
+def attention_received(q: Float[Array, 'B T C'], k: Float[Array, 'B S C'],
+                       heads: int) -> Float[Array, 'B S']:
     """What each position receives: scores summed over queries, mean over heads -> float32 [B,S]."""
     q, k = (a.reshape(*a.shape[:2], heads, -1).astype(jnp.float32) for a in (q, k))
     scores = jnp.einsum('btnd,bsnd->bnts', q, k) / math.sqrt(q.shape[-1])
     return jax.nn.softmax(scores).sum(2).mean(1)
 
 
-def gelu(x):
+def gelu(x: Array) -> Array:
     """x times the normal distribution function of x, in float32. By erf: jax.nn's exact gelu takes
     erfc, for relative accuracy where the result is almost 0, at many times the cost on CPU."""
     half = 0.5 * x.astype(jnp.float32)
     return (half + half * lax.erf(math.sqrt(2) * half)).astype(x.dtype)
 
 
-def timestep_embedding(t, dim, period=10000.0):
+def timestep_embedding(t: ArrayLike, dim: int, period: float = 10000.0) -> Array:
     """Sinusoids of t [...] -> [..., dim] float32, cosines first (Ho et al. 2020; diffusers'
     flip_sin_to_cos=True, freq_shift=0)."""
     frequency = jnp.exp(-math.log(period) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
@@ -237,7 +245,7 @@ def timestep_embedding(t, dim, period=10000.0):
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
 
-def resnet(p, x, groups, eps, time=None):
+def resnet(p: Params, x: Array, groups: int, eps: float, time: Array | None = None) -> Array:
     """The residual block of the U-Net and the VAE: x [B,H,W,I] -> [B,H,W,O]; time [B,D]."""
     h = conv(p['conv1'], jax.nn.silu(group_norm(p['norm1'], x, groups, eps)))
     if time is not None:
@@ -246,7 +254,7 @@ def resnet(p, x, groups, eps, time=None):
     return h + (pointwise(p['conv_shortcut'], x) if 'conv_shortcut' in p else x)
 
 
-def upsample(p, x, shape=None):
+def upsample(p: Params, x: Array, shape: tuple[int, ...] | None = None) -> Array:
     """Nearest neighbour x2, cropped to shape (H, W) if given, then a 3x3 convolution."""
     p, small, whole = p['conv'], x, (2 * x.shape[1], 2 * x.shape[2])
     H, W = shape or whole
@@ -262,6 +270,6 @@ def upsample(p, x, shape=None):
     return adapted(p, x, y, convolve) + p.get('bias', 0)
 
 
-def children(p):
+def children(p: Params) -> list[Params]:
     """The values of a dict keyed by numbers, in their order."""
     return [p[key] for key in sorted(p, key=int)]

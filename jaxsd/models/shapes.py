@@ -3,25 +3,35 @@
 The order of axes is torch's. Every function takes the network's config.
 """
 
+from jaxsd.config import (
+    ControlNetConfig,
+    DPTConfig,
+    TextConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from jaxsd.typing import Shapes
 
-def affine(name, channels):
+
+def affine(name: str, channels: int) -> Shapes:
     """A norm."""
     return {f'{name}.weight': (channels,), f'{name}.bias': (channels,)}
 
 
-def linear(name, i, o, bias=True):
+def linear(name: str, i: int, o: int, bias: bool = True) -> Shapes:
     """A linear layer of i inputs and o outputs."""
     return {f'{name}.weight': (o, i)} | ({f'{name}.bias': (o,)} if bias else {})
 
 
-def conv(name, i, o, k=3, bias=True):
+def conv(name: str, i: int, o: int, k: int = 3, bias: bool = True) -> Shapes:
     """A k x k convolution."""
     return {f'{name}.weight': (o, i, k, k)} | ({f'{name}.bias': (o,)} if bias else {})
 
 
-def text(c):
+def text(c: TextConfig) -> Shapes:
     """CLIPTextModel (WithProjection), c: TextConfig."""
-    d, names = c.hidden_size, {}
+    d, names = c.hidden_size, Shapes()
     names['text_model.embeddings.token_embedding.weight'] = (c.vocab_size, d)
     names['text_model.embeddings.position_embedding.weight'] = (c.max_position_embeddings, d)
     for i in range(c.num_hidden_layers):
@@ -37,7 +47,7 @@ def text(c):
     return names
 
 
-def resnet(at, i, o, time=0):
+def resnet(at: str, i: int, o: int, time: int = 0) -> Shapes:
     """A residual block; time: width of the time embedding, 0: it takes none."""
     names = affine(f'{at}.norm1', i) | conv(f'{at}.conv1', i, o)
     names |= affine(f'{at}.norm2', o) | conv(f'{at}.conv2', o, o)
@@ -46,7 +56,7 @@ def resnet(at, i, o, time=0):
     return names | (conv(f'{at}.conv_shortcut', i, o, 1) if i != o else {})
 
 
-def transformer(at, c, level, layers, crossed):
+def transformer(at: str, c: UNetConfig, level: int, layers: int, crossed: bool) -> Shapes:
     """The transformer blocks of a U-Net's level; crossed: both attentions see the text."""
     d, context = c.block_out_channels[level], c.cross_attention_dim
     names = affine(f'{at}.norm', d)
@@ -68,7 +78,7 @@ def transformer(at, c, level, layers, crossed):
     return names
 
 
-def unet_encoder(c):
+def unet_encoder(c: UNetConfig) -> tuple[Shapes, list[int]]:
     """The half of a U-Net that a ControlNet copies -> its names, and the widths of its skips."""
     channels, levels = c.block_out_channels, len(c.block_out_channels)
     time = 4 * channels[0]
@@ -99,7 +109,7 @@ def unet_encoder(c):
     return names, skips
 
 
-def unet(c):
+def unet(c: UNetConfig) -> Shapes:
     """UNet2DConditionModel, c: UNetConfig."""
     channels, time = c.block_out_channels, 4 * c.block_out_channels[0]
     names, skips = unet_encoder(c)
@@ -118,7 +128,7 @@ def unet(c):
                                                                c.out_channels)
 
 
-def controlnet(c):
+def controlnet(c: ControlNetConfig) -> Shapes:
     """ControlNetModel, c: ControlNetConfig."""
     names, skips = unet_encoder(c)
     at, widths = 'controlnet_cond_embedding', c.conditioning_embedding_out_channels
@@ -131,9 +141,9 @@ def controlnet(c):
     return names | conv('controlnet_mid_block', skips[-1], skips[-1], 1)
 
 
-def vae(c):
+def vae(c: VAEConfig) -> Shapes:
     """AutoencoderKL, c: VAEConfig."""
-    channels, levels, names = c.block_out_channels, len(c.block_out_channels), {}
+    channels, levels, names = c.block_out_channels, len(c.block_out_channels), Shapes()
     for side, order, layers, first, last in (
             ('encoder', channels, c.layers_per_block, c.in_channels, 2 * c.latent_channels),
             ('decoder', channels[::-1], c.layers_per_block + 1, c.latent_channels, c.out_channels)):
@@ -160,7 +170,7 @@ def vae(c):
     return names | conv('quant_conv', 2 * d, 2 * d, 1) | conv('post_quant_conv', d, d, 1)
 
 
-def tiny_vae(c):
+def tiny_vae(c: TinyVAEConfig) -> Shapes:
     """AutoencoderTiny, c: TinyVAEConfig; a layer without arrays counts where torch counts it."""
     def block(w):
         return conv('.conv.0', w, w) | conv('.conv.2', w, w) | conv('.conv.4', w, w)
@@ -184,11 +194,11 @@ def tiny_vae(c):
             for i, layer in enumerate(layers) for name, shape in layer.items()}
 
 
-def dpt(c):
+def dpt(c: DPTConfig) -> Shapes:
     """DPTForDepthEstimation with is_hybrid, c: DPTConfig."""
     d, at = c.hidden_size, 'dpt.embeddings'
-    names = {f'{at}.cls_token': (1, 1, d),
-             f'{at}.position_embeddings': (1, (c.image_size // c.patch_size) ** 2 + 1, d)}
+    names: Shapes = {f'{at}.cls_token': (1, 1, d),
+                     f'{at}.position_embeddings': (1, (c.image_size // c.patch_size) ** 2 + 1, d)}
     names |= conv(f'{at}.projection', c.hidden_sizes[-1], d, 1)
     at += '.backbone.bit'
     below = c.embedding_size

@@ -5,44 +5,48 @@ order); `to_jax` and `from_jax` turn one array from and into that order.
 """
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from jaxsd import config as c
-from jaxsd.config import TEXT_ENCODERS
+from jaxsd.config import TEXT_ENCODERS, ModelConfig
 from jaxsd.models import shapes, t2i_adapter
+from jaxsd.typing import Params, Shapes
 
-NAMES = {c.UNetConfig: shapes.unet, c.ControlNetConfig: shapes.controlnet, c.VAEConfig: shapes.vae,
-         c.TinyVAEConfig: shapes.tiny_vae, c.TextConfig: shapes.text, c.DPTConfig: shapes.dpt,
-         c.T2IAdapterConfig: t2i_adapter.names}
+NAMES: dict[type, Callable[..., Shapes]] = {
+    c.UNetConfig: shapes.unet, c.ControlNetConfig: shapes.controlnet, c.VAEConfig: shapes.vae,
+    c.TinyVAEConfig: shapes.tiny_vae, c.TextConfig: shapes.text, c.DPTConfig: shapes.dpt,
+    c.T2IAdapterConfig: t2i_adapter.names}
 
 
-def spec(config):
+def spec(config: ModelConfig) -> dict[str, Shapes]:
     """ModelConfig -> {component: {dotted name: shape}}, e.g. ['unet']['conv_in.weight']."""
     parts = ('unet', 'vae', *TEXT_ENCODERS, 'depth_estimator')
     return {part: names(getattr(config, part)) for part in parts if getattr(config, part)}
 
 
-def names(config):
+def names(config: c.Checked) -> Shapes:
     """The config of one network -> {dotted name: shape}."""
     return NAMES[type(config)](config)
 
 
-def count(table):
+def count(table: Shapes | dict[str, Shapes]) -> int:
     """Number of parameters of one component, or of all components."""
     return sum(count(s) if isinstance(s, dict) else math.prod(s) for s in table.values())
 
 
-def to_jax(name, array):
+def to_jax(name: str, array: np.ndarray) -> np.ndarray:
     """An array from a file to our axis order: linear [O,I] -> [I,O], conv OIHW -> HWIO."""
     if array.ndim == 4:
         return array.transpose(2, 3, 1, 0)
     return array.T if _is_linear(name, array) else array
 
 
-def from_jax(name, array):
+def from_jax(name: str, array: np.ndarray) -> np.ndarray:
     """The inverse of `to_jax`."""
     if array.ndim == 4:
         return array.transpose(3, 2, 0, 1)
@@ -53,7 +57,7 @@ def _is_linear(name, array):
     return array.ndim == 2 and name.endswith('weight') and not name.endswith('embedding.weight')
 
 
-def init(seed, config, dtype=jnp.float32):
+def init(seed: int, config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Params]:
     """Random parameters: {component: nested dict of arrays}, as large as torch's defaults.
 
     Weights: uniform in +-1/sqrt(fan in), embeddings normal with deviation 0.02, norms 1, biases 0.
@@ -63,7 +67,7 @@ def init(seed, config, dtype=jnp.float32):
     return {part: init_part(rng, table, dtype) for part, table in sorted(spec(config).items())}
 
 
-def init_part(rng, table, dtype=jnp.float32):
+def init_part(rng: np.random.Generator, table: Shapes, dtype: DTypeLike = jnp.float32) -> Params:
     """Random parameters of one component, from its {dotted name: shape} and a numpy generator."""
     arrays = {}
     for name, shape in table.items():

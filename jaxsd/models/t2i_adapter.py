@@ -6,12 +6,16 @@ the U-Net's first half: the types full_adapter (1.x, 2.x) and full_adapter_xl (S
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
 
+from jaxsd.config import T2IAdapterConfig, UNetConfig
 from jaxsd.models import shapes
 from jaxsd.models.layers import children, conv, pointwise
+from jaxsd.typing import Params, Shapes
 
 
-def apply(params, cfg, hint):
+def apply(params: Params, cfg: T2IAdapterConfig, hint: Float[Array, 'B H W C']) -> list[Array]:
     """A hint [B,H,W,cfg.in_channels] in [0,1] -> unet.apply's `features`, unscaled.
 
     H, W: multiples of 8 (of 16 for SDXL). cfg: T2IAdapterConfig.
@@ -32,7 +36,7 @@ def apply(params, cfg, hint):
     return features
 
 
-def check(cfg, unet_cfg):
+def check(cfg: T2IAdapterConfig, unet_cfg: UNetConfig) -> None:
     """ValueError unless an adapter fits a U-Net: the widths of its levels."""
     widths = unet_cfg.block_out_channels
     xl = cfg.adapter_type == 'full_adapter_xl'
@@ -49,7 +53,7 @@ def _halve(x):
     return x.reshape(B, -(-H // 2), 2, -(-W // 2), 2, C).mean((2, 4))
 
 
-def names(c):
+def names(c: T2IAdapterConfig) -> Shapes:
     """Names and shapes of the parameters, see shapes.py."""
     table = shapes.conv('adapter.conv_in', c.in_channels * c.downscale_factor**2, c.channels[0])
     for i, (below, o) in enumerate(zip((c.channels[0], *c.channels), c.channels)):

@@ -5,11 +5,16 @@ parameters; the config adds what arrays cannot say (heads, groups, eps).
 """
 
 import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float, Int, Num
 
+from jaxsd.config import UNetConfig
 from jaxsd.models.layers import (
     attention,
     children,
@@ -23,10 +28,17 @@ from jaxsd.models.layers import (
     timestep_embedding,
     upsample,
 )
+from jaxsd.typing import Params
+
+Cache = dict[str, Any]  # see `cross_attention_cache`
+Hook = Callable[[str, int, Array, Array, Array], Array | None]  # see `apply`
 
 
-def apply(params, cfg, x, t, context, added=None, class_labels=None, hook=None, freeu=None,
-          residuals=None, features=()):
+def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Array, ' B'],
+          context: Float[Array, 'B T D'] | Cache, added: Float[Array, 'B A'] | None = None,
+          class_labels: Int[Array, ' B'] | None = None, hook: Hook | None = None,
+          freeu: Sequence[Array] | None = None, residuals: Sequence[Array] | None = None,
+          features: Iterable[Array] = ()) -> Float[Array, 'B H W O']:
     """x [B,H,W,C], t [B], context [B,T,D] -> the network's output [B,H,W,cfg.out_channels].
 
     context: features of the text, or their `cross_attention_cache` where they serve many times.
@@ -46,7 +58,7 @@ def apply(params, cfg, x, t, context, added=None, class_labels=None, hook=None, 
     return _decode(params, cfg, states, time, context, hook, freeu).astype(x.dtype)
 
 
-def cross_attention_cache(params, context):
+def cross_attention_cache(params: Params, context: Float[Array, 'B T D']) -> Cache:
     """What cross-attention makes of a context [B,T,D], the same at all noise levels: {place: (keys,
     values)}, each [B,T,C], and the context itself at ''."""
     context = context.astype(params['conv_in']['weight'].dtype)
@@ -64,7 +76,8 @@ def cross_attention_cache(params, context):
     return cache
 
 
-def embed_time(p, t, added=None, class_labels=None):
+def embed_time(p: Params, t: Num[Array, ' B'], added: Float[Array, 'B A'] | None = None,
+               class_labels: Int[Array, ' B'] | None = None) -> Float[Array, 'B D']:
     """The time embedding [B,D] that every residual block sees; arguments as of `apply`."""
     width, dtype = p['conv_in']['weight'].shape[-1], p['conv_in']['weight'].dtype
     time = _embed(p['time_embedding'], timestep_embedding(t, width).astype(dtype))
@@ -80,7 +93,9 @@ def embed_time(p, t, added=None, class_labels=None):
     return time
 
 
-def encode(p, cfg, x, time, context, hint=None, hook=None, features=()):
+def encode(p: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], time: Float[Array, 'B D'],
+           context: Float[Array, 'B T E'] | Cache, hint: Float[Array, 'B H W F'] | None = None,
+           hook: Hook | None = None, features: Iterable[Array] = ()) -> list[Array]:
     """The half that a ControlNet copies -> [skip connection, ..., the middle block's output].
 
     x [B,H,W,C]; time: from `embed_time`; context: as of `apply`. hint [B,H,W,C']: added to what

@@ -8,8 +8,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Float
 
+from jaxsd.config import TinyVAEConfig, VAEConfig
 from jaxsd.models import taesd
 from jaxsd.models.layers import (
     attention,
@@ -22,13 +24,15 @@ from jaxsd.models.layers import (
     resnet,
     upsample,
 )
+from jaxsd.typing import Params
 
 EPS = 1e-6
 
 
-def encode(params, cfg, image):
+def encode(params: Params, cfg: VAEConfig | TinyVAEConfig,
+           image: Float[Array, 'B H W 3']) -> tuple[Array, Array]:
     """image [B,fH,fW,3] in [-1,1] -> (mean, logvar), each [B,H,W,L] float32; latents unscaled."""
-    if 'layers' in params['encoder']:
+    if isinstance(cfg, TinyVAEConfig):
         mean = taesd.encode(params, cfg, image)
         return mean, jnp.full_like(mean, -30.0)
     p = params['encoder']
@@ -43,9 +47,10 @@ def encode(params, cfg, image):
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
 
-def decode(params, cfg, latent):
+def decode(params: Params, cfg: VAEConfig | TinyVAEConfig,
+           latent: Float[Array, 'B h w L']) -> Float[Array, 'B H W 3']:
     """latent [B,H,W,L], unscaled -> image [B,fH,fW,3] float32, about [-1,1]."""
-    if 'layers' in params['decoder']:
+    if isinstance(cfg, TinyVAEConfig):
         return taesd.decode(params, cfg, latent)
     p = prepared(params['decoder'])
     x = pointwise(params['post_quant_conv'], latent.astype(p['conv_in']['weight'].dtype))
@@ -58,23 +63,26 @@ def decode(params, cfg, latent):
     return _head(p, cfg, x).astype(jnp.float32)
 
 
-def scale(cfg, z):
+def scale(cfg: VAEConfig | TinyVAEConfig, z: Float[Array, '... L']) -> Float[Array, '... L']:
     """Latents of the encoder [..., L] -> as the U-Net sees them, see VAEConfig."""
-    mean, std = _statistics(cfg)
-    return (z - cfg.shift_factor - mean) * (cfg.scaling_factor / std)
+    shift, factor, mean, std = _statistics(cfg)
+    return (z - shift - mean) * (factor / std)
 
 
-def unscale(cfg, latent):
+def unscale(cfg: VAEConfig | TinyVAEConfig, latent: Float[Array, '... L']) -> Float[Array, '... L']:
     """The inverse of `scale`."""
-    mean, std = _statistics(cfg)
-    return latent / (cfg.scaling_factor / std) + cfg.shift_factor + mean
+    shift, factor, mean, std = _statistics(cfg)
+    return latent / (factor / std) + shift + mean
 
 
 def _statistics(cfg):
-    return np.float32(cfg.latents_mean or 0), np.float32(cfg.latents_std or 1)
+    """Shift and factor, and mean and deviation of the channels."""
+    return (cfg.shift_factor, cfg.scaling_factor, np.float32(cfg.latents_mean or 0),
+            np.float32(cfg.latents_std or 1))
 
 
-def decode_tiled(params, cfg, latent, tile=64, overlap=16):
+def decode_tiled(params: Params, cfg: VAEConfig | TinyVAEConfig, latent: Float[Array, 'B h w L'],
+                 tile: int = 64, overlap: int = 16) -> Float[Array, 'B H W 3']:
     """`decode` in overlapping square tiles, cross-faded: the memory of one tile, any size.
 
     tile, overlap: in latents. Group norms see a tile each, so the result is close to `decode`

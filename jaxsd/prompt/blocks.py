@@ -3,17 +3,24 @@
 import itertools
 import math
 import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsd.prompt.emphasis import BREAK
+from jaxsd.prompt.emphasis import BREAK, Segment
+from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.sampling.choice import unknown
-from jaxsd.weights.embeddings import numbers
+from jaxsd.weights.embeddings import Embedding, numbers
 
 BACKTRACK = 20  # A1111's comma_padding_backtrack: tokens that may move to stand behind their comma
 WORD = 8  # ComfyUI's max_word_length: words of so many tokens may be cut
 FILES = ('.safetensors', '.pt', '.bin')
+
+# By text encoder: for each image its texts, each in segments; the vectors in use, float32 [E,D].
+Variants = Callable[[str], Sequence[Sequence[Sequence[Segment]]]]
+Tables = dict[str, np.ndarray]
+Embeddings = Mapping[str, Embedding] | list[Mapping[str, Embedding]]
 
 
 class Texts(NamedTuple):
@@ -39,7 +46,9 @@ class Token(NamedTuple):
     segment: int
 
 
-def texts(tokenizers, variants, weighting, cut, embeddings=None, widths=None):
+def texts(tokenizers: Mapping[str, Tokenizer], variants: Variants, weighting: Sequence[str],
+          cut: Sequence[str], embeddings: Embeddings | None = None,
+          widths: Mapping[str, int] | None = None) -> tuple[dict[str, Texts], Tables | None]:
     """Segments of text (prompt.grammar) -> ({text encoder: Texts}, the embeddings' table).
 
     variants(text encoder): for each of B images a list of N lists of Segment or BREAK; weighting
@@ -69,7 +78,8 @@ def texts(tokenizers, variants, weighting, cut, embeddings=None, widths=None):
             for name, packed in found.items()}, tables or None
 
 
-def count(tokenizers, variants, cut, embeddings=None):
+def count(tokenizers: Mapping[str, Tokenizer], variants: Variants, cut: Sequence[str],
+          embeddings: Embeddings | None = None) -> np.ndarray:
     """The blocks that each image's longest text takes -> int [B]; arguments as of `texts`."""
     def longest(name, tokenizer):
         return [max(map(len, image)) for image in
@@ -265,6 +275,6 @@ def _stack(images, weighting, K):
     return Texts(tokens, source, weight, restore, None if keep.all() else keep)
 
 
-def bucket(count):
+def bucket(count: int) -> int:
     """The next power of two; 0 stays."""
     return count and 1 << (count - 1).bit_length()

@@ -1,14 +1,18 @@
 """What the U-Net is told besides the latent and the time: text features and SDXL's size ids."""
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
-from jaxsd.config import TEXT_ENCODERS
+from jaxsd.config import TEXT_ENCODERS, ModelConfig
 from jaxsd.models import clip
 from jaxsd.models.layers import timestep_embedding
+from jaxsd.prompt.blocks import Texts
+from jaxsd.typing import Params
 
 
 class Conditioning(NamedTuple):
@@ -22,7 +26,7 @@ class Conditioning(NamedTuple):
     context: jax.Array
     added: jax.Array | None
 
-    def of(self, parts, texts=None):
+    def of(self, parts: np.ndarray, texts: jax.Array | None = None) -> tuple[Any, jax.Array | None]:
         """What some parts of the guidance follow -> context [B*P',T,D], or several, added [B*P',A]
         or None, picture after picture. parts: numpy int [P']. texts: int [B,P], the text that each
         part follows; None: its own, N = P."""
@@ -34,18 +38,22 @@ class Conditioning(NamedTuple):
         return jax.tree.map(choose, self.context), jax.tree.map(choose, self.added)
 
 
-def time_ids(original, crop, target):
+def time_ids(original: Sequence[int], crop: Sequence[int],
+             target: Sequence[int]) -> Float[np.ndarray, '2 6']:
     """SDXL base: (height, width) of the original, (top, left) of the crop, (height, width) aimed
     at -> float32 [2,6], the same for both prompts."""
     return np.array([[*original, *crop, *target]] * 2, np.float32)
 
 
-def aesthetic_ids(original, crop, score=6.0, negative_score=2.5):
+def aesthetic_ids(original: Sequence[int], crop: Sequence[int], score: float = 6.0,
+                  negative_score: float = 2.5) -> Float[np.ndarray, '2 5']:
     """SDXL refiner: original size, crop and aesthetic score -> float32 [2,5]."""
     return np.array([[*original, *crop, negative_score], [*original, *crop, score]], np.float32)
 
 
-def encode(params, config, texts, ids=None, zero=None, skip=None):
+def encode(params: Params, config: ModelConfig, texts: Mapping[str, Texts],
+           ids: Float[jax.Array, 'B N I'] | None = None, zero: Bool[jax.Array, 'B N'] | None = None,
+           skip: Int[jax.Array, ' B'] | None = None) -> Conditioning:
     """Run the text encoders -> Conditioning.
 
     texts: {text encoder: prompt.blocks.Texts}, of N texts of K blocks for B images; ids [B,N,I]:
@@ -63,7 +71,7 @@ def encode(params, config, texts, ids=None, zero=None, skip=None):
     if zero is not None:
         context = jnp.where(zero[..., None, None], 0, context)
         pooled = jnp.where(zero[..., None], 0, pooled)
-    if not config.unet.added_dim:
+    if not config.unet.added_dim or ids is None:
         return Conditioning(context, None)
     sinusoids = timestep_embedding(ids, config.unet.added_time_dim)  # [B,N,I,256]
     sinusoids = sinusoids.reshape(*ids.shape[:2], -1).astype(pooled.dtype)

@@ -19,7 +19,8 @@ import functools
 import itertools
 import re
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from jaxsd.prompt.emphasis import READERS, Segment
 
@@ -76,7 +77,7 @@ class Alternate(NamedTuple):
 
 
 @functools.lru_cache(256)  # batches have the same texts again and again
-def plan(text, steps, weighting='a1111', negative=False):
+def plan(text: str, steps: int, weighting: str = 'a1111', negative: bool = False) -> Plan:
     """What a prompt asks for, at each of so many steps -> Plan.
 
     weighting: whose brackets these are. a1111, no_norm, compel: `(a)` times 1.1, `(a:1.3)`, `[a]`
@@ -108,13 +109,13 @@ def plan(text, steps, weighting='a1111', negative=False):
                                     if kind in ADAPTERS))
 
 
-def check_length(text):
+def check_length(text: str) -> None:
     """Raises ValueError for a prompt of more than LONGEST characters."""
     if len(text) > LONGEST:
         raise ValueError(f'prompt: {len(text)} characters: expected at most {LONGEST}')
 
 
-def parse(text):
+def parse(text: str) -> Prompt:
     """Text -> Prompt, the tree. No text is an error."""
     tags, rest, place = [], '', 0
     for found in TAG.finditer(text, 0, text.rfind('>') + 1):
@@ -130,13 +131,13 @@ def parse(text):
     return Prompt(tuple(tags), tuple(terms))
 
 
-def change_tags(text, change):
+def change_tags(text: str, change: Callable[[re.Match[str]], str]) -> str:
     """The text with its tags replaced: change(match of TAG) -> text."""
     end = text.rfind('>') + 1
     return TAG.sub(change, text[:end]) + text[end:]
 
 
-def write(tree):
+def write(tree: Prompt) -> str:
     """The tree -> the text that it was parsed from."""
     text = 'AND'.join(_source(nodes) + weight for nodes, weight in tree.terms)
     for place, kind, arguments in reversed(tree.tags):
@@ -239,7 +240,8 @@ def _joined(terminals):
         yield from ((name, text) for text in ([''.join(texts)] if name == 'LETTERS' else texts))
 
 
-def lalr(rules, terminals, tree):
+def lalr(rules: str, terminals: Callable[[str], Iterable[tuple[str, str]]],
+         tree: type) -> Callable[[str], Any]:
     """A parser, from text to a tree, by lark's LALR(1).
 
     terminals(text): (name, text) of each; tree: methods by rule, of a list of children.
@@ -260,11 +262,11 @@ class Nodes:
     """What both grammars of prompts have: their rules start and nodes."""
 
     @staticmethod
-    def start(children):
+    def start(children: list) -> Any:
         return children[0]
 
     @staticmethod
-    def nodes(children):  # of which lark's tokens, a kind of strings, become plain ones
+    def nodes(children: list) -> tuple:  # lark's tokens, a kind of strings, become plain ones
         return tuple(str(node) if isinstance(node, str) else node for node in children)
 
 

@@ -4,12 +4,15 @@ import dataclasses
 import json
 import pathlib
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
+from jaxtyping import Int
 from tokenizers import normalizers, pre_tokenizers
 
 from jaxsd.config import VERSIONS
+from jaxsd.typing import Path
 
 CLIP = VERSIONS / 'clip'  # the vocabulary that all released versions share
 START, END = '<|startoftext|>', '<|endoftext|>'
@@ -35,7 +38,7 @@ class Tokenizer:
     special: tuple  # the start, end, unknown and padding tokens
 
     @classmethod
-    def from_folder(cls, path, pad=None):
+    def from_folder(cls, path: Path, pad: str | None = None) -> 'Tokenizer':
         """Read `vocab.json`, `merges.txt` and the optional json files of a tokenizer folder.
 
         pad: the pad token, where it differs from the one that the folder names.
@@ -75,7 +78,7 @@ class Tokenizer:
         # Files without a limit write a huge one.
         return cls(_backend(vocabulary, special, added), int(min(length, 10_000)), special)
 
-    def __call__(self, texts):
+    def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, 'B T']:
         """Tokenize a list of B texts -> int32 [B, length]; warns about words that do not fit."""
         room = self.room
         rows = np.zeros((len(texts), self.length), np.int32)
@@ -92,27 +95,30 @@ class Tokenizer:
         return rows
 
     @property
-    def pad_id(self):
+    def pad_id(self) -> int:
         """The id of the padding token."""
-        return self.backend.token_to_id(self.special[3])
+        return self._id(self.special[3])
 
     @property
-    def room(self):
+    def room(self) -> int:
         """Tokens of text that fit between start and end."""
         return self.length - 2
 
     @property
-    def comma(self):
+    def comma(self) -> int | None:
         """The id of a comma; None where the vocabulary has none."""
         return self.backend.token_to_id(',</w>')
 
-    def ids(self, text):
+    def _id(self, special):
+        return self.backend.token_to_id(special)
+
+    def ids(self, text: str) -> list[int]:
         """Text of any length -> its tokens' ids, without start and end."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def row(self, ids):
+    def row(self, ids: Sequence[int]) -> list[int]:
         """At most `room` ids -> `length` of them: start, ids, end, padding."""
-        start, end = map(self.backend.token_to_id, self.special[:2])
+        start, end = map(self._id, self.special[:2])
         row = [start, *ids, end]
         return row + [self.pad_id] * (self.length - len(row))
 

@@ -18,11 +18,12 @@ import pathlib
 import random
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from jaxsd.prompt.grammar import LONGEST, Nodes, change_tags, check_length, lalr
 from jaxsd.sampling.choice import unknown
+from jaxsd.typing import Path
 
 MOST = 10_000  # choices in one prompt; a wildcard that names itself makes more
 DRAWN = 10**6  # options that all choices of a prompt are drawn from
@@ -64,7 +65,8 @@ class Choice(NamedTuple):
     between: str | None = None
 
 
-def expand(text, seed, wildcards=None):
+def expand(text: str, seed: int,
+           wildcards: Path | Mapping[str, Iterable[str]] | None = None) -> str:
     """The text with every choice made, always the same one for the same seed.
 
     wildcards: a folder of NAME.txt, an option a line (# starts a comment, `2::` gives odds), or a

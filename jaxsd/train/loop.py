@@ -8,6 +8,8 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import flax
 import jax
@@ -15,8 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from jaxsd.train.losses import Batch, Loss
+from jaxsd.typing import Params, Path
 
 
 @flax.struct.dataclass
@@ -29,7 +36,10 @@ class State:
     optimizer: optax.OptState
 
 
-def optimizer(c):
+Step = Callable[[State, Batch, jax.Array], tuple[State, dict[str, jax.Array]]]
+
+
+def optimizer(c: ConfigDict) -> optax.GradientTransformation:
     """AdamW, global-norm clipping, cosine decay with warm-up.
 
     c: learning_rate, warmup, steps, weight_decay, clip, b2.
@@ -41,7 +51,8 @@ def optimizer(c):
                                    mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p)))
 
 
-def make_step(loss, tx, ema_decay, dtype=jnp.float32):
+def make_step(loss: Callable[[Params, Batch, jax.Array], Loss], tx: optax.GradientTransformation,
+              ema_decay: float, dtype: DTypeLike = jnp.float32) -> Step:
     """step(state, batch, key) -> (state, metrics); loss(params, batch, key) in `dtype`.
 
     The average warms up, as in timm: decay_t = min(decay, (1 + t) / (10 + t)).
@@ -61,7 +72,7 @@ def make_step(loss, tx, ema_decay, dtype=jnp.float32):
     return step
 
 
-def batches(weights, size, seed, start):
+def batches(weights: np.ndarray, size: int, seed: int, start: int) -> Iterator[np.ndarray]:
     """Endless index arrays [size], shuffled anew each epoch; the same from any `start` step.
 
     weights int [N]: how often each example comes in an epoch.
@@ -78,7 +89,7 @@ def batches(weights, size, seed, start):
             step += 1
 
 
-def save_state(path, state):
+def save_state(path: pathlib.Path, state: State) -> None:
     """Write a State to one safetensors file, under a temporary name first: a kill leaves the old
     one."""
     arrays = {name: np.asarray(a) for name, a in _named(state)[0].items()}
@@ -89,7 +100,7 @@ def save_state(path, state):
     os.replace(part, path)
 
 
-def load_state(path, state):
+def load_state(path: pathlib.Path, state: State) -> State:
     """Read what `save_state` wrote, into the structure of `state`."""
     template, structure = _named(state)
     with safe_open(path, 'numpy') as file:
@@ -110,13 +121,14 @@ def _named(tree):
             for path, leaf in leaves}, structure
 
 
-def start(params, tx):
+def start(params: Params, tx: optax.GradientTransformation) -> State:
     """The State before the first step. Copies: a step donates its state, buffer by buffer."""
     return State(jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params),
                  jax.tree.map(jnp.array, params), tx.init(params))
 
 
-def fit(step, state, data, weights, c, out, preview=None):
+def fit(step: Step, state: State, data: Mapping[str, np.ndarray], weights: np.ndarray,
+        c: ConfigDict, out: Path, preview: Callable[[Params, int], object] | None = None) -> Params:
     """Take steps until c.steps and return the running average of the parameters.
 
     step(state, batch, key): a compiled `make_step`. data: {name: array}, those with a leading axis
@@ -196,7 +208,7 @@ class _Log:
             draw_curve(self.rows, self.curve)
 
 
-def draw_curve(rows, path):
+def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plot the metrics of a log, a list of dicts, against the step, each in its own panel."""
     import matplotlib
     matplotlib.use('Agg')
