@@ -29,6 +29,7 @@ def _choice(default, *others):
 WIDTH, DEPTH = 65_536, 64  # far beyond any network there is; a slip shall not fill the memory
 
 
+@dataclasses.dataclass(frozen=True)
 class Checked:
     """A config class that checks the types and ranges of its fields when it is built.
 

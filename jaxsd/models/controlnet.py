@@ -24,7 +24,7 @@ GUESS_MODES = {'diffusers': lambda count: np.logspace(-1, 0, count),
 FAMILIES = {768: '1.x', 1024: '2.x', 1280: 'the SDXL refiner', 2048: 'SDXL'}  # by width of the text
 
 
-def embed(params: Params, hint: Float[Array, 'B 8h 8w 3']) -> Float[Array, 'B h w C']:
+def embed(params: Params, hint: Float[Array, 'B H W 3']) -> Float[Array, 'B h w C']:
     """A hint [B,8h,8w,3] in [0,1] -> [B,h,w,C]; independent of time, so it runs once a picture."""
     p = params['controlnet_cond_embedding']
     x = jax.nn.silu(conv(p['conv_in'], hint.astype(p['conv_in']['weight'].dtype)))

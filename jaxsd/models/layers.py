@@ -70,7 +70,8 @@ def prepared(p: Params, doubled: bool = False) -> Params:
     weights of 3x3 convolutions. Few channels gain nothing, the most would take too much memory."""
     if jax.default_backend() != 'cpu' or type(p) is not dict or 'tiles' in p:  # or spread, or done
         return p
-    p = {name: prepared(part, doubled or name == 'upsamplers') for name, part in p.items()}
+    p = {name: prepared(part, doubled or name == 'upsamplers') if isinstance(part, dict) else part
+         for name, part in p.items()}
     w = p.get('weight')
     if (w is not None and w.shape[:2] == (3, 3) and w.dtype == jnp.float32
             and w.shape[2] >= (32 if doubled else 64) and w.shape[2] * w.shape[3] <= 2**20):

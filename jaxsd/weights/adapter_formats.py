@@ -6,7 +6,7 @@ al. 2023). Here a weight is a matrix [O,N] in torch's order: N is I, or I K K of
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ class Delta(NamedTuple):
     up: np.ndarray | None = None
     dense: np.ndarray | None = None
 
-    def of(self, weight):
+    def of(self, weight: np.ndarray) -> np.ndarray:
         """All of it, for a parameter of float32."""
         found = np.zeros_like(weight) if self.dense is None else self.dense
         if self.scale is not None:
@@ -46,7 +46,7 @@ class Format(NamedTuple):
     size: Callable
     build: Callable
 
-    def lacks(self, parts):
+    def lacks(self, parts: Set[str]) -> str | None:
         """A part that is missing beside these, or None."""
         for need in self.needs:
             choices = [set(choice.split()) for choice in need.split('|')]
@@ -55,13 +55,14 @@ class Format(NamedTuple):
         return None
 
 
-def kind(parts):
+def kind(parts: Set[str]) -> Format | None:
     """The Format that these parts belong to, or None."""
     return next((f for f in FORMATS for need in f.needs
                  if parts & set(need.replace('|', ' ').split())), None)
 
 
-def weight_delta(form, parts, name, shape, get):
+def weight_delta(form: Format, parts: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...],
+                 get: Callable[[], np.ndarray]) -> Delta:
     """The Delta of a weight; parts {part: float32}, shape: torch's, get() the weight [O,N]."""
     for part in ('alpha', 'scalar'):
         if np.size(parts.get(part, 1)) != 1:

@@ -7,7 +7,7 @@ folders of all ages and in single files; a key is brought to the same form and l
 import functools
 import re
 
-from jaxsd.config import TEXT_ENCODERS
+from jaxsd.config import TEXT_ENCODERS, ModelConfig
 from jaxsd.models.spec import spec
 from jaxsd.weights import names
 
@@ -33,7 +33,7 @@ _COMPONENTS = (  # prefixes in the tables' form, the first that fits
 )
 
 
-def split(key):
+def split(key: str) -> tuple[str, str] | None:
     """A key -> (layer as the file writes it, part: 'down', 'hada_t1' ... or '' where it is none),
     or None for what is to be passed over."""
     if '.base_layer.' in key:  # the model's own weight, in a dump of a model with adapters
@@ -45,7 +45,7 @@ def split(key):
     return found['layer'], _PARTS.get(part, part)
 
 
-def find(layer, config):
+def find(layer: str, config: ModelConfig) -> tuple[str, str] | None:
     """A layer as a file writes it -> (component, its name in the diffusers folder), or None."""
     name = re.sub(r'^(base_model_model_|lycoris_)+', '', layer.replace('.', '_'))
     name = name.replace('_processor_', '_')

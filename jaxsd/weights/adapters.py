@@ -11,8 +11,8 @@ import logging
 import math
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,16 @@ import numpy as np
 
 from jaxsd.config import read_config
 from jaxsd.models.spec import from_jax, spec
+from jaxsd.typing import Device, Params, Path
 from jaxsd.weights import adapter_formats, adapter_names, names
 from jaxsd.weights.adapter_formats import Delta
 from jaxsd.weights.embeddings import bundled, in_lora, is_bundled
-from jaxsd.weights.files import open_tensors, printable
+from jaxsd.weights.files import Reader, open_tensors, printable
+from jaxsd.weights.model import Model
 from jaxsd.weights.reading import CANDIDATES
 
 log = logging.getLogger('jaxsd')
+Weight = float | tuple[float, float]  # of all, or of the U-Net and of the text encoders
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +64,7 @@ class Description(NamedTuple):
     embeddings: list
 
     @property
-    def family(self):
+    def family(self) -> str | None:
         """What the version is called in messages."""
         return self.version and _family(self.version)
 
@@ -81,7 +84,8 @@ class SidePath(NamedTuple):
     bias: jax.Array | None = None
 
 
-def load_adapter(path, model, device=None, strays=False):
+def load_adapter(path: Path, model: Model, device: 'Device | None' = None,
+                 strays: bool = False) -> Adapter:
     """Read an adapter for a model from a file -> Adapter.
 
     path: a file (.safetensors, or torch's pickles) with names of kohya, LyCORIS, diffusers or PEFT.
@@ -133,18 +137,19 @@ def load_adapter(path, model, device=None, strays=False):
     return Adapter(deltas, dict(file.metadata), device, embeddings)
 
 
-def describe(file):
+def describe(file: Reader) -> Description:
     """The Description of a file.open_tensors; also of one that is incomplete."""
     layers = _layers(file)
     fits = {version: len(_fit(layers, file.shapes, read_config(version)))
             for version in CANDIDATES}
-    best = max(fits, key=fits.get)
+    best = max(fits, key=lambda version: fits[version])
     targets = _targets(layers, read_config(best))
     return Description(layers, best if fits[best] else None, fits[best], targets, _lacks(layers),
                        list(in_lora(file)))
 
 
-def merge(model, adapters):
+def merge(model: Model,
+          adapters: Mapping[Adapter, Weight] | Iterable[tuple[Adapter, Weight]]) -> Model:
     """A Model whose weights hold adapters, summed in float32 and cast back.
 
     adapters: {adapter: weight}, or pairs of them; weight: a number, or (U-Net's, text encoders').
@@ -162,7 +167,7 @@ def merge(model, adapters):
     return model.replace(params=params, embeddings=inside | model.embeddings)
 
 
-def factors(model, chosen):
+def factors(model: Model, chosen: Iterable[str]) -> dict[str, Any]:
     """The side paths of model.adapters of these names -> {component: nested dict of SidePaths}.
 
     Ranks are padded, so that other adapters of like shapes make arrays of the same shapes.
@@ -172,7 +177,7 @@ def factors(model, chosen):
     return _factors(tuple(model.adapters[name] for name in chosen), tuple(devices.items()))
 
 
-def attach(params, factors, weights):
+def attach(params: Params, factors: Any, weights: jax.Array) -> Params:
     """The params of one component with `factors` of it, for layers.py; traceable.
 
     weights [B,A]: of the A adapters in each of the B rows that the layers see.

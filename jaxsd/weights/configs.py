@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Collection
 
 from jaxsd.config import (
     TEXT_ENCODERS,
     VERSIONS,
+    Checked,
     ControlNetConfig,
     DPTConfig,
+    ModelConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
     VAEConfig,
@@ -16,6 +19,7 @@ from jaxsd.config import (
     read_network_config,
     versions,
 )
+from jaxsd.typing import Path
 
 # The fields of a ScheduleConfig that say how a model was trained, one way or the other.
 BETAS = ('beta_start', 'beta_end', 'beta_schedule', 'rescale_betas_zero_snr', 'trained_betas')
@@ -23,7 +27,8 @@ EDM = ('edm', 'sigma_min', 'sigma_max', 'sigma_data')
 TOKENIZERS = {'text_encoder': 'tokenizer', 'text_encoder_2': 'tokenizer_2'}
 
 
-def write_config(config, folder, tokenizers=TEXT_ENCODERS):
+def write_config(config: ModelConfig, folder: Path,
+                 tokenizers: Collection[str] = TEXT_ENCODERS) -> None:
     """Write model_index.json and each component's config.json, as diffusers reads them.
 
     tokenizers: the text encoders whose tokenizer the folder holds.
@@ -57,7 +62,7 @@ def write_config(config, folder, tokenizers=TEXT_ENCODERS):
                          f'{", ".join(lost)}')
 
 
-def write_network_config(config, folder):
+def write_network_config(config: Checked, folder: Path) -> None:
     """Write the config.json of a single network, as diffusers reads it.
 
     Raises ValueError for a config that this file cannot express.

@@ -6,12 +6,14 @@ import json
 import pathlib
 import re
 import zlib
+from typing import Any
 
 import numpy as np
 
-from jaxsd.config import TEXT_ENCODERS
+from jaxsd.config import TEXT_ENCODERS, ModelConfig
+from jaxsd.typing import Path
 from jaxsd.weights import names
-from jaxsd.weights.files import PICKLES, open_tensors, printable
+from jaxsd.weights.files import PICKLES, Reader, open_tensors, printable
 
 WIDTHS = {'text_encoder': (768, 1024), 'text_encoder_2': (1280,)}  # of the released versions
 VERSIONS = {768: '1.x, SDXL', 1024: '2.x', 1280: 'SDXL'}
@@ -36,7 +38,8 @@ class Embedding:
     vectors: dict
 
 
-def load_embedding(path, config=None, name=None):
+def load_embedding(path: Path, config: ModelConfig | None = None,
+                   name: str | None = None) -> Embedding:
     """Read a textual inversion, an Embedding for `model.embeddings`.
 
     path: a file (.pt, .bin or .safetensors) of A1111 or diffusers, SDXL's clip_l and clip_g, a
@@ -53,11 +56,11 @@ def load_embedding(path, config=None, name=None):
     if len(found) > 1 and name not in found:
         raise ValueError(printable(f'{path}: holds several tokens, {", ".join(found)}; expected '
                                    f'the name of one of them{f", found {name}" if name else ""}'))
-    own = name if len(found) > 1 else next(iter(found))
+    own = name if name and len(found) > 1 else next(iter(found))
     return Embedding(name or own, _vectors(path, found[own], config))
 
 
-def listed(path):
+def listed(path: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
     """The textual inversions in a file, or in the files of a folder -> [(name, path)].
 
     In a folder pictures without any are passed over (most are previews), and a file that cannot be
@@ -78,24 +81,24 @@ def listed(path):
     return found
 
 
-def is_bundled(key):
+def is_bundled(key: str) -> bool:
     """Whether a tensor in a LoRA's file is of a textual inversion."""
     found = _KEY.fullmatch(key)
     return bool(found and found['bundle'])
 
 
-def bundled(file, config):
+def bundled(file: Reader, config: ModelConfig | None) -> dict[str, Embedding]:
     """The textual inversions in a LoRA's file -> {name: Embedding}; config: of the model."""
     return {name: Embedding(name, _vectors(file.path, tensors, config))
             for name, tensors in in_lora(file).items()}
 
 
-def in_lora(file):
+def in_lora(file: Reader) -> dict[str, dict[tuple[Any, str], str | None]]:
     """`bundled` by the header: {name: {(file, key): text encoder, or None: by width}}."""
     return _tokens([(file, None)], list(filter(is_bundled, file.shapes)))
 
 
-def numbers(width):
+def numbers(width: int) -> str:
     """The width of vectors, in words, with the versions whose text encoders have it."""
     return f'{width} numbers ({VERSIONS.get(width, "no released version")})'
 
@@ -117,7 +120,7 @@ class PictureFile:
                                        f'({error}); download it again')) from None
         self.shapes = {key: array.shape for key, array in self._arrays.items()}
 
-    def read(self, key):
+    def read(self, key: str) -> np.ndarray:
         """A tensor as a numpy array."""
         return self._arrays[key]
 

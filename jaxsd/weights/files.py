@@ -11,11 +11,18 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
+from jaxsd.typing import Path
 from jaxsd.weights.pickles import PickleFile, read_at
+
+# A tensor to write: its shape, its dtype, and what makes the array.
+Tensor = tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
 
 PICKLES = ('.ckpt', '.pt', '.pth', '.bin', '.pkl')
 DTYPES = {
@@ -28,7 +35,7 @@ DTYPES = {code: np.dtype(dtype) for code, dtype in DTYPES.items()}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-def as_dtype(dtype):
+def as_dtype(dtype: DTypeLike | None) -> np.dtype | None:
     """A dtype that weights can have, or None; ValueError for another."""
     known = ('float32', 'float16', 'bfloat16')
     try:
@@ -45,7 +52,7 @@ class TensorFile:
     Raises FileNotFoundError, and ValueError for a truncated or corrupt file.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = pathlib.Path(path)
         header, self._start = _header(self.path)
         self.metadata = header.pop('__metadata__', None) or {}
@@ -57,7 +64,7 @@ class TensorFile:
         self.dtypes = {name: DTYPES[h['dtype']] for name, h in header.items()}
         self._offsets = {name: h['data_offsets'][0] for name, h in header.items()}
 
-    def read(self, name, rows=None):
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
         """A tensor as a numpy array; rows=(i, n) only the n rows from row i*n."""
         shape, dtype = self.shapes[name], self.dtypes[name]
         offset = self._start + self._offsets[name]
@@ -69,12 +76,12 @@ class TensorFile:
         return read_at(self.path, offset, size).view(dtype).reshape(shape)
 
 
-def printable(text):
+def printable(text: str) -> str:
     """Text with names out of a file in it, for a message: without line breaks and the like."""
     return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
 
 
-def open_tensors(path):
+def open_tensors(path: Path) -> 'Reader':
     """The reader for a file of tensors, by what is in it: TensorFile, or pickles.PickleFile.
 
     Both have `path`, `metadata`, `shapes`, `dtypes` and `read`, and raise alike. Weights with a
@@ -92,7 +99,7 @@ class ScaledFile:
     files); the scales of inputs are for multiplying in float8, and not needed.
     """
 
-    def __init__(self, file):
+    def __init__(self, file: 'TensorFile | PickleFile') -> None:
         self._file, self.path, self.metadata = file, file.path, file.metadata
         self._scales = {f'{found[1]}weight': name for name in file.shapes
                         if (found := _BESIDE.fullmatch(name)) and found[2]}
@@ -105,13 +112,15 @@ class ScaledFile:
                 raise ValueError(f'{self.path}: {name!r} of {dtype} has a scale of shape '
                                  f'{list(shape)}; jaxsd reads float8 with one scale per tensor')
 
-    def read(self, name, rows=None):
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
         """As TensorFile.read; what has a scale comes in float32."""
         array = self._file.read(name, rows)
         if name not in self._scales:
             return array
         return array.astype(np.float32) * self._file.read(self._scales[name]).astype(np.float32)
 
+
+Reader = TensorFile | PickleFile | ScaledFile  # what open_tensors gives
 
 # What stands beside float8 weights: scales of weights, of inputs, and marks of the file or a layer.
 _BESIDE = re.compile(r'(.*\.)?(?:(scale_weight|weight_scale)|scale_input|input_scale|scaled_fp8'
@@ -145,7 +154,8 @@ def _header(path):
         return json.loads(file.read(length)), 8 + length
 
 
-def write_tensors(path, tensors, metadata=()):
+def write_tensors(path: Path, tensors: Mapping[str, Tensor],
+                  metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, to a temporary name and then renamed.
 
     tensors: {name: (shape, dtype, get)}, where get() makes the numpy array when its turn comes,
@@ -154,7 +164,8 @@ def write_tensors(path, tensors, metadata=()):
     # Sorted as safetensors itself does, widest type first: every tensor is aligned.
     order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name][1]).itemsize, name))
     # transformers insists on a format
-    header, end = {'__metadata__': {'format': 'pt', **dict(metadata)}}, 0
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt', **(metadata or {})}}
+    end = 0
     for name in order:
         shape, dtype, _ = tensors[name]
         start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
@@ -169,13 +180,13 @@ def write_tensors(path, tensors, metadata=()):
             array = np.ascontiguousarray(get(), dtype)
             if array.size != math.prod(shape):
                 raise ValueError(f'{name}: expected shape {shape}, found {array.shape}')
-            file.write(array.reshape(-1).view(np.uint8))
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 class replacing:
     """Context: a temporary name beside `path` that becomes `path` if all goes well."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = pathlib.Path(path)
         self.temporary = self.path.with_name(f'.{self.path.name}.{os.getpid()}.tmp')
 
@@ -190,7 +201,7 @@ class replacing:
             self.temporary.unlink(missing_ok=True)
 
 
-def choose(names, half=False):
+def choose(names: Collection[str], half: bool = False) -> str | None:
     """The file among a component's files that holds its weights, or its shards' index; or None.
 
     half: prefer the fp16 variant, which is half the size. A pickle where there is nothing else.
@@ -205,7 +216,7 @@ def choose(names, half=False):
     return None
 
 
-def component_files(folder, half=False):
+def component_files(folder: Path, half: bool = False) -> list[Reader]:
     """The readers of one component of a diffusers folder."""
     folder = pathlib.Path(folder)
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []

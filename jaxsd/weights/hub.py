@@ -2,8 +2,10 @@
 
 import pathlib
 import re
+from collections.abc import Sequence
 
 from jaxsd.config import TEXT_ENCODERS
+from jaxsd.typing import Path
 from jaxsd.weights.files import PICKLES, choose
 
 WEIGHTS = ('unet', 'vae', *TEXT_ENCODERS, 'depth_estimator')
@@ -11,7 +13,7 @@ SMALL = ('model_index.json', 'extras.safetensors', '*scheduler/*.json', 'tokeniz
          'tokenizer*/*.txt', *(f'{part}/config.json' for part in WEIGHTS))
 
 
-def shipped(name):
+def shipped(name: Path) -> pathlib.Path | None:
     """The folder of a model that comes with jaxsd, such as 'emoji', or None."""
     package = pathlib.Path(__file__).parents[1]
     for root in (package, package.parent):  # of a wheel, and of a checkout
@@ -20,13 +22,13 @@ def shipped(name):
     return None
 
 
-def is_hub_id(path):
+def is_hub_id(path: Path) -> bool:
     """Whether a name that is no path has the form of a Hub id: owner/name."""
     return bool(re.fullmatch(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', str(path))
                 and not str(path).endswith(('.safetensors', *PICKLES)))
 
 
-def download(repo, half=False, part=None):
+def download(repo: str, half: bool = False, part: str | None = None) -> pathlib.Path:
     """A Hub id -> the folder in the cache, downloaded where the cache lacks it.
 
     half: prefer fp16 variants. part: only this component of a model, or the one network that a
@@ -54,7 +56,8 @@ def download(repo, half=False, part=None):
     return pathlib.Path(hf.snapshot_download(repo, allow_patterns=patterns))
 
 
-def needed(repo, files, half=False, part=None):
+def needed(repo: str, files: Sequence[str], half: bool = False,
+           part: str | None = None) -> list[str]:
     """The patterns of the files to download, from a repository's list of files."""
     if part is None and 'model_index.json' not in files:
         raise ValueError(f'{repo!r}: not in diffusers layout, it has no model_index.json; download '

@@ -8,6 +8,7 @@ names and shapes do not tell betas, zero terminal SNR, or how a VAE scales.
 import dataclasses
 import json
 import re
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from jaxsd.config import (
     VAEConfig,
     versions,
 )
-from jaxsd.weights.files import printable
+from jaxsd.weights.files import Reader, printable
 
 ENTRY = 'jaxsd.config'
 MARKERS = ('v_pred', 'ztsnr', 'edm_vpred.sigma_max', 'edm_vpred.sigma_min', 'edm_mean', 'edm_std')
@@ -39,23 +40,23 @@ ARCHITECTURES = {
     'sdxl_refiner': 'xl-v1-refiner'}
 
 
-def markers(config):
+def markers(config: ModelConfig) -> dict[str, np.ndarray]:
     """{name: array} of the marker tensors of a ModelConfig's single file."""
     schedule, vae = config.schedule, config.vae
     if schedule.edm and schedule.prediction_type == 'v_prediction':  # CosXL
-        return {f'edm_vpred.{name}': np.float32(getattr(schedule, name)).reshape(())
+        return {f'edm_vpred.{name}': np.array(getattr(schedule, name), np.float32)
                 for name in ('sigma_max', 'sigma_min')}
     if schedule.edm:  # Playground v2.5
         shape = 1, vae.latent_channels, 1, 1
-        return {name: np.reshape(np.float32(values or [one] * shape[1]), shape) for
-                name, values, one in (('edm_mean', vae.latents_mean, 0),
+        return {name: np.array(values or [one] * shape[1], np.float32).reshape(shape)
+                for name, values, one in (('edm_mean', vae.latents_mean, 0),
                                       ('edm_std', vae.latents_std, 1))}
     found = {'v_pred': schedule.prediction_type == 'v_prediction',
              'ztsnr': schedule.rescale_betas_zero_snr}
     return {name: np.zeros(0, np.float32) for name, marked in found.items() if marked}
 
 
-def with_markers(config, file):
+def with_markers(config: ModelConfig, file: Reader) -> ModelConfig:
     """The config with what a file's marker tensors say; ValueError for EDM's that are unknown."""
     unknown = [name for name in file.shapes if name.startswith('edm') and name not in MARKERS]
     if unknown or ('edm_mean' in file.shapes) != ('edm_std' in file.shapes):
@@ -67,7 +68,8 @@ def with_markers(config, file):
     if found.keys() == written.keys() and all(
             np.array_equal(a.ravel(), written[name].ravel()) for name, a in found.items()):
         return config  # whose numbers may be more exact than float32
-    change, vae = {}, config.vae
+    change: dict[str, Any] = {}
+    vae = config.vae
     if 'edm_vpred.sigma_max' in found:
         change = {'edm': True, 'prediction_type': 'v_prediction', 'sigma_data': 1.0} | {
             name: _number(file, f'edm_vpred.{name}', found)
@@ -76,7 +78,10 @@ def with_markers(config, file):
         edm = ('sigma_min', 'sigma_max', 'sigma_data')
         change = {name: getattr(ScheduleConfig, name) for name in edm} | {
             'edm': True, 'prediction_type': 'epsilon'}
-        mean, std = (list(map(_float, found[name].ravel())) for name in ('edm_mean', 'edm_std'))
+        if not isinstance(vae, VAEConfig):
+            raise ValueError(f'{file.path}: edm_mean and edm_std: expected a VAE beside them, '
+                             'found a TAESD, whose latents have no mean and deviation')
+        mean, std = (tuple(map(_float, found[name].ravel())) for name in ('edm_mean', 'edm_std'))
         try:
             vae = dataclasses.replace(vae, scaling_factor=0.5, latents_mean=mean, latents_std=std)
         except ValueError as error:
@@ -104,7 +109,7 @@ def _float(number):
     return float(str(number))
 
 
-def predictions(file):
+def predictions(file: Reader) -> list[tuple[str, str]]:
     """What a file says that its model predicts: [(what, where it says so)], the strongest first.
 
     A word that stands for none of the prediction types is given as it is.
@@ -114,8 +119,8 @@ def predictions(file):
                        ('v_pred', 'v_prediction')):
         if name in file.shapes:
             found.append((kind, f'the tensor {name}'))
-    if ENTRY in file.metadata:
-        found.append((read_entry(file).schedule.prediction_type, f'the header\'s {ENTRY}'))
+    if (entry := read_entry(file)) is not None:
+        found.append((entry.schedule.prediction_type, f'the header\'s {ENTRY}'))
     for key in PREDICTION_KEYS:
         word = str(file.metadata.get(key) or '').strip().lower()
         if word in WORDS or word and key != 'modelspec.architecture':
@@ -124,14 +129,14 @@ def predictions(file):
     return found
 
 
-def native_size(file):
+def native_size(file: Reader) -> int | None:
     """The pixels per side in a header's `modelspec.resolution` ('1024x1024'); None if not said."""
     found = re.fullmatch(r'(\d{2,4})(?:x\1)?', str(file.metadata.get('modelspec.resolution', '')))
     size = int(found[1]) if found else 0
     return size if 64 <= size <= 4096 and size % 64 == 0 else None
 
 
-def metadata(config, title):
+def metadata(config: ModelConfig, title: str) -> dict[str, str]:
     """{entry: text} of a ModelConfig's single file."""
     predicts = config.schedule.prediction_type.replace('v_prediction', 'v')
     spec = {'sai_model_spec': '1.0.0', 'title': title, 'prediction_type': predicts,
@@ -147,7 +152,7 @@ def metadata(config, title):
         ENTRY: json.dumps(whole, separators=(',', ':'), allow_nan=False)}
 
 
-def read_entry(file):
+def read_entry(file: Reader) -> ModelConfig | None:
     """The ModelConfig in a header's entry of ours; None where there is none.
 
     Raises ValueError of one line for an entry that is not what `metadata` writes.
@@ -160,8 +165,9 @@ def read_entry(file):
         kinds = {'unet': UNetConfig, 'vae': TinyVAEConfig if tiny else VAEConfig,
                  'schedule': ScheduleConfig, 'low_res': ScheduleConfig, 'text_encoder': TextConfig,
                  'text_encoder_2': TextConfig, 'depth_estimator': DPTConfig}
-        parts = {name: kinds[name](**value) if name in kinds and value is not None else value
-                 for name, value in given.items()}
+        parts: dict[str, Any] = {
+            name: kinds[name](**value) if name in kinds and value is not None else value
+            for name, value in given.items()}
         if parts.get('version') not in versions():
             parts['version'] = 'custom'
         config = ModelConfig(**parts)

@@ -1,11 +1,13 @@
 """What `load` returns and `save` takes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax.tree_util import GetAttrKey
 
-from jaxsd.config import ModelConfig
+from jaxsd.config import Checked, ModelConfig
+from jaxsd.typing import Params
 
 
 class _Tree:
@@ -58,8 +60,8 @@ class Network(_Tree):
 
     ARRAYS = ('params',)
 
-    config: object
-    params: dict
+    config: Checked
+    params: Params
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -88,11 +90,11 @@ class Model(_Tree):
     adapters: dict = dataclasses.field(default_factory=dict)
     embeddings: dict = dataclasses.field(default_factory=dict)
 
-    def replace(self, **parts):
+    def replace(self, **parts: Any) -> 'Model':
         """A copy with some parts replaced, e.g. `replace(params=...)`."""
         return dataclasses.replace(self, **parts)
 
-    def with_vae(self, network):
+    def with_vae(self, network: Network) -> 'Model':
         """A copy with another VAE, a Network that `jaxsd.load_vae` gave.
 
         What a file without a config.json cannot say (scaling_factor, shift_factor, force_upcast,

@@ -6,9 +6,11 @@ keeps it; reading looks a place up and writing fills it, so one table serves bot
 
 import collections
 import re
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
-from jaxsd.config import TEXT_ENCODERS, TinyVAEConfig
+from jaxsd.config import TEXT_ENCODERS, Checked, ModelConfig, TextConfig, TinyVAEConfig
+from jaxsd.typing import Shapes
 from jaxsd.weights import names_dpt
 
 
@@ -22,7 +24,7 @@ class Place(NamedTuple):
     name: str
     how: str = ''
 
-    def shape(self, shape):
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The stored shape, from the tensor's own."""
         if self.how == '1x1':
             return (*shape, 1, 1)
@@ -31,7 +33,8 @@ class Place(NamedTuple):
         return (3 * shape[0], *shape[1:]) if self.how else shape
 
 
-def places(config, shapes, stored=()):
+def places(config: ModelConfig, shapes: dict[str, Shapes],
+           stored: Collection[str] = ()) -> dict[str, dict[str, Place]]:
     """{component: {folder name: Place}} for a ModelConfig and its models.spec.spec.
 
     stored: the names in a file; a Place is then the first of its tensor's spellings that is there.
@@ -40,7 +43,8 @@ def places(config, shapes, stored=()):
             for part, prefix in prefixes(config).items()}
 
 
-def network_places(part, config, shapes, prefix='', stored=()):
+def network_places(part: str, config: Checked, shapes: Shapes, prefix: str = '',
+                   stored: Collection[str] = ()) -> dict[str, Place]:
     """{folder name: Place} of one network: a ModelConfig's component, or another."""
     rules, found, missing, seen = _RULES[part](config), {}, [], collections.Counter()
     for name, shape in shapes.items():
@@ -74,7 +78,7 @@ def _spellings(name, prefix, part, shape, place):
         yield Place(f'{part}.{name}')
 
 
-def prefixes(config):
+def prefixes(config: ModelConfig) -> dict[str, str]:
     """{component: what its names start with in a single file}."""
     found = {'unet': 'model.diffusion_model.', 'vae': 'first_stage_model.'}
     encoders = [name for name in TEXT_ENCODERS if getattr(config, name)]
@@ -87,7 +91,7 @@ def prefixes(config):
     return found
 
 
-def is_openclip(text):
+def is_openclip(text: TextConfig) -> bool:
     """Whether a single file holds this TextConfig under OpenCLIP's names.
 
     OpenAI's CLIP has quick_gelu and is kept under transformers' names; the text transformers that
@@ -96,7 +100,7 @@ def is_openclip(text):
     return text.hidden_act == 'gelu'
 
 
-def is_extra(name, config):
+def is_extra(name: str, config: ModelConfig | Checked) -> bool:
     """Whether a single file may hold this tensor although the model does not use it.
 
     config: a ModelConfig, or that of one network.
@@ -110,28 +114,28 @@ def is_extra(name, config):
     return is_buffer(name) or bool(last and layers and int(last[1]) == layers[0])
 
 
-def is_buffer(name):
+def is_buffer(name: str) -> bool:
     """Whether this tensor stands in single files but is no network's."""
     return bool(_EXTRA.fullmatch(name))
 
 
-def is_ema(name):
+def is_ema(name: str) -> bool:
     """Whether this is a tensor of the second, averaged copy of the U-Net that some files hold."""
     return name.startswith('model_ema.') and not is_buffer(name)
 
 
-def ema(name):
+def ema(name: str) -> str:
     """What the averaged copy of a U-Net's tensor is called: without its dots."""
     return 'model_ema.' + name.removeprefix('model.').replace('.', '')
 
 
-def kind(found):
+def kind(found: Iterable[str]) -> tuple[str, str, str]:
     """What the tensors of these names are -> (what, the function that reads it or '', a name)."""
     return next(((what, reader, name) for pattern, (what, reader) in _TELLTALES.items()
                  for name in found if re.match(pattern, name)), ('something else', '', ''))
 
 
-def in_folder(part, name):
+def in_folder(part: str, name: str) -> str:
     """A tensor's name as current diffusers folders have it, from any that was ever in use."""
     if part in TEXT_ENCODERS and not name.startswith(('text_model.', 'text_projection.')):
         return f'text_model.{name}'  # transformers >= 5 writes CLIPTextModel without its prefix
@@ -154,7 +158,7 @@ def _attention(block, layer):
     return _IN_SINGLE.get(new, new) if block == 'mid.attn_1' else new
 
 
-def in_single(name):
+def in_single(name: str) -> str:
     """A tensor's name as the released single files have it; some 1.x files lack `text_model.`, a
     U-Net alone, as ComfyUI keeps it, its prefix; a VAE's attention has the names of any time."""
     name = re.sub(r'^(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.',
@@ -167,7 +171,7 @@ def in_single(name):
         r'model.diffusion_model.\g<0>', name)
 
 
-def renamed(names, rename):
+def renamed(names: Iterable[str], rename: Callable[[str], str]) -> dict[str, str]:
     """{rename(name): name}; what would be there twice keeps a name that no model has."""
     found = {}
     for name in names:

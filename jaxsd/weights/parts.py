@@ -3,19 +3,25 @@
 import dataclasses
 import pathlib
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from jaxsd.config import (
     VERSIONS,
+    Checked,
+    ControlNetConfig,
     DPTConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
+    VAEConfig,
     read_config,
     read_network_config,
 )
 from jaxsd.models import spec
+from jaxsd.typing import Device, Path
 from jaxsd.weights import hub, names
 from jaxsd.weights.configs import write_network_config
 from jaxsd.weights.files import as_dtype, component_files, open_tensors, printable
@@ -34,7 +40,7 @@ class Kind(NamedTuple):
 
     what: str
     classes: tuple
-    released: callable
+    released: Callable[[], list]
     prefixes: tuple = ('',)
 
 
@@ -66,27 +72,36 @@ KINDS = {
 }
 
 
-def load_vae(path, dtype='float32', config=None, device=None):
+def load_vae(path: Path, dtype: DTypeLike | None = 'float32',
+             config: VAEConfig | TinyVAEConfig | None = None,
+             device: 'Device | None' = None) -> Network:
     """Read a VAE, a Network for `model.with_vae`; arguments as of `load_part`."""
     return load_part('vae', path, dtype, config, device)
 
 
-def load_controlnet(path, dtype='float32', config=None, device=None):
+def load_controlnet(path: Path, dtype: DTypeLike | None = 'float32',
+                    config: ControlNetConfig | None = None,
+                    device: 'Device | None' = None) -> Network:
     """Read a ControlNet, a Network; arguments as of `load_part`."""
     return load_part('controlnet', path, dtype, config, device)
 
 
-def load_t2i_adapter(path, dtype='float32', config=None, device=None):
+def load_t2i_adapter(path: Path, dtype: DTypeLike | None = 'float32',
+                     config: T2IAdapterConfig | None = None,
+                     device: 'Device | None' = None) -> Network:
     """Read a T2I-Adapter, a Network; arguments as of `load_part`."""
     return load_part('t2i_adapter', path, dtype, config, device)
 
 
-def load_depth_estimator(path, dtype='float32', config=None, device=None):
+def load_depth_estimator(path: Path, dtype: DTypeLike | None = 'float32',
+                         config: DPTConfig | None = None,
+                         device: 'Device | None' = None) -> Network:
     """Read MiDaS' hybrid DPT, a Network for `run.depth.estimate`; arguments as of `load_part`."""
     return load_part('depth_estimator', path, dtype, config, device)
 
 
-def load_part(kind, path, dtype='float32', config=None, device=None):
+def load_part(kind: str, path: Path, dtype: DTypeLike | None = 'float32',
+              config: Checked | None = None, device: 'Device | None' = None) -> Network:
     """Read one network of a kind in KINDS from a folder, a file or the Hub.
 
     path: a folder with a config.json; a whole model's folder or file, of which it takes this
@@ -110,7 +125,7 @@ def load_part(kind, path, dtype='float32', config=None, device=None):
     return Network(source.config, params[kind])
 
 
-def save_network(network, folder, dtype=None):
+def save_network(network: Network, folder: Path, dtype: DTypeLike | None = None) -> None:
     """Write one network as a folder that diffusers reads: config.json and its weights.
 
     dtype: of all weights in the file; None keeps each array's own.

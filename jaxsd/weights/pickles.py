@@ -13,13 +13,14 @@ import zipfile
 
 import numpy as np
 
+from jaxsd.typing import Path
 from jaxsd.weights.unpickling import LONGEST_NAME, Machine, Named, Refused, Tensor
 
 MAGIC = 0x1950a86a20f9469cfc6c  # torch's, in the first pickle of its older format
 WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'params')
 
 
-def read_at(path, offset, size):
+def read_at(path: Path, offset: int, size: int) -> np.ndarray:
     """`size` bytes of a file as uint8."""
     with open(path, 'rb', buffering=0) as file:
         file.seek(offset)
@@ -37,7 +38,7 @@ class PickleFile:
     Raises FileNotFoundError, and ValueError for what is damaged or asks for anything but tensors.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = pathlib.Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f'{path}: no such file')
@@ -71,7 +72,7 @@ class PickleFile:
         if storage.size * storage.dtype.itemsize > self._at[storage.key][1]:
             raise ValueError(f'storage {storage.key!r} is shorter than its {storage.size} numbers')
 
-    def read(self, name, rows=None):
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
         """A tensor as a numpy array; rows=(i, n) only the n rows from row i*n."""
         tensor = self._tensors[name]
         if rows is not None:

@@ -4,19 +4,23 @@ import dataclasses
 import json
 import logging
 import pathlib
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.typing import DTypeLike
 
-from jaxsd.config import TEXT_ENCODERS, VERSIONS, read_config
+from jaxsd.config import TEXT_ENCODERS, VERSIONS, ModelConfig, UNetConfig, read_config
 from jaxsd.models import unet
 from jaxsd.models.spec import spec, to_jax
 from jaxsd.prompt.tokenizer import Tokenizer
+from jaxsd.typing import Device, Params, Path
 from jaxsd.weights import hub, marks, names
 from jaxsd.weights.configs import TOKENIZERS
 from jaxsd.weights.files import (
+    Reader,
     TensorFile,
     as_dtype,
     component_files,
@@ -32,8 +36,9 @@ CANDIDATES = ('sd15', 'sd15_inpainting', 'sd21', 'sd2_inpainting', 'sd2_depth', 
               'sdxl_inpainting', 'sdxl_refiner', 'x4_upscaler')
 
 
-def load(path, dtype='float32', config=None, prediction_type=None, device=None, ema=False,
-         base=None, strays=False):
+def load(path: Path, dtype: DTypeLike | None = 'float32', config: ModelConfig | None = None,
+         prediction_type: str | None = None, device: 'Device | None' = None, ema: bool = False,
+         base: Path | None = None, strays: bool = False) -> Model:
     """Read a model from a diffusers folder, a single file or the Hugging Face Hub.
 
     path: a folder, a file (.safetensors, or a pickle of torch.save: .ckpt, .pt ..., in which
@@ -75,7 +80,8 @@ def load(path, dtype='float32', config=None, prediction_type=None, device=None, 
     return Model(source.config, params, tokenizers, extras)
 
 
-def open_source(path, config=None, half=False, prediction_type=None, ema=False):
+def open_source(path: Path, config: ModelConfig | None = None, half: bool = False,
+                prediction_type: str | None = None, ema: bool = False) -> 'Source':
     """The Source of a model at a path or on the Hub; arguments as of `load`."""
     found = pathlib.Path(path).expanduser()
     if not found.exists():
@@ -104,7 +110,8 @@ class Source:
         self.tensors, self.places, self.extras = tensors, places, extras
         self.untold, self.size = untold, size
 
-    def read(self, dtype, device=None):
+    def read(self, dtype: np.dtype | None,
+             device: 'Device | None' = None) -> tuple[dict[str, Params], dict[str, np.ndarray]]:
         """-> params, extras. One pass over everything, then one error for all that is wrong."""
         problems = self.mismatches()
         wrong = {name for found in problems.values() for name in found}
@@ -127,12 +134,12 @@ class Source:
                  for part, flat in params.items()},
                 {name: self._raw(name) for name in self.extras})
 
-    def absent(self):
+    def absent(self) -> list[str]:
         """The components of which there is no tensor."""
         return [part for part, table in self.places.items()
                 if not any(place.name in self.tensors for place in table.values())]
 
-    def take(self, parts, base):
+    def take(self, parts: Iterable[str], base: 'Source') -> None:
         """Complete it with these components of another Source."""
         for part in parts:
             if self.shapes[part] != base.shapes.get(part):
@@ -143,7 +150,7 @@ class Source:
                              for place in base.places[part].values() if place.name in base.tensors}
         self.config = self.config.replace(**{part: getattr(base.config, part) for part in parts})
 
-    def settle(self, prediction_type):
+    def settle(self, prediction_type: str) -> None:
         """What the output of a 2.x model told."""
         other, config = _version2(prediction_type, self.size), self.config
         vae = other.vae if config.vae == read_config('sd21').vae else config.vae
@@ -151,7 +158,7 @@ class Source:
                                      ).with_prediction(prediction_type)
         self.untold = False
 
-    def drop_strays(self):
+    def drop_strays(self) -> None:
         """Leave out the tensors that are not the model's, and log them."""
         found = list(self.mismatches().get('unexpected', ()))
         if found:
@@ -160,7 +167,7 @@ class Source:
         for name in found:
             del self.tensors[name]
 
-    def mismatches(self):
+    def mismatches(self) -> dict[str, dict[str, str]]:
         """{kind of problem: {stored name: detail}}, from the headers alone."""
         expected = {place.name: place.shape(self.shapes[part][name])
                     for part, table in self.places.items() for name, place in table.items()}
@@ -206,7 +213,8 @@ class Source:
             'sizes' + stray * ('unexpected' in problems and hasattr(self.config, 'version'))))
 
 
-def open_folder(folder, config, half, prediction_type):
+def open_folder(folder: pathlib.Path, config: ModelConfig | None, half: bool,
+                prediction_type: str | None) -> Source:
     single = (folder / 'config.json').exists() and not (folder / 'model_index.json').exists()
     if single and not config:
         _refuse_others(folder, [n for f in component_files(folder, half) for n in f.shapes])
@@ -227,7 +235,8 @@ def open_folder(folder, config, half, prediction_type):
     return Source(folder, config, shapes, tensors, places, extras)
 
 
-def open_single(path, config, half, prediction_type, ema=False):
+def open_single(path: pathlib.Path, config: ModelConfig | None, half: bool,
+                prediction_type: str | None, ema: bool = False) -> Source:
     file = open_tensors(path)
     size, said, untold = marks.native_size(file), marks.predictions(file), False
     if config is not None:
@@ -264,7 +273,7 @@ def open_single(path, config, half, prediction_type, ema=False):
     return Source(path, config, shapes, tensors, places, extras, untold, size)
 
 
-def network_tensors(part, files):
+def network_tensors(part: str, files: Iterable[Reader]) -> dict[str, tuple[Reader, str]]:
     """{a tensor's name in a current folder: (file, name in it)} of one component's files."""
     where = {}
     for file in files:
@@ -337,7 +346,7 @@ def _sized(config, size):
         config.unet, sample_size=latents or config.unet.sample_size))
 
 
-def prediction(params, config):
+def prediction(params: Params, config: UNetConfig) -> str:
     """What a 2.x U-Net predicts, 'epsilon' or 'v_prediction', by what A1111 looks at.
 
     At the last timestep its input is nothing but noise, which a model that predicts noise gives
@@ -367,7 +376,7 @@ def _refuse_others(path, found):
             f'{path}: is {what}, by its tensor {name}; expected a whole model; {use}'))
 
 
-def squeeze(shape):
+def squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A linear layer may be kept as a 1x1 convolution, or the other way round."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 

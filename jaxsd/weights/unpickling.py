@@ -9,7 +9,8 @@ functions of this file. What else a pickle asks for is an error that names it.
 import math
 import pickletools
 import re
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -67,7 +68,7 @@ class Tensor(NamedTuple):
     dtype: np.dtype
 
     @property
-    def span(self):
+    def span(self) -> int:
         """Numbers between its first and its last one, both counted."""
         if 0 in self.shape:
             return 0
@@ -99,6 +100,10 @@ def _parameter(data, *_):
 
 def _dict(pairs=(), *_):
     return {_key(key): value for key, value in pairs}
+
+
+def _pairs(items):
+    return _dict(zip(items[::2], items[1::2]))
 
 
 def _set(items=()):
@@ -145,12 +150,12 @@ class Machine:
     def __init__(self):
         self.stack, self.marks, self.memo, self.storages = [], [], {}, {}
 
-    def run(self, stream):
+    def run(self, stream: BinaryIO) -> Any:
         """The object that the pickle at the stream's position makes; stops behind it."""
         self.stack, self.marks, self.memo = [], [], {}
         start = stream.tell()
         for code, arg, position in pickletools.genops(stream):
-            if position - start > LONGEST_PICKLE:
+            if (position or 0) - start > LONGEST_PICKLE:
                 raise ValueError(f'a pickle of more than {LONGEST_PICKLE >> 20} MiB')
             if code.name == 'STOP':
                 return self.stack.pop()
@@ -162,14 +167,14 @@ class Machine:
                 name = '.'.join(str(arg).split())[:LONGEST_NAME]
                 raise Refused(f'has the instruction {code.name} ({name})')
 
-    def above(self):
+    def above(self) -> list:
         """Take off everything above the last mark."""
         start = self.marks.pop()
         found = self.stack[start:]
         del self.stack[start:]
         return found
 
-    def take(self, n):
+    def take(self, n: int) -> tuple:
         """A tuple of the n last objects, taken off."""
         if len(self.stack) < n:
             raise ValueError('an empty stack')
@@ -177,10 +182,10 @@ class Machine:
         del self.stack[-n:]
         return found
 
-    def push(self, make):
+    def push(self, make: object) -> None:
         self.stack.append(make)
 
-    def extend(self, items):
+    def extend(self, items: Iterable) -> None:
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(items)
@@ -189,13 +194,13 @@ class Machine:
         else:
             raise Refused(f'adds items to a {type(target).__name__}')
 
-    def fill(self, items):
+    def fill(self, items: Sequence) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict):
             raise Refused(f'sets items of a {type(target).__name__}')
-        target.update(_dict(zip(items[::2], items[1::2])))
+        target.update(_pairs(items))
 
-    def build(self):
+    def build(self) -> None:
         state, = self.take(1)
         target = self.stack[-1]
         if isinstance(target, Named):
@@ -203,7 +208,7 @@ class Machine:
         elif not isinstance(target, dict):  # an OrderedDict's attributes do not matter
             raise Refused(f'sets the state of a {type(target).__name__}')
 
-    def stored(self):
+    def stored(self) -> None:
         found = self.stack.pop()
         if isinstance(found, tuple) and found[:1] == ('module',) and isinstance(found[1], Named):
             self.stack.append(found[1])  # a class and its source, in the older format
@@ -223,7 +228,7 @@ class Machine:
 _PUSHED = ('INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1', 'LONG4', 'FLOAT', 'BINFLOAT',
            'STRING', 'BINSTRING', 'SHORT_BINSTRING', 'UNICODE', 'BINUNICODE', 'SHORT_BINUNICODE',
            'BINUNICODE8', 'BINBYTES', 'SHORT_BINBYTES', 'BINBYTES8')
-_STEPS = {
+_STEPS: dict[str, Callable[[Machine, Any], Any]] = {
     'PROTO': lambda m, arg: None, 'FRAME': lambda m, arg: None,
     'NONE': lambda m, arg: m.push(None),
     'NEWTRUE': lambda m, arg: m.push(True), 'NEWFALSE': lambda m, arg: m.push(False),
@@ -234,9 +239,10 @@ _STEPS = {
     'DUP': lambda m, arg: m.push(m.stack[-1]),
     'TUPLE': lambda m, arg: m.push(tuple(m.above())),
     'LIST': lambda m, arg: m.push(m.above()),
-    'DICT': lambda m, arg: (items := m.above(), m.push({}), m.fill(items)),
+    'DICT': lambda m, arg: m.push(_pairs(m.above())),
     'FROZENSET': lambda m, arg: m.push(_set(m.above())),
-    **{f'TUPLE{n}': lambda m, arg, n=n: m.push(m.take(n)) for n in (1, 2, 3)},
+    'TUPLE1': lambda m, arg: m.push(m.take(1)), 'TUPLE2': lambda m, arg: m.push(m.take(2)),
+    'TUPLE3': lambda m, arg: m.push(m.take(3)),
     'APPEND': lambda m, arg: m.extend(m.take(1)), 'APPENDS': lambda m, arg: m.extend(m.above()),
     'ADDITEMS': lambda m, arg: m.extend(m.above()),
     'SETITEM': lambda m, arg: m.fill(m.take(2)), 'SETITEMS': lambda m, arg: m.fill(m.above()),

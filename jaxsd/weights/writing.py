@@ -1,26 +1,33 @@
 """Write a Model as a diffusers folder or as a single file, with nothing half-written."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from jaxsd.models.spec import from_jax, spec
 from jaxsd.prompt.tokenizer import SPECIAL
+from jaxsd.typing import Path, Shapes
 from jaxsd.weights import marks, names
 from jaxsd.weights.configs import TOKENIZERS, write_config
-from jaxsd.weights.files import as_dtype, write_tensors
+from jaxsd.weights.files import Tensor, as_dtype, write_tensors
+from jaxsd.weights.model import Model
 
 LAYOUTS = ('diffusers', 'single-file')
 _WEIGHTS = re.compile(r'(diffusion_pytorch_)?model\b.*\.safetensors\b.*')  # see files.choose
 
 
-def save(model, path, layout='diffusers', dtype=None):
+def save(model: Model, path: Path, layout: str = 'diffusers',
+         dtype: DTypeLike | None = None) -> None:
     """Write a model to `path`: a folder in diffusers' layout, or one .safetensors file.
 
     dtype: of all weights in the files; None keeps each array's own.
@@ -61,14 +68,16 @@ def _write_folder(model, folder, shapes, arrays, dtype):
         write_tensors(folder / 'extras.safetensors', _plain(model.extras))
 
 
-def write_component(folder, part, shapes, arrays, dtype):
+def write_component(folder: pathlib.Path, part: str, shapes: Shapes, arrays: Mapping[str, Any],
+                    dtype: np.dtype | None) -> None:
     """Write one component's weights, under the name that diffusers or transformers expects."""
     stem = 'model' if part in (*TOKENIZERS, 'depth_estimator') else 'diffusion_pytorch_model'
     table = {name: names.Place(name) for name in shapes}
     write_tensors(folder / f'{stem}.safetensors', stored(arrays, shapes, table, dtype))
 
 
-def stored(arrays, shapes, table, dtype):
+def stored(arrays: Mapping[str, Any], shapes: Shapes, table: Mapping[str, names.Place],
+           dtype: np.dtype | None) -> dict[str, Tensor]:
     """What write_tensors takes, for one component."""
     groups = {}
     for name, place in table.items():
@@ -83,7 +92,7 @@ def stored(arrays, shapes, table, dtype):
 
     return {stored: (table[members[0]].shape(shapes[members[0]]),
                      np.dtype(dtype or arrays[members[0]].dtype),
-                     lambda members=members: make(members))
+                     functools.partial(make, members))
             for stored, members in groups.items()}
 
 
@@ -91,7 +100,7 @@ def _plain(arrays):
     return {name: (a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
 
 
-def check(shapes, arrays):
+def check(shapes: Mapping[str, Shapes], arrays: Mapping[str, Mapping[str, Any]]) -> None:
     """ValueError unless these are {component: {dotted name: shape}} of the arrays."""
     wrong = [f'{part} {name}'
              for part in shapes.keys() | arrays.keys()
@@ -122,7 +131,7 @@ def _write_tokenizer(tokenizer, folder):
 
 
 @contextlib.contextmanager
-def replacing_folder(path):
+def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Context: the name of a new folder whose files go to `path` if all goes well."""
     if path.exists() and not path.is_dir():
         raise ValueError(f'{path}: is a file; expected the name of a folder')

@@ -14,7 +14,7 @@ from test_manifests import SINGLE
 from tiny import flat, random_params, same, small_config, sparse_file
 
 import jaxsd
-from jaxsd.config import ScheduleConfig, read_config, versions
+from jaxsd.config import ScheduleConfig, TinyVAEConfig, read_config, versions
 from jaxsd.models.spec import spec
 from jaxsd.weights import marks, reading
 from jaxsd.weights.files import open_tensors
@@ -100,6 +100,15 @@ def test_markers_that_are_unknown_or_damaged(tensors, said, xl, released_xl, tmp
         with pytest.raises(ValueError, match=said) as caught:
             jaxsd.load(path, strays=strays)
         assert '\n' not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_mean_of_latents_beside_a_taesd(xl, tmp_path):
+    path, tiny = tmp_path / 'a.safetensors', TinyVAEConfig()
+    jaxsd.save(model_of(xl.config.replace(vae=tiny)), path, 'single-file')
+    save_file(load_file(path) | {'edm_mean': np.float32(MEAN), 'edm_std': np.float32(STD)}, path,
+              open_tensors(path).metadata)
+    with pytest.raises(ValueError, match='edm_std: expected a VAE beside them, found a TAESD'):
+        jaxsd.load(path)
 
 
 def test_the_header_is_written_and_read(xl, tmp_path):
