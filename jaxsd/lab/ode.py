@@ -4,16 +4,27 @@ Here `denoise` is what `sampling.sample` takes: denoise(x, sigma, i) -> denoised
 (denoised, uncond). `i` is the index of the step on the way down over the same sigmas.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Float
 
 from jaxsd import sampling
+from jaxsd.config import ModelConfig
 from jaxsd.run import denoiser as network_denoiser
 from jaxsd.run import encode, encode_text, inputs, resolve
+from jaxsd.run.inputs import Inputs
+from jaxsd.run.request import Request
 from jaxsd.sampling.choice import choose
 from jaxsd.sampling.scan import lift
+from jaxsd.typing import Params
+from jaxsd.weights import Model
+
+Denoise = Callable[..., Any]  # denoise(x, sigma, i), see above
 
 # Explicit Runge-Kutta methods in which each slope needs only the one before:
 # where each slope is taken, as a part of the step, and its weight.
@@ -24,7 +35,7 @@ RUNGE_KUTTA = {
 PROBES = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}
 
 
-def problem(model, requests):
+def problem(model: Model, requests: Sequence[Request]) -> Inputs:
     """Requests of one size -> run.Inputs, for other levels than the requests' own.
 
     Prompts and guidance are the requests', the noise what their seeds start from, standard normal;
@@ -49,7 +60,7 @@ def problem(model, requests):
     return data._replace(steps=jax.tree.map(lambda a: a[:1], data.steps))
 
 
-def denoiser(params, config, data):
+def denoiser(params: Params, config: ModelConfig, data: Inputs) -> Denoise:
     """A model's guided denoise(x, sigma, i) for the images of a `problem`; to be called under jit.
 
     Guidance with a memory begins anew in every call that is not given one, as a fourth argument.
@@ -68,7 +79,8 @@ def denoiser(params, config, data):
     return denoise
 
 
-def invert(denoise, x, sigmas, iterations=50, tolerance=None):
+def invert(denoise: Denoise, x: Array, sigmas: np.ndarray, iterations: int = 50,
+           tolerance: float | None = None) -> tuple[Array, Float[Array, ' B']]:
     """Find the noise from which the Euler method (DDIM) over `sigmas` leads exactly to x.
 
     x: [B,...] at sigmas[-1] > 0. sigmas: numpy [steps + 1], strictly decreasing.
@@ -118,7 +130,8 @@ def invert(denoise, x, sigmas, iterations=50, tolerance=None):
     return x, residuals.max(0)
 
 
-def log_likelihood(denoise, x, sigmas, keys, probes=1, method='heun', probe='rademacher'):
+def log_likelihood(denoise: Denoise, x: Array, sigmas: np.ndarray, keys: Array, probes: int = 1,
+                   method: str = 'heun', probe: str = 'rademacher') -> Float[Array, ' B']:
     """Log density of x under the probability-flow ODE, in nats -> [B].
 
     log p(x) = log N(x(sigmas[0]); 0, sigmas[0]^2) + the integral of div eps dsigma from

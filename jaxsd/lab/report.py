@@ -13,11 +13,15 @@ import pathlib
 import re
 import string
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from jaxsd.lab.sweep import placing
+from jaxsd.images.reading import Picture
+from jaxsd.lab.sweep import Line, placing
+from jaxsd.typing import Path
 
 try:
     import matplotlib
@@ -31,7 +35,7 @@ INK = '#010203'  # replaced by the page's own colour of text
 COLUMNS = 4  # panels side by side
 
 
-def write(path, data):
+def write(path: Path, data: bytes) -> None:
     """Write bytes; a file of that name is there whole or not at all."""
     path = pathlib.Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as folder:
@@ -40,14 +44,14 @@ def write(path, data):
         os.replace(part, path)
 
 
-def encode(image, kind='PNG', **options):
+def encode(image: Picture, kind: str = 'PNG', **options: Any) -> bytes:
     """uint8 [H,W,3] -> the bytes of a picture file, Pillow's kinds and options."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, kind, **options)
     return file.getvalue()
 
 
-def table(results):
+def table(results: Iterable[Mapping[str, Any]]) -> bytes:
     """Results (dicts, see sweep.lines) -> the bytes of a CSV file."""
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, extrasaction='ignore', lineterminator='\n')
@@ -59,7 +63,7 @@ def table(results):
     return text.getvalue().encode()
 
 
-def grid(images, size):
+def grid(images: Mapping[tuple[str, str, str, str], Picture], size: int) -> Picture:
     """Labelled pictures -> one picture uint8 [H,W,3].
 
     images: {(title, schedule, sampler, column): uint8 [h,w,3]}. Titles go down, each with a row per
@@ -96,7 +100,9 @@ def grid(images, size):
     return np.asarray(sheet)
 
 
-def page(lines, grid, alt, *, title, summary, method, command, versions, floor, tolerance):
+def page(lines: Sequence[Line], grid: Picture, alt: str, *, title: str, summary: str,
+         method: Iterable[str], command: str, versions: str, floor: float,
+         tolerance: float) -> bytes:
     """The page of a sweep, HTML as bytes.
 
     lines: sweep.Line. grid: uint8 [H,W,3], alt: what it shows. summary and versions: text;

@@ -1,20 +1,30 @@
 """Schedules made to measure for a model, a sampler and a number of steps."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
+from jaxtyping import Float
 
 from jaxsd import sampling
 from jaxsd.lab.ode import denoiser, problem
+from jaxsd.run.inputs import Inputs
 from jaxsd.run.pipeline import once
+from jaxsd.run.request import Request
 from jaxsd.sampling.choice import call, choose
 from jaxsd.sampling.tables import NOISE
+from jaxsd.weights import Model
+
+Progress = Callable[[int, float], object]  # the update, its loss
 
 
-def search(model, requests, steps, method='gits', **options):
+def search(model: Model, requests: Sequence[Request], steps: Sequence[int], method: str = 'gits',
+           **options: Any) -> dict[int, np.ndarray]:
     """Find a schedule for each number of steps -> {steps: float64 sigmas [steps + 1]}.
 
     model: a loaded jaxsd.Model. requests: jaxsd.Request of one size; their prompts, seeds and
@@ -27,8 +37,9 @@ def search(model, requests, steps, method='gits', **options):
                 **options)
 
 
-def gits(model, requests, steps, levels=60, schedule='karras', teacher='dpmpp_2m', coeff=1.0,
-         spread=0.3):
+def gits(model: Model, requests: Sequence[Request], steps: Sequence[int], levels: int = 60,
+         schedule: str = 'karras', teacher: str = 'dpmpp_2m', coeff: float = 1.0,
+         spread: float = 0.3) -> dict[int, np.ndarray]:
     """Pick the best of many levels by dynamic programming, for all numbers of steps at once.
 
     The teacher's fine solution (a sampler of one call a step) over `levels` levels of a schedule
@@ -54,7 +65,7 @@ def gits(model, requests, steps, levels=60, schedule='karras', teacher='dpmpp_2m
     return {n: sigmas[path] for n, path in paths.items()}
 
 
-def jumps(points, denoised, sigmas):
+def jumps(points: np.ndarray, denoised: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
     """Mean distance of Euler's step i -> j from the point at j -> [levels + 1] x 2; inf upwards."""
     count = len(sigmas)
     cost = np.full((count, count), np.inf)
@@ -65,7 +76,7 @@ def jumps(points, denoised, sigmas):
     return cost
 
 
-def shortest(cost, steps, coeff=1.0):
+def shortest(cost: np.ndarray, steps: Sequence[int], coeff: float = 1.0) -> dict[int, list[int]]:
     """The cheapest paths of n jumps from the first level to the last -> {n: indices [n + 1]}.
 
     cost: [L,L], of a jump i -> j, inf where there is none. A path costs the sum of coeff^k
@@ -85,8 +96,10 @@ def shortest(cost, steps, coeff=1.0):
     return paths
 
 
-def learned(model, requests, steps, sampler='dpmpp_2m', start='karras', updates=30, rate=0.15,
-            batch=8, reference=100, progress=None, **options):
+def learned(model: Model, requests: Sequence[Request], steps: Sequence[int],
+            sampler: str = 'dpmpp_2m', start: str = 'karras', updates: int = 30, rate: float = 0.15,
+            batch: int = 8, reference: int = 100, progress: Progress | None = None,
+            **options: Any) -> dict[int, np.ndarray]:
     """Learn schedules for a sampler by gradients through its steps, see `learn`.
 
     The loss is the root mean square distance, in latents, of its end to what `reference`
@@ -113,18 +126,21 @@ def learned(model, requests, steps, sampler='dpmpp_2m', start='karras', updates=
     return found
 
 
-def converged(model, data, steps):
+def converged(model: Model, data: Inputs, steps: int) -> Float[Array, 'B h w L']:
     """The ends of many steps of dpmpp_2m over karras' levels, for a `problem` -> [B,h,w,L]."""
     return solve(model, data, 'dpmpp_2m', sampling.schedule('karras', steps, model.config.schedule))
 
 
-def solve(model, data, sampler, sigmas, **options):
+def solve(model: Model, data: Inputs, sampler: str, sigmas: np.ndarray,
+          **options: Any) -> Float[Array, 'B h w L']:
     """Walk a `problem` down the sigmas, without fresh noise -> latents [B,h,w,L]."""
     rows = _table(sampler, sigmas, options)
     return _denoise_loop(model.params, data, rows, _start(data, sigmas), config=model.config)
 
 
-def learn(loss, sampler, sigmas, updates=30, rate=0.15, progress=None, **options):
+def learn(loss: Callable[[Any, int], tuple[Any, Any]], sampler: str, sigmas: np.ndarray,
+          updates: int = 30, rate: float = 0.15, progress: Progress | None = None,
+          **options: Any) -> np.ndarray:
     """Gradient descent on the levels of a sampler, its ends kept -> float64 sigmas [steps + 1].
 
     loss(rows, k) -> (value, its gradient with respect to rows), for update k; rows are padded to
@@ -158,7 +174,8 @@ def learn(loss, sampler, sigmas, updates=30, rate=0.15, progress=None, **options
     return levels(z)
 
 
-def chain(slope, table, z, h=1e-5):
+def chain(slope: Any, table: Callable[[np.ndarray], Any], z: np.ndarray | Array,
+          h: float = 1e-5) -> np.ndarray:
     """d loss / d rows, and rows = table(z) -> d loss / d z [n], float64; error of order h^2."""
     z, found = np.asarray(z, np.float64), []
     for step in h * np.eye(len(z)):
@@ -202,4 +219,4 @@ def _slope(params, data, rows, x, target, *, config):
     return jax.value_and_grad(loss)(rows)
 
 
-METHODS = {'gits': gits, 'learn': learned}
+METHODS: dict[str, Callable[..., dict[int, np.ndarray]]] = {'gits': gits, 'learn': learned}

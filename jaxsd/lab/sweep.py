@@ -5,20 +5,27 @@ An error is the root mean square of final latent less reference, the same seed, 
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 
 from jaxsd import sampling
 from jaxsd.run import Request, decode, inputs, latents, lengthened, networks, resolve
 from jaxsd.sampling.tables import UNCOND
+from jaxsd.weights import Model
 
 REFERENCE = {'sampler': 'dpmpp_2m', 'sampler_options': {}, 'eta': None}  # of the ODE
 GRID = {'schedule': 'karras', 'schedule_options': {}}  # on which every reference is computed
+
+
+Choice = tuple[str, Mapping[str, Any]]  # a sampler or a schedule, and its options
 
 
 class Line(NamedTuple):
@@ -36,7 +43,8 @@ class Line(NamedTuple):
     needed: float  # fewest calls from which on the error stays within the tolerance; inf: more
 
 
-class Shot(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Shot:
     """One picture of a sweep."""
 
     index: int  # of its request
@@ -47,7 +55,9 @@ class Shot(NamedTuple):
     target: np.ndarray | None  # [h,w,L] the reference
 
 
-def expand(samplers, schedules, steps, guidances, prompts, seeds, **fields):
+def expand(samplers: Sequence[Choice], schedules: Sequence[Choice], steps: Sequence[int],
+           guidances: Sequence[float], prompts: Sequence[str], seeds: Sequence[int],
+           **fields: Any) -> list[Request]:
     """A Request for every combination; samplers and schedules are pairs (name, options)."""
     return [
         Request(sampler=sampler, sampler_options=dict(sampler_options), schedule=schedule,
@@ -57,13 +67,13 @@ def expand(samplers, schedules, steps, guidances, prompts, seeds, **fields):
         in itertools.product(guidances, prompts, seeds, schedules, samplers, steps)]
 
 
-def label(name, options):
+def label(name: str, options: Mapping[str, Any]) -> str:
     """('unipc', {'order': 3}) -> 'unipc(order=3)', the way it is written on the command line."""
     text = ', '.join(f'{key}={value}' for key, value in options.items())
     return f'{name}({text})' if text else name
 
 
-def kind(rows):
+def kind(rows: Any) -> str:
     """What the pictures of a table converge to with ever more steps.
 
     'ode': the probability-flow ODE's. 'own': an SDE's along the image's Brownian path. 'none':
@@ -77,7 +87,7 @@ def kind(rows):
     return 'own' if noisy.any() else 'ode'
 
 
-def target(request, kind, steps):
+def target(request: Request, kind: str, steps: int) -> Request | None:
     """The request whose picture this one should approach, or None.
 
     The same sampler for kind 'own', DPM++ 2M for 'ode'; both with so many steps of karras over the
@@ -88,7 +98,9 @@ def target(request, kind, steps):
     return request.replace(steps=steps, **GRID, **(REFERENCE if kind == 'ode' else {}))
 
 
-def sweep(model, requests, batch_size=16, reference_steps=1000, on_step=None):
+def sweep(model: Model, requests: Sequence[Request], batch_size: int = 16,
+          reference_steps: int = 1000,
+          on_step: Callable[[int, int], object] | None = None) -> Iterator[list[Shot]]:
     """Draw requests and their references as one packed run; yields lists of Shot, in any order.
 
     Requests are sorted by model calls and cut into microbatches of batch_size, the last one padded,
@@ -118,8 +130,8 @@ def sweep(model, requests, batch_size=16, reference_steps=1000, on_step=None):
         part = [references[i] for i in part]
         ends.update(zip(map(_key, part), run(part)[0]))
     for part in then:
-        yield [_shot(i, *shot, ends.get(_key(goals[i])))
-               for i, *shot in zip(part, *run([requests[i] for i in part]))]
+        yield [_shot(i, latent, calls, seconds, ends.get(_key(goals[i])))
+               for i, latent, calls, seconds in zip(part, *run([requests[i] for i in part]))]
 
 
 def _shot(index, latent, calls, seconds, target):
@@ -175,12 +187,13 @@ def _latents(params, data, *, config, height, width):
     return ends, called.sum(0)
 
 
-def rms(x):
+def rms(x: np.ndarray) -> float:
     """Root mean square of an array."""
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
-def painter(model, batch_size):
+def painter(model: Model,
+            batch_size: int) -> Callable[[Sequence[np.ndarray]], UInt8[np.ndarray, 'N H W 3']]:
     """A function from latents [N,h,w,L] to pictures uint8 [N,H,W,3], batch_size at a time."""
     program = jax.jit(lambda params, latent: decode(params, model.config, latent)[0])
 
@@ -196,7 +209,8 @@ def painter(model, batch_size):
     return pictures
 
 
-def order(calls, errors, floor=0.0, points=3):
+def order(calls: Sequence[float], errors: Sequence[float], floor: float = 0.0,
+          points: int = 3) -> float:
     """Measured convergence order: minus the slope of log error against log calls.
 
     Least squares over the last `points` whose error is above 3 times the floor, the reference's own
@@ -209,7 +223,7 @@ def order(calls, errors, floor=0.0, points=3):
     return float(-np.polyfit(np.log(calls[good]), np.log(errors[good]), 1)[0])
 
 
-def record(request, shot, rank=None):
+def record(request: Request, shot: Shot, rank: float | None = None) -> dict[str, Any]:
     """One row of results; rank: retrieval's, 0 if the right emoji is nearest, or None."""
     return {'sampler': label(request.sampler, request.sampler_options),
             'schedule': label(request.schedule, request.schedule_options),
@@ -218,25 +232,25 @@ def record(request, shot, rank=None):
             'seconds': shot.seconds, 'rank': rank}
 
 
-def needed(calls, errors, tolerance):
+def needed(calls: Sequence[float], errors: Sequence[float], tolerance: float) -> float:
     """The fewest calls from which on every error is within the tolerance; inf if none are."""
     close = np.asarray(errors) <= tolerance * (1 + 1e-9)  # a mean may miss it by rounding
     stays = np.logical_and.accumulate(close[::-1])[::-1]
     return float(np.asarray(calls, np.float64)[stays].min(initial=np.inf))
 
 
-def placing(line):
+def placing(line: Line) -> tuple[float, float]:
     """To sort lines by: the fewest calls that are needed, then the error there."""
     return line.needed, dict(zip(line.calls, line.errors)).get(line.needed, np.inf)
 
 
-def mean_error(errors):
+def mean_error(errors: Sequence[float]) -> float:
     """Geometric mean, the mean of a log plot; nan errors stay nan."""
     with np.errstate(divide='ignore'):
         return float(np.exp(np.mean(np.log(errors))))
 
 
-def lines(results, floor, tolerance):
+def lines(results: Iterable[Mapping[str, Any]], floor: float, tolerance: float) -> list[Line]:
     """Results -> a Line per sampler, schedule and guidance, in the results' order.
 
     results: dicts, see `record`. floor: the reference's own error. tolerance: see `needed`.
@@ -246,12 +260,12 @@ def lines(results, floor, tolerance):
         key = result['sampler'], result['schedule'], result['guidance']
         found.setdefault(key, {}).setdefault(result['steps'], []).append(result)
     made = []
-    for key, points in found.items():
+    for (sampler, schedule, guidance), points in found.items():
         groups = [points[steps] for steps in sorted(points)]
         calls = tuple(np.mean([r['calls'] for r in group]) for group in groups)
         errors = tuple(mean_error([r['error'] for r in group]) for group in groups)
         made.append(Line(
-            *key, tuple(sorted(points)), calls, errors,
+            sampler, schedule, guidance, tuple(sorted(points)), calls, errors,
             tuple(np.mean([r['seconds'] for r in group]) for group in groups),
             tuple(np.mean([np.nan if r['rank'] is None else r['rank'] == 0 for r in group])
                   for group in groups),

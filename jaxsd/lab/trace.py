@@ -10,6 +10,8 @@ import numpy as np
 from jaxsd import sampling
 from jaxsd.lab.report import matplotlib
 from jaxsd.run import decode, inputs, latents, lengthened, networks, resolve
+from jaxsd.run.request import Request
+from jaxsd.weights import Model
 
 ROWS = {  # field of Trace: what it says at the left
     'noisy': 'the noisy picture $x$\n(as the network sees it,\n$x / \\sqrt{1 + \\sigma^2}$)',
@@ -31,7 +33,7 @@ class Trace(NamedTuple):
     final: np.ndarray  # uint8 [H,W,3]
 
 
-def trace(model, request):
+def trace(model: Model, request: Request) -> Trace:
     """Draw one picture and keep what every model call saw and said -> Trace.
 
     The noise is latents of unit scale like pictures are, so the decoder shows it as it is.
@@ -59,7 +61,7 @@ def trace(model, request):
         eps=_each(show, eps), denoised=_each(show, denoised), final=_each(show, final)[0])
 
 
-def picture(trace, request, columns=7):
+def picture(trace: Trace, request: Request, columns: int = 7) -> bytes:
     """A Trace as one picture fit for a talk -> the bytes of a PNG.
 
     Columns of calls evenly spaced in number, the first and the last among them, and the result;
