@@ -4,9 +4,13 @@ import difflib
 import inspect
 import math
 import numbers
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar('T')
 
 
-def unknown(what, name, known):
+def unknown(what: str, name: object, known: Collection[str]) -> ValueError:
     """A ValueError that names the nearest of what is known, and lists all or, of many, a few."""
     name = str(name)[:200]
     if not known:
@@ -17,19 +21,19 @@ def unknown(what, name, known):
     return ValueError(f'unknown {what} {name!r}: did you mean {near[0]!r}? {listed}')
 
 
-def choose(what, name, known):
+def choose(what: str, name: object, known: Mapping[str, T]) -> T:
     """`known[name]`, or the error of `unknown`."""
     return known[one_of(what, name, known)]
 
 
-def one_of(what, name, known):
+def one_of(what: str, name: object, known: Collection[str]) -> str:
     """The name, if it is known, or the error of `unknown`."""
     if not isinstance(name, str) or name not in known:
         raise unknown(what, name, known)
     return name
 
 
-def number(option, value):
+def number(option: str, value: T) -> T:
     """The value, infinity included, or a ValueError if it is no number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f'{option}={value!r}: expected a number')
@@ -38,14 +42,14 @@ def number(option, value):
     return value
 
 
-def flag(option, value):
+def flag(option: str, value: T) -> T:
     """The value, or a ValueError if it is neither True nor False."""
     if not isinstance(value, bool):
         raise ValueError(f'{option}={value!r}: expected True or False')
     return value
 
 
-def call(what, name, function, *args, **options):
+def call(what: str, name: object, function: Callable[..., T], *args: Any, **options: Any) -> T:
     """`function(*args, **options)`, or a ValueError that lists the options it takes.
 
     An option whose default is a number, or True or False, must be one too.

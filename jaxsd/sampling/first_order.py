@@ -1,13 +1,18 @@
 """Samplers of first order, one call a step: Euler and its stochastic relatives."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
+from jaxsd.config import ScheduleConfig
+
 from .schedules import sigma_to_t, t_to_sigma
-from .tables import ancestral, churn, mix, noise_row, pairs, row, table
+from .tables import Row, ancestral, churn, mix, noise_row, pairs, row, table
 
 
 @table
-def euler(sigmas, s_churn=0.0, s_tmin=0.0, s_tmax=np.inf, s_noise=1.0):
+def euler(sigmas: np.ndarray, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = np.inf,
+          s_noise: float = 1.0) -> Iterator[Row]:
     """Euler on dx/dsigma = (x - denoised) / sigma; k-diffusion sample_euler. DDIM at eta = 0."""
     hats, kicks = churn(sigmas, s_churn, s_tmin, s_tmax, s_noise)
     yield from noise_row(kicks[0])
@@ -16,7 +21,7 @@ def euler(sigmas, s_churn=0.0, s_tmin=0.0, s_tmax=np.inf, s_noise=1.0):
 
 
 @table
-def euler_ancestral(sigmas, eta=1.0, s_noise=1.0):
+def euler_ancestral(sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Row]:
     """Euler down to `down`, then noise up to the next sigma; k-diffusion."""
     for a, b in pairs(sigmas):
         down, up = ancestral(a, b, eta)
@@ -24,13 +29,13 @@ def euler_ancestral(sigmas, eta=1.0, s_noise=1.0):
 
 
 @table
-def ddim(sigmas, eta=0.0, s_noise=1.0):
+def ddim(sigmas: np.ndarray, eta: float = 0.0, s_noise: float = 1.0) -> Iterator[Row]:
     """DDIM, eq. 12 of https://arxiv.org/abs/2010.02502: in terms of sigma, ancestral Euler."""
     yield from zip(*euler_ancestral(sigmas, eta=eta, s_noise=s_noise))
 
 
 @table
-def ddpm(sigmas, s_noise=1.0):
+def ddpm(sigmas: np.ndarray, s_noise: float = 1.0) -> Iterator[Row]:
     """DDPM's posterior with the small variance (eq. 7 of https://arxiv.org/abs/2006.11239).
 
     Mean and variance for a step over any number of timesteps equal ancestral Euler at eta = 1.
@@ -39,7 +44,7 @@ def ddpm(sigmas, s_noise=1.0):
 
 
 @table
-def lcm(sigmas, s_noise=1.0):
+def lcm(sigmas: np.ndarray, s_noise: float = 1.0) -> Iterator[Row]:
     """Jump to the denoised picture and noise it anew, for models distilled to jump.
 
     https://arxiv.org/abs/2310.04378, algorithm 3, whose c_skip and c_out are taken to be in the
@@ -50,7 +55,8 @@ def lcm(sigmas, s_noise=1.0):
 
 
 @table
-def tcd(sigmas, config=None, gamma=0.3, s_noise=1.0):
+def tcd(sigmas: np.ndarray, config: ScheduleConfig | None = None, gamma: float = 0.3,
+        s_noise: float = 1.0) -> Iterator[Row]:
     """Jump below the next level and noise up to it: https://arxiv.org/abs/2402.19159, algorithm 4.
 
     The jump ends at training timestep (1 - gamma) t', rounded down, t' being that of the next
@@ -70,7 +76,8 @@ def tcd(sigmas, config=None, gamma=0.3, s_noise=1.0):
 
 
 @table
-def euler_ancestral_cfg_pp(sigmas, eta=1.0, s_noise=1.0):
+def euler_ancestral_cfg_pp(sigmas: np.ndarray, eta: float = 1.0,
+                           s_noise: float = 1.0) -> Iterator[Row]:
     """Ancestral Euler from the denoised picture along the unguided noise (CFG++); ComfyUI.
 
     https://arxiv.org/abs/2406.08070
@@ -81,7 +88,7 @@ def euler_ancestral_cfg_pp(sigmas, eta=1.0, s_noise=1.0):
 
 
 @table
-def euler_cfg_pp(sigmas):
+def euler_cfg_pp(sigmas: np.ndarray) -> Iterator[Row]:
     """Euler from the denoised picture along the unguided noise (CFG++); ComfyUI."""
     yield from zip(*euler_ancestral_cfg_pp(sigmas, eta=0.0))
 

@@ -10,12 +10,14 @@ import functools
 
 import numpy as np
 
+from jaxsd.config import ScheduleConfig
+
 from .choice import unknown
 
 SNR_FLOOR = 2.0**-24  # diffusers' clamp of the last alphas_cumprod at zero terminal SNR
 
 
-def betas(config):
+def betas(config: ScheduleConfig) -> np.ndarray:
     """The forward variances of a ScheduleConfig -> float64 [T].
 
     linear: DDPM (https://arxiv.org/abs/2006.11239). scaled_linear: linear in sqrt(beta), latent
@@ -47,7 +49,7 @@ def _zero_terminal_snr(beta):
     return 1 - np.concatenate([abar[:1], abar[1:] / abar[:-1]])
 
 
-def alphas_cumprod(config):
+def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
     """abar of every training timestep -> float64 [T]; never 0, so that every sigma is finite."""
     abar = np.cumprod(1 - betas(config))
     if config.rescale_betas_zero_snr:
@@ -56,7 +58,7 @@ def alphas_cumprod(config):
 
 
 @functools.lru_cache(maxsize=16)
-def model_sigmas(config):
+def model_sigmas(config: ScheduleConfig) -> np.ndarray:
     """The noise level of every training timestep, ascending -> float64 [T] (read-only).
 
     EDM models were trained on all levels between two: here T of them, even in log sigma (ComfyUI).
@@ -70,14 +72,14 @@ def model_sigmas(config):
     return sigmas
 
 
-def sigma_to_t(sigma, config):
+def sigma_to_t(sigma: float | np.ndarray, config: ScheduleConfig) -> np.ndarray:
     """Noise levels -> float timesteps in [0, T-1], linear in log sigma (k-diffusion), clamped."""
     table = np.log(model_sigmas(config))
     with np.errstate(divide='ignore'):  # sigma 0 is clamped to timestep 0
         return np.interp(np.log(sigma), table, np.arange(len(table)))
 
 
-def t_to_sigma(t, config):
+def t_to_sigma(t: float | np.ndarray, config: ScheduleConfig) -> np.ndarray:
     """Float timesteps -> noise levels, linear in log sigma (k-diffusion), clamped."""
     table = np.log(model_sigmas(config))
     return np.exp(np.interp(t, np.arange(len(table)), table))

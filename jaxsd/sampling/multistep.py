@@ -1,15 +1,17 @@
 """Multistep samplers: one call a step, and the outputs of steps before (Adams and relatives)."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from .choice import choose, unknown
-from .tables import HISTORY, ancestral, mix, pairs, row, sde_noise, slope, table, within
+from .tables import HISTORY, Row, ancestral, mix, pairs, row, sde_noise, slope, table, within
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(32)  # exact here to float64's last digits
 
 
 @table
-def lms(sigmas, order=4):
+def lms(sigmas: np.ndarray, order: int = 4) -> Iterator[Row]:
     """Linear multistep (Adams-Bashforth on uneven sigmas); k-diffusion sample_lms."""
     within('order', order, 1, HISTORY)
     for i, (a, b) in enumerate(pairs(sigmas)):
@@ -17,7 +19,7 @@ def lms(sigmas, order=4):
 
 
 @table
-def deis(sigmas, order=3):
+def deis(sigmas: np.ndarray, order: int = 3) -> Iterator[Row]:
     """DEIS (https://arxiv.org/abs/2204.13902), the noise a polynomial in log sigma, orders 1 to 3.
 
     diffusers DEISMultistepScheduler, which lowers the order at the end of fewer than 15 steps.
@@ -28,7 +30,7 @@ def deis(sigmas, order=3):
             yield row(a, mix(e=[1]))
             continue
         past, ends = np.log(sigmas[i::-1][:n]), np.log([a, b])
-        yield row(a, mix(x=1, e=_adams(past, *ends, weight=np.exp)), push=slope(a))
+        yield row(a, mix(x=1, e=_adams(past, ends[0], ends[1], np.exp)), push=slope(a))
 
 
 def _adams(knots, start, end, weight=np.ones_like):
@@ -46,7 +48,7 @@ def _falling(order, steps):
 
 
 @table
-def plms(sigmas):
+def plms(sigmas: np.ndarray) -> Iterator[Row]:
     """Pseudo linear multistep (https://arxiv.org/abs/2202.09778); steps + 1 calls.
 
     diffusers PNDMScheduler with skip_prk_steps. The first step is Heun's, whose second slope the
@@ -65,7 +67,7 @@ def plms(sigmas):
 
 
 @table
-def ipndm(sigmas, order=4):
+def ipndm(sigmas: np.ndarray, order: int = 4) -> Iterator[Row]:
     """Adams-Bashforth as if all steps were equal, the last to 0 first order; ComfyUI sample_ipndm.
 
     order: at most, 1 to 4 (ComfyUI's max_order). https://arxiv.org/abs/2204.13902, appendix.
@@ -76,7 +78,7 @@ def ipndm(sigmas, order=4):
 
 
 @table
-def ipndm_v(sigmas, order=4):
+def ipndm_v(sigmas: np.ndarray, order: int = 4) -> Iterator[Row]:
     """ipndm for uneven steps, as ComfyUI's sample_ipndm_v and its ancestor diff-sampler compute it.
 
     Theirs are not the second and third differences of Adams-Bashforth on uneven sigmas (`lms` has
@@ -99,7 +101,7 @@ def ipndm_v(sigmas, order=4):
 
 
 @table
-def gradient_estimation(sigmas, ge_gamma=2.0):
+def gradient_estimation(sigmas: np.ndarray, ge_gamma: float = 2.0) -> Iterator[Row]:
     """Euler along the slope extrapolated by ge_gamma; ComfyUI sample_gradient_estimation.
 
     https://openreview.net/pdf?id=o2ND9v0CeK
@@ -121,25 +123,27 @@ def _eps_step(a, b, weights):
 
 
 @table
-def dpmpp_2m(sigmas):
+def dpmpp_2m(sigmas: np.ndarray) -> Iterator[Row]:
     """DPM-Solver++(2M), algorithm 2 of https://arxiv.org/abs/2211.01095; first order to sigma 0."""
     yield from _dpm_steps(sigmas, [2] * len(sigmas))
 
 
 @table
-def dpmpp_2m_sde(sigmas, eta=1.0, s_noise=1.0, solver_type='midpoint'):
+def dpmpp_2m_sde(sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0,
+                 solver_type: str = 'midpoint') -> Iterator[Row]:
     """DPM-Solver++(2M) for the SDE, 'midpoint' or 'heun'; k-diffusion sample_dpmpp_2m_sde."""
     yield from _dpm_steps(sigmas, [2] * len(sigmas), solver_type, eta, s_noise)
 
 
 @table
-def dpmpp_3m_sde(sigmas, eta=1.0, s_noise=1.0):
+def dpmpp_3m_sde(sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Row]:
     """DPM-Solver++(3M) for the SDE; k-diffusion sample_dpmpp_3m_sde."""
     yield from _dpm_steps(sigmas, [3] * len(sigmas), 'heun', eta, s_noise)
 
 
 @table
-def dpm_solver_multistep(sigmas, order=2, algorithm='dpmsolver++', solver_type='midpoint'):
+def dpm_solver_multistep(sigmas: np.ndarray, order: int = 2, algorithm: str = 'dpmsolver++',
+                         solver_type: str = 'midpoint') -> Iterator[Row]:
     """Multistep DPM-Solver ('dpmsolver', on the noise) or DPM-Solver++ (on the picture).
 
     Orders 1 to 3; solver_type 'midpoint' or 'heun' says how steps of order 2 are made.
@@ -189,13 +193,14 @@ def _dpm(z, ages, solver_type='heun'):
 
 
 @table
-def res_multistep(sigmas):
+def res_multistep(sigmas: np.ndarray) -> Iterator[Row]:
     """Exponential multistep of order 2 (https://arxiv.org/abs/2308.02157); ComfyUI."""
     yield from _res(sigmas, 0.0, 1.0)
 
 
 @table
-def res_multistep_ancestral(sigmas, eta=1.0, s_noise=1.0):
+def res_multistep_ancestral(sigmas: np.ndarray, eta: float = 1.0,
+                            s_noise: float = 1.0) -> Iterator[Row]:
     """res_multistep down to `down`, then noise up to the next sigma; ComfyUI."""
     yield from _res(sigmas, eta, s_noise)
 
@@ -222,7 +227,7 @@ def _res(sigmas, eta, s_noise, cfg_pp=False):
 
 
 @table
-def unipc(sigmas, order=2, variant='bh2'):
+def unipc(sigmas: np.ndarray, order: int = 2, variant: str = 'bh2') -> Iterator[Row]:
     """UniPC (https://arxiv.org/abs/2302.04867) on x0, 'bh1' or 'bh2', orders 1 to 3.
 
     Predictor and corrector share one call: y keeps the corrected point, from which the newest
@@ -273,7 +278,7 @@ def _bh(sigmas, order, variant, corrector):
 
 
 @table
-def er_sde(sigmas, order=3, s_noise=1.0):
+def er_sde(sigmas: np.ndarray, order: int = 3, s_noise: float = 1.0) -> Iterator[Row]:
     """ER-SDE solver (https://arxiv.org/abs/2309.06169), orders 1 to 3; ComfyUI sample_er_sde.
 
     order: ComfyUI's max_stage. The noise scaler and the integrals' 200 points are its defaults.
@@ -304,8 +309,9 @@ def _er_scale(sigma):
 
 
 @table
-def sa_solver(sigmas, predictor_order=3, corrector_order=4, tau=1.0, s_tmin=0.5712, s_tmax=5.0924,
-              s_noise=1.0, simple_order_2=False):
+def sa_solver(sigmas: np.ndarray, predictor_order: int = 3, corrector_order: int = 4,
+              tau: float = 1.0, s_tmin: float = 0.5712, s_tmax: float = 5.0924,
+              s_noise: float = 1.0, simple_order_2: bool = False) -> Iterator[Row]:
     """SA-Solver (https://arxiv.org/abs/2309.05019), one call a step; ComfyUI sample_sa_solver.
 
     tau: stochasticity of the steps that end at s_tmin to s_tmax, 0 elsewhere (there ComfyUI's
@@ -343,7 +349,7 @@ def _sa(knots, a, b, k, simple):
 
 
 @table
-def dpmpp_2m_cfg_pp(sigmas):
+def dpmpp_2m_cfg_pp(sigmas: np.ndarray) -> Iterator[Row]:
     """dpmpp_2m with CFG++; y is the last unguided output; ComfyUI sample_dpmpp_2m_cfg_pp."""
     last = None
     for a, b in pairs(sigmas):
@@ -355,19 +361,20 @@ def dpmpp_2m_cfg_pp(sigmas):
 
 
 @table
-def res_multistep_cfg_pp(sigmas):
+def res_multistep_cfg_pp(sigmas: np.ndarray) -> Iterator[Row]:
     """res_multistep with CFG++; ComfyUI sample_res_multistep_cfg_pp."""
     yield from _res(sigmas, 0.0, 1.0, cfg_pp=True)
 
 
 @table
-def res_multistep_ancestral_cfg_pp(sigmas, eta=1.0, s_noise=1.0):
+def res_multistep_ancestral_cfg_pp(sigmas: np.ndarray, eta: float = 1.0,
+                                   s_noise: float = 1.0) -> Iterator[Row]:
     """res_multistep_ancestral with CFG++; ComfyUI sample_res_multistep_ancestral_cfg_pp."""
     yield from _res(sigmas, eta, s_noise, cfg_pp=True)
 
 
 @table
-def gradient_estimation_cfg_pp(sigmas, ge_gamma=2.0):
+def gradient_estimation_cfg_pp(sigmas: np.ndarray, ge_gamma: float = 2.0) -> Iterator[Row]:
     """gradient_estimation with CFG++; y is the last unguided slope; ComfyUI."""
     for i, (a, b) in enumerate(pairs(sigmas)):
         extra = (ge_gamma - 1) * (b - a) if i > 0 and b > 0 else 0.0

@@ -1,5 +1,7 @@
 """The names that other programs have for samplers and schedules."""
 
+from typing import Any
+
 from .plans import SAMPLERS
 from .schedules import SCHEDULES
 
@@ -43,7 +45,7 @@ OPTIONS = {'dpm++ 2m sde heun': {'solver_type': 'heun'}, 'uni_pc': {'variant': '
            'uni_pc_bh2': {'variant': 'bh2'}}
 
 
-def find_sampler(name):
+def find_sampler(name: str) -> tuple[str | None, str | None, dict[str, Any] | None]:
     """'DPM++ 2M Karras', 'k_dpmpp_2m_ka', 'dpmpp_2m_sde_gpu_karras', 'EulerDiscreteScheduler' ->
     our names of the sampler and, or None, of the schedule, and the options that the name stands
     for. All None for a name that is not known."""

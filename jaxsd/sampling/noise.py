@@ -3,15 +3,21 @@
 Threefry only: its bits are the same on every device and for every sharding.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from .tables import Row
 
 INITIAL = np.uint32(2**32 - 1)  # the call number of the initial noise; real calls count from 0
 
 
-def keys(seeds):
+def keys(seeds: Sequence[int] | np.ndarray) -> Array:
     """Seeds, whole numbers from 0 to 2^64 - 1 -> typed threefry keys [B].
 
     A seed below 2^32 gives `jax.random.key(seed)`; larger ones need no 64-bit mode.
@@ -19,7 +25,7 @@ def keys(seeds):
     """
     seeds = [_seed(seed) for seed in np.atleast_1d(np.asarray(seeds, dtype=object))]
     data = np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32)
-    return jax.random.wrap_key_data(data.reshape(-1, 2), impl='threefry2x32')
+    return jax.random.wrap_key_data(jnp.asarray(data.reshape(-1, 2)), impl='threefry2x32')
 
 
 def _seed(seed):
@@ -33,7 +39,7 @@ def _seed(seed):
                      f'({2**64 - 1})')
 
 
-def draw(keys, call, shape):
+def draw(keys: Array, call: ArrayLike, shape: tuple[int, ...]) -> Array:
     """Standard normal noise of one call -> float32 [B, *shape].
 
     keys: [B]. call: [] or, where images differ, [B]. shape: of one image.
@@ -44,7 +50,7 @@ def draw(keys, call, shape):
     )(keys, calls)
 
 
-def initial(keys, shape):
+def initial(keys: Array, shape: tuple[int, ...]) -> Array:
     """The noise that an image starts from, standard normal -> float32 [B, *shape]."""
     return draw(keys, INITIAL, shape)
 
@@ -54,14 +60,14 @@ def initial(keys, shape):
 SPAN, DEPTH = 10.0, 18
 
 
-def fresh(keys, rows, shape):
+def fresh(keys: Array, rows: Row, shape: tuple[int, ...]) -> Callable[[Any], Array]:
     """The noise of the denoise loop: `noise(i)` for `sample`, standard normal, float32
     [B, *shape]; see `of_row`. keys: [B]. rows: the table, shared or per image."""
     path = jnp.asarray(rows.path, jnp.float32)
     return lambda i: of_row(keys, i, path[i], shape)
 
 
-def of_row(keys, call, path, shape):
+def of_row(keys: Array, call: ArrayLike, path: ArrayLike, shape: tuple[int, ...]) -> Array:
     """The noise of a row, standard normal -> float32 [B, *shape].
 
     keys: [B]. call: the row's number, [] or [B]. path: Row.path, [2] or [B,2]. Where it names two

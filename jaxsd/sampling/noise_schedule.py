@@ -3,8 +3,13 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+
+from jaxsd.config import ScheduleConfig
+from jaxsd.typing import Path
 
 from .choice import call, choose, flag, number
 from .levels import model_sigmas
@@ -32,7 +37,10 @@ CONVENTIONS = {
 MAX_TOTAL = 10_000  # steps of the whole schedule under ComfyUI's convention: its widgets' most
 
 
-def known_schedule(name):
+ScheduleLike = Path | Sequence[float] | np.ndarray  # a name, a file of levels, or the levels
+
+
+def known_schedule(name: ScheduleLike) -> Callable[..., np.ndarray]:
     """The function `(steps, config, **options) -> levels` that a name stands for; opens no file.
 
     name: a key of SCHEDULES; the path of a schedule file, ending in .json; or the levels
@@ -47,8 +55,9 @@ def known_schedule(name):
     return choose('schedule', name, SCHEDULES)
 
 
-def schedule(name, steps, config, final=None, discard_penultimate=False, denoise=1.0,
-             convention='comfyui', rescale_betas_zero_snr=None, **options):
+def schedule(name: ScheduleLike, steps: int, config: ScheduleConfig, final: str | None = None,
+             discard_penultimate: bool = False, denoise: float = 1.0, convention: str = 'comfyui',
+             rescale_betas_zero_snr: bool | None = None, **options: Any) -> np.ndarray:
     """The noise levels of a schedule -> float64 [steps + 1], strictly decreasing, ending in 0.
 
     name: as for `known_schedule`. config: ScheduleConfig.

@@ -4,8 +4,13 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+
+from jaxsd.config import ScheduleConfig
+from jaxsd.typing import Path
 
 # https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html
 AYS = {
@@ -42,12 +47,15 @@ FORMAT, VERSION = 'jaxsd-schedule', 1
 NOT_EDM = {'edm': False, 'sigma_min': 0.002, 'sigma_max': 80.0, 'sigma_data': 0.5}
 
 
-def nearest(lists, steps):
+T = TypeVar('T')
+
+
+def nearest(lists: Mapping[int, T], steps: int) -> T:
     """Of lists by step count the nearest with at least `steps`, else the longest."""
     return lists[min((n for n in lists if n >= steps), default=max(lists))]
 
 
-def resample(levels, count):
+def resample(levels: Sequence[float] | np.ndarray, count: int) -> np.ndarray:
     """Descending levels -> `count` of them with the same ends, log-linear between the given."""
     if count == len(levels):
         return np.array(levels)
@@ -55,7 +63,7 @@ def resample(levels, count):
     return np.exp(np.interp(at, np.arange(len(levels)), np.log(levels)))
 
 
-def tabled(lists, steps):
+def tabled(lists: Mapping[int, np.ndarray], steps: int) -> np.ndarray:
     """Lists by step count -> levels for `steps`: [steps], or [steps + 1] if the list ends above 0.
 
     Where there is none for `steps`, the nearest longer one (else the longest) is resampled,
@@ -67,7 +75,7 @@ def tabled(lists, steps):
     return resample(levels, steps + 1)
 
 
-def check_levels(what, levels):
+def check_levels(what: str, levels: Any) -> np.ndarray:
     """Levels as float64 [steps + 1], or a ValueError in `what`'s name; text is split at commas."""
     levels = levels.split(',') if isinstance(levels, str) else levels
     try:
@@ -82,7 +90,8 @@ def check_levels(what, levels):
     return levels
 
 
-def write_schedule(path, sigmas_by_steps, config, label=''):
+def write_schedule(path: Path, sigmas_by_steps: Mapping[int, Any], config: ScheduleConfig,
+                   label: str = '') -> None:
     """Write a schedule file, for `schedule(path, steps, config)` to read; whole or not at all.
 
     path: ends in .json. sigmas_by_steps: {steps: [steps + 1] sigmas, as `schedule` returns them}.
@@ -105,7 +114,7 @@ def write_schedule(path, sigmas_by_steps, config, label=''):
         part.unlink(missing_ok=True)
 
 
-def read_schedule(path, config):
+def read_schedule(path: Path, config: ScheduleConfig) -> dict[int, np.ndarray]:
     """The lists of a schedule file -> {steps: float64 [steps + 1]}.
 
     Raises ValueError if it cannot be read, is not a schedule file, holds sigmas that do not

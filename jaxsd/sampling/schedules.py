@@ -7,6 +7,8 @@ A new schedule is one such function and one entry in SCHEDULES.
 
 import numpy as np
 
+from jaxsd.config import ScheduleConfig
+
 from .choice import choose, number, unknown
 from .levels import model_sigmas, sigma_to_t, t_to_sigma
 from .schedule_tables import AYS, GITS, nearest, resample
@@ -14,14 +16,16 @@ from .schedule_tables import AYS, GITS, nearest, resample
 # Curves between two noise levels.
 
 
-def karras(steps, config, sigma_min=None, sigma_max=None, rho=7.0):
+def karras(steps: int, config: ScheduleConfig, sigma_min: float | None = None,
+           sigma_max: float | None = None, rho: float = 7.0) -> np.ndarray:
     """Evenly spaced in sigma^(1/rho): Karras et al. 2022, eq. 5; k-diffusion get_sigmas_karras."""
     _positive(rho=rho)
     first, last = _ends(model_sigmas(config), sigma_min, sigma_max)
     return np.linspace(first ** (1 / rho), last ** (1 / rho), steps) ** rho
 
 
-def exponential(steps, config, sigma_min=None, sigma_max=None):
+def exponential(steps: int, config: ScheduleConfig, sigma_min: float | None = None,
+                sigma_max: float | None = None) -> np.ndarray:
     """Evenly spaced in log sigma: k-diffusion get_sigmas_exponential.
 
     Also called uniform in lambda = -log sigma, half the log signal-to-noise ratio
@@ -30,14 +34,16 @@ def exponential(steps, config, sigma_min=None, sigma_max=None):
     return polyexponential(steps, config, sigma_min, sigma_max, rho=1.0)
 
 
-def polyexponential(steps, config, sigma_min=None, sigma_max=None, rho=1.0):
+def polyexponential(steps: int, config: ScheduleConfig, sigma_min: float | None = None,
+                    sigma_max: float | None = None, rho: float = 1.0) -> np.ndarray:
     """A power of the step in log sigma: k-diffusion get_sigmas_polyexponential."""
     _positive(rho=rho)
     first, last = np.log(_ends(model_sigmas(config), sigma_min, sigma_max))
     return np.exp(last + (first - last) * np.linspace(1, 0, steps) ** rho)
 
 
-def kl_optimal(steps, config, sigma_min=None, sigma_max=None):
+def kl_optimal(steps: int, config: ScheduleConfig, sigma_min: float | None = None,
+               sigma_max: float | None = None) -> np.ndarray:
     """Evenly spaced in arctan sigma: the KL-optimal schedule of Align Your Steps, theorem 3.1.
 
     https://arxiv.org/abs/2404.14507; ComfyUI 'kl_optimal'. A1111's spreads the same curve over
@@ -47,7 +53,8 @@ def kl_optimal(steps, config, sigma_min=None, sigma_max=None):
     return np.tan(np.linspace(np.arctan(first), np.arctan(last), steps))
 
 
-def laplace(steps, config, mu=0.0, beta=0.5, sigma_min=None, sigma_max=None):
+def laplace(steps: int, config: ScheduleConfig, mu: float = 0.0, beta: float = 0.5,
+            sigma_min: float | None = None, sigma_max: float | None = None) -> np.ndarray:
     """Quantiles of a Laplace distribution of log sigma: https://arxiv.org/abs/2407.03297, ComfyUI.
 
     ComfyUI clamps the tails to sigma_min and sigma_max; where several levels would be one, here
@@ -64,8 +71,9 @@ def laplace(steps, config, mu=0.0, beta=0.5, sigma_min=None, sigma_max=None):
     return np.exp(np.interp(at, at[within], np.clip(logs, last, first)[within]))
 
 
-def linear_quadratic(steps, config, threshold_noise=0.025, linear_steps=None, sigma_min=None,
-                     sigma_max=None):
+def linear_quadratic(steps: int, config: ScheduleConfig, threshold_noise: float = 0.025,
+                     linear_steps: int | None = None, sigma_min: float | None = None,
+                     sigma_max: float | None = None) -> np.ndarray:
     """Linear in sigma down to 1 - threshold_noise, then a parabola to 0; Mochi, ComfyUI.
 
     linear_steps: how many steps are linear; None: half. sigma_max scales it, sigma_min stretches.
@@ -82,7 +90,9 @@ def linear_quadratic(steps, config, threshold_noise=0.025, linear_steps=None, si
     return fit(first * (1 - done), sigma_min, None)
 
 
-def vp(steps, config, beta_d=19.9, beta_min=0.1, eps_s=1e-3, sigma_min=None, sigma_max=None):
+def vp(steps: int, config: ScheduleConfig, beta_d: float = 19.9, beta_min: float = 0.1,
+       eps_s: float = 1e-3, sigma_min: float | None = None,
+       sigma_max: float | None = None) -> np.ndarray:
     """Evenly spaced in the time of a continuous VP process; k-diffusion get_sigmas_vp.
 
     It starts at sigma 152 by default, whatever the model; sigma_max brings it to another start.
@@ -94,7 +104,8 @@ def vp(steps, config, beta_d=19.9, beta_min=0.1, eps_s=1e-3, sigma_min=None, sig
 # Spaced in the timesteps of training.
 
 
-def normal(steps, config, sigma_min=None, sigma_max=None):
+def normal(steps: int, config: ScheduleConfig, sigma_min: float | None = None,
+           sigma_max: float | None = None) -> np.ndarray:
     """Timesteps evenly spaced, both ends included, log sigma linear between whole timesteps.
 
     k-diffusion DiscreteSchedule.get_sigmas; ComfyUI 'normal'.
@@ -103,7 +114,8 @@ def normal(steps, config, sigma_min=None, sigma_max=None):
     return t_to_sigma(np.linspace(first, last, steps), config)
 
 
-def linspace(steps, config, sigma_min=None, sigma_max=None):
+def linspace(steps: int, config: ScheduleConfig, sigma_min: float | None = None,
+             sigma_max: float | None = None) -> np.ndarray:
     """As `normal`, but sigma is linear between whole timesteps, not log sigma.
 
     diffusers' Euler with timestep_spacing='linspace'. The two differ by 1 part in 10,000 at
@@ -115,7 +127,8 @@ def linspace(steps, config, sigma_min=None, sigma_max=None):
     return np.interp(np.linspace(first, last, steps), t, table)
 
 
-def sgm_uniform(steps, config, sigma_min=None, sigma_max=None):
+def sgm_uniform(steps: int, config: ScheduleConfig, sigma_min: float | None = None,
+                sigma_max: float | None = None) -> np.ndarray:
     """Timesteps evenly spaced, the last one left out: sgm's and ComfyUI's 'sgm_uniform'.
 
     Rounded to whole timesteps it is diffusers DPMSolverMultistep with 'linspace'.
@@ -124,7 +137,8 @@ def sgm_uniform(steps, config, sigma_min=None, sigma_max=None):
     return t_to_sigma(np.linspace(first, last, steps + 1)[:-1], config)
 
 
-def simple(steps, config, sigma_min=None, sigma_max=None):
+def simple(steps: int, config: ScheduleConfig, sigma_min: float | None = None,
+           sigma_max: float | None = None) -> np.ndarray:
     """Every (T/steps)-th training timestep from the noisy end: ComfyUI 'simple'.
 
     Equals diffusers' timestep_spacing='trailing' when steps divides T.
@@ -134,7 +148,8 @@ def simple(steps, config, sigma_min=None, sigma_max=None):
     return fit(table[len(table) - 1 - back], sigma_min, sigma_max)
 
 
-def ddim_uniform(steps, config, sigma_min=None, sigma_max=None):
+def ddim_uniform(steps: int, config: ScheduleConfig, sigma_min: float | None = None,
+                 sigma_max: float | None = None) -> np.ndarray:
     """Timesteps 1, 1 + T//steps, ...: diffusers' 'leading' with steps_offset=1.
 
     ComfyUI and A1111 take the same timesteps up to T, which is more than `steps` of them when
@@ -145,14 +160,17 @@ def ddim_uniform(steps, config, sigma_min=None, sigma_max=None):
     return fit(table[np.minimum(t, len(table) - 1)], sigma_min, sigma_max)
 
 
-def smoothstep(steps, config, sigma_min=None, sigma_max=None):
+def smoothstep(steps: int, config: ScheduleConfig, sigma_min: float | None = None,
+               sigma_max: float | None = None) -> np.ndarray:
     """Timesteps along u^2 (3 - 2 u), u falling from 1 to 1 / steps: stable-diffusion.cpp."""
     u = 1 - np.arange(steps) / steps
     t = _whole((config.num_train_timesteps - 1) * u**2 * (3 - 2 * u))
     return fit(t_to_sigma(t, config), sigma_min, sigma_max)
 
 
-def beta(steps, config, alpha=0.6, beta=0.6, space='timestep', sigma_min=None, sigma_max=None):
+def beta(steps: int, config: ScheduleConfig, alpha: float = 0.6, beta: float = 0.6,
+         space: str = 'timestep', sigma_min: float | None = None,
+         sigma_max: float | None = None) -> np.ndarray:
     """Quantiles of a Beta(alpha, beta) distribution: https://arxiv.org/abs/2407.12173.
 
     space: 'timestep', of whole timesteps, 0 left out (the paper; ComfyUI 'beta', which makes fewer
@@ -175,7 +193,8 @@ def beta(steps, config, alpha=0.6, beta=0.6, space='timestep', sigma_min=None, s
 # For distilled models: a choice of the timesteps that these were distilled at.
 
 
-def lcm(steps, config, original_inference_steps=50, sigma_min=None, sigma_max=None):
+def lcm(steps: int, config: ScheduleConfig, original_inference_steps: int = 50,
+        sigma_min: float | None = None, sigma_max: float | None = None) -> np.ndarray:
     """Evenly from the original_inference_steps timesteps of distillation; diffusers LCMScheduler.
 
     TCDScheduler's timesteps are the same; when it is given original_inference_steps, whichever,
@@ -189,7 +208,8 @@ def lcm(steps, config, original_inference_steps=50, sigma_min=None, sigma_max=No
     return fit(t_to_sigma(taken * (count // original) - 1, config), sigma_min, sigma_max)
 
 
-def turbo(steps, config, start=0, sigma_min=None, sigma_max=None):
+def turbo(steps: int, config: ScheduleConfig, start: int = 0, sigma_min: float | None = None,
+          sigma_max: float | None = None) -> np.ndarray:
     """The noisiest of SD-Turbo's ten timesteps, one after the other; ComfyUI SDTurboScheduler.
 
     start: how many of the ten to leave out first; that node's denoise is start = 10 - 10 denoise.
@@ -204,7 +224,8 @@ def turbo(steps, config, start=0, sigma_min=None, sigma_max=None):
 # Found by optimisation.
 
 
-def ays(steps, config, table='sd15', sigma_min=None, sigma_max=None):
+def ays(steps: int, config: ScheduleConfig, table: str = 'sd15', sigma_min: float | None = None,
+        sigma_max: float | None = None) -> np.ndarray:
     """Align Your Steps (https://arxiv.org/abs/2404.14507): levels for 10 steps, 'sd15' or 'sdxl'.
 
     Other step counts by log-linear interpolation; the last of the eleven levels gives way to 0,
@@ -214,7 +235,8 @@ def ays(steps, config, table='sd15', sigma_min=None, sigma_max=None):
     return fit(resample(levels, steps + 1)[:-1], sigma_min, sigma_max)
 
 
-def gits(steps, config, sigma_min=None, sigma_max=None):
+def gits(steps: int, config: ScheduleConfig, sigma_min: float | None = None,
+         sigma_max: float | None = None) -> np.ndarray:
     """GITS (https://arxiv.org/abs/2405.11326) with ComfyUI's default coefficient, 1.20.
 
     Timesteps for 2 to 20 steps, found for Stable Diffusion 1.5; other step counts by log-linear
@@ -241,7 +263,7 @@ def _ends(table, sigma_min, sigma_max):
     return np.array([first, last])
 
 
-def fit(levels, sigma_min, sigma_max):
+def fit(levels: np.ndarray, sigma_min: float | None, sigma_max: float | None) -> np.ndarray:
     """Stretch descending levels linearly in log sigma, to begin in sigma_max, end in sigma_min.
 
     An end that is None stays. A single level is the beginning.
@@ -267,7 +289,7 @@ def _positive(**options):
             raise ValueError(f'{option}={value}: expected a finite number above 0')
 
 
-def beta_quantile(share, alpha, beta):
+def beta_quantile(share: np.ndarray, alpha: float, beta: float) -> np.ndarray:
     """The inverse of the regularised incomplete beta function, I_x(alpha, beta) = share.
 
     share: [n] in [0, 1] -> x [n], within 1e-13 but for the far tails (shares within 1e-3 of 0 or

@@ -1,9 +1,13 @@
 """Singlestep samplers: several calls a step, no memory from step to step (Runge-Kutta)."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 
 from .choice import unknown
 from .tables import (
+    Row,
     ancestral,
     churn,
     mix,
@@ -20,7 +24,8 @@ MAX_LEVELS = 10_000  # of one of restart's rules, all times together; beyond is 
 
 
 @table
-def heun(sigmas, s_churn=0.0, s_tmin=0.0, s_tmax=np.inf, s_noise=1.0):
+def heun(sigmas: np.ndarray, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = np.inf,
+         s_noise: float = 1.0) -> Iterator[Row]:
     """Karras et al. 2022, algorithm 2: Euler, then the mean of both slopes; two calls a step."""
     yield from _churned(_heun, sigmas, s_churn, s_tmin, s_tmax, s_noise)
 
@@ -43,7 +48,8 @@ def _heun(a, b, noise):
 
 
 @table
-def heunpp2(sigmas, s_churn=0.0, s_tmin=0.0, s_tmax=np.inf, s_noise=1.0):
+def heunpp2(sigmas: np.ndarray, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = np.inf,
+            s_noise: float = 1.0) -> Iterator[Row]:
     """Heun++: slopes at up to three levels, weighted by how noisy they are; ComfyUI heunpp2.
 
     Three calls a step, two in the last but one and one in the last. Of first order.
@@ -64,7 +70,7 @@ def heunpp2(sigmas, s_churn=0.0, s_tmin=0.0, s_tmax=np.inf, s_noise=1.0):
 
 
 @table
-def restart(sigmas, s_noise=1.0, restart_list=None):
+def restart(sigmas: np.ndarray, s_noise: float = 1.0, restart_list: Any = None) -> Iterator[Row]:
     """Heun, and now and then noise back up and down again: https://arxiv.org/abs/2306.14878.
 
     restart_list: {sigma_min: (levels, times, sigma_max)}: at the level nearest to sigma_min, noise
@@ -115,13 +121,14 @@ def _karras(high, low, count):
 
 
 @table
-def dpm_2(sigmas, s_churn=0.0, s_tmin=0.0, s_tmax=np.inf, s_noise=1.0):
+def dpm_2(sigmas: np.ndarray, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = np.inf,
+          s_noise: float = 1.0) -> Iterator[Row]:
     """The midpoint rule, the midpoint taken in log sigma; k-diffusion sample_dpm_2."""
     yield from _churned(_midpoint, sigmas, s_churn, s_tmin, s_tmax, s_noise)
 
 
 @table
-def dpm_2_ancestral(sigmas, eta=1.0, s_noise=1.0):
+def dpm_2_ancestral(sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Row]:
     """dpm_2 down to `down`, then noise up to the next sigma; k-diffusion."""
     for a, b in pairs(sigmas):
         down, up = ancestral(a, b, eta)
@@ -138,7 +145,7 @@ def _midpoint(a, b, noise, path=(0, 0)):
 
 
 @table
-def dpm_fast(sigmas, eta=0.0, s_noise=1.0):
+def dpm_fast(sigmas: np.ndarray, eta: float = 0.0, s_noise: float = 1.0) -> Iterator[Row]:
     """DPM-Solver-fast: steps of orders 3, ..., 2, 1, as many calls as `sigmas` has steps.
 
     Of sigmas only the number of steps, the first and the last positive level are used: it goes
@@ -161,7 +168,8 @@ def dpm_fast(sigmas, eta=0.0, s_noise=1.0):
 
 
 @table
-def dpm_solver_singlestep(sigmas, order=2, algorithm='dpmsolver++'):
+def dpm_solver_singlestep(sigmas: np.ndarray, order: int = 2,
+                          algorithm: str = 'dpmsolver++') -> Iterator[Row]:
     """DPM-Solver ('dpmsolver') or DPM-Solver++: one call a level, orders 1, ..., `order`, 1, ...
 
     A call of higher order goes on from where the last one of order 1 started. Third order needs
@@ -217,13 +225,14 @@ def _from_noise(levels, weights):
 
 
 @table
-def dpmpp_2s_ancestral(sigmas, eta=1.0, s_noise=1.0):
+def dpmpp_2s_ancestral(sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Row]:
     """DPM-Solver++(2S), ancestral, r = 1/2; k-diffusion sample_dpmpp_2s_ancestral."""
     yield from _two_stages(sigmas, eta, s_noise)
 
 
 @table
-def dpmpp_2s_ancestral_cfg_pp(sigmas, eta=1.0, s_noise=1.0):
+def dpmpp_2s_ancestral_cfg_pp(sigmas: np.ndarray, eta: float = 1.0,
+                              s_noise: float = 1.0) -> Iterator[Row]:
     """dpmpp_2s_ancestral on the unguided output, the step's guidance added at its end (CFG++).
 
     ComfyUI sample_dpmpp_2s_ancestral_cfg_pp; https://arxiv.org/abs/2406.08070
@@ -247,7 +256,8 @@ def _two_stages(sigmas, eta, s_noise, cfg_pp=False):
 
 
 @table
-def dpmpp_sde(sigmas, eta=1.0, s_noise=1.0, r=0.5):
+def dpmpp_sde(sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0,
+              r: float = 0.5) -> Iterator[Row]:
     """DPM-Solver++ for the SDE, two calls a step, r the place of the second; k-diffusion."""
     if not 0 < r < 1:
         raise ValueError(f'r={r}: expected a number between 0 and 1')
@@ -281,7 +291,8 @@ def _of_data(a, b, eta=0.0):
 
 
 @table
-def seeds_2(sigmas, eta=1.0, s_noise=1.0, r=0.5, solver_type='phi_1'):
+def seeds_2(sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0, r: float = 0.5,
+            solver_type: str = 'phi_1') -> Iterator[Row]:
     """SEEDS-2 on the denoised picture, r the place of the second call: ComfyUI sample_seeds_2.
 
     solver_type: 'phi_1' or 'phi_2', how the step weighs the two calls.
@@ -302,7 +313,8 @@ def seeds_2(sigmas, eta=1.0, s_noise=1.0, r=0.5, solver_type='phi_1'):
 
 
 @table
-def seeds_3(sigmas, eta=1.0, s_noise=1.0, r_1=1 / 3, r_2=2 / 3):
+def seeds_3(sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0, r_1: float = 1 / 3,
+            r_2: float = 2 / 3) -> Iterator[Row]:
     """SEEDS-3 on the denoised picture, r_1 and r_2 the places of two calls: ComfyUI sample_seeds_3.
 
     https://arxiv.org/abs/2305.14267

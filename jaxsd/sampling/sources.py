@@ -7,9 +7,11 @@ draws it in its NV mode, after torch on CUDA.
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def randn(source, seed, shape, draw=0, batch=(0, 1)):
+def randn(source: str, seed: int, shape: tuple[int, int, int], draw: int = 0,
+          batch: tuple[int, int] = (0, 1)) -> np.ndarray:
     """Standard normal noise of one picture -> float32 [h,w,C].
 
     source: 'torch' or 'philox'. shape: (C,h,w), of one picture. draw: which tensor of the seed, the
@@ -63,7 +65,7 @@ def _box_muller(radius, angle):
 
 
 LOW = np.uint64(2**32 - 1)
-PHILOX = np.uint64([0xD2511F53, 0xCD9E8D57])  # the multipliers
+PHILOX = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)  # the multipliers
 WEYL = 0x9E3779B9, 0xBB67AE85  # what the key grows by
 
 
@@ -77,7 +79,7 @@ def _philox(seed, draw, count):
     return _box_muller((first + 0.5) / 2**32, 2 * np.pi * (second + 0.5) / 2**32)[1]
 
 
-def philox(counter, key):
+def philox(counter: ArrayLike, key: int) -> np.ndarray:
     """Philox 4x32-10 of a counter, four 32-bit words or arrays of them, and a key of 64 bits -> the
     same shape (Salmon et al., https://doi.org/10.1145/2063384.2063405).
     """
