@@ -25,12 +25,13 @@ test: $(VENV)/.test
 parity: $(VENV)/.parity
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile tests/parity
 
-## Style
+## Style and types
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache
+	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

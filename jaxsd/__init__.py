@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import os
+from typing import TYPE_CHECKING
 
 # jaxlib 0.10 on CPU returns wrong sums from some fused reductions (jax issue 39103). XLA reads the
 # flag when it starts and aborts on flags it does not know, hence the version check. What the user
@@ -13,23 +14,40 @@ if (importlib.metadata.version('jaxlib').startswith('0.10.')
                                + ' --xla_cpu_experimental_ynn_fusion_type=-reduce').strip()
 
 __version__ = '0.1.0'
+__all__ = ['Adapter', 'Control', 'Embedding', 'Engine', 'Model', 'ModelConfig', 'Network',
+           'Preview', 'Request', 'generate', 'guidance', 'load', 'load_adapter', 'load_controlnet',
+           'load_depth_estimator', 'load_embedding', 'load_plugin', 'load_t2i_adapter', 'load_vae',
+           'merge', 'read_config', 'sampler', 'save', 'save_network', 'schedule', 'versions']
 
-_WHERE = {
-    **dict.fromkeys(('load', 'save', 'Model', 'Network', 'load_vae', 'load_controlnet',
-                     'load_t2i_adapter', 'load_depth_estimator', 'load_embedding', 'Embedding',
-                     'load_adapter', 'Adapter', 'merge', 'save_network'), 'jaxsd.weights'),
-    'read_config': 'jaxsd.config', 'ModelConfig': 'jaxsd.config', 'versions': 'jaxsd.config',
-    **dict.fromkeys(('generate', 'Engine', 'Request', 'Control', 'Preview'), 'jaxsd.run'),
-    **dict.fromkeys(('sampler', 'schedule', 'guidance', 'load_plugin'), 'jaxsd.sampling.plugins'),
-}
-__all__ = sorted(_WHERE)
+if TYPE_CHECKING:
+    from jaxsd.config import ModelConfig, read_config, versions
+    from jaxsd.run import Control, Engine, Request
+    from jaxsd.run.generate import Preview, generate
+    from jaxsd.sampling.plugins import guidance, load_plugin, sampler, schedule
+    from jaxsd.weights import (
+        Adapter,
+        Embedding,
+        Model,
+        Network,
+        load,
+        load_adapter,
+        load_controlnet,
+        load_depth_estimator,
+        load_embedding,
+        load_t2i_adapter,
+        load_vae,
+        merge,
+        save,
+        save_network,
+    )
+else:
+    def __dir__():
+        return [*__all__, '__version__']
 
-
-def __dir__():
-    return [*__all__, '__version__']
-
-
-def __getattr__(name):
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    def __getattr__(name):
+        """Each name is imported when it is first used, from the first module that has it."""
+        if name in __all__:
+            modules = (importlib.import_module(f'jaxsd.{module}')
+                       for module in ('config', 'weights', 'run', 'sampling.plugins'))
+            return next(getattr(module, name) for module in modules if hasattr(module, name))
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
