@@ -51,7 +51,7 @@ def problem(model: Model, requests: Sequence[Request]) -> Inputs:
     shape = (requests[0].height // config.vae.factor, requests[0].width // config.vae.factor,
              config.vae.latent_channels)
     noise = sampling.initial(sampling.keys([r.seed for r in requests]), shape)
-    data = inputs(model, requests, noise)
+    data = inputs(model, requests, np.asarray(noise))
     called = data.rows.sigma > 0
     if data.steps.text_index is not None or any(
             (leaf != leaf[:1])[called].any() for leaf in jax.tree.leaves(data.steps.guidance)):

@@ -67,7 +67,7 @@ def expand(samplers: Sequence[Choice], schedules: Sequence[Choice], steps: Seque
         in itertools.product(guidances, prompts, seeds, schedules, samplers, steps)]
 
 
-def label(name: str, options: Mapping[str, Any]) -> str:
+def label(name: Any, options: Mapping[str, Any]) -> str:
     """('unipc', {'order': 3}) -> 'unipc(order=3)', the way it is written on the command line."""
     text = ', '.join(f'{key}={value}' for key, value in options.items())
     return f'{name}({text})' if text else name

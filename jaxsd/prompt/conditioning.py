@@ -14,6 +14,8 @@ from jaxsd.models.layers import timestep_embedding
 from jaxsd.prompt.blocks import Texts
 from jaxsd.typing import Params
 
+Arrays = jax.Array | np.ndarray  # of a program, or on the host
+
 
 class Conditioning(NamedTuple):
     """What N texts of B pictures come to.
@@ -52,8 +54,8 @@ def aesthetic_ids(original: Sequence[int], crop: Sequence[int], score: float = 6
 
 
 def encode(params: Params, config: ModelConfig, texts: Mapping[str, Texts],
-           ids: Float[jax.Array, 'B N I'] | None = None, zero: Bool[jax.Array, 'B N'] | None = None,
-           skip: Int[jax.Array, ' B'] | None = None) -> Conditioning:
+           ids: Float[Arrays, 'B N I'] | None = None, zero: Bool[Arrays, 'B N'] | None = None,
+           skip: Int[Arrays, ' B'] | None = None) -> Conditioning:
     """Run the text encoders -> Conditioning.
 
     texts: {text encoder: prompt.blocks.Texts}, of N texts of K blocks for B images; ids [B,N,I]:

@@ -272,12 +272,12 @@ class Nodes:
 
 class _Tree(Nodes):
     @staticmethod
-    def switch(children):
+    def switch(children: list) -> Switch:
         before, after, when = children
         return Switch(before, after, str(when[1:]))  # without its colon
 
     @staticmethod
-    def alternate(children):
+    def alternate(children: list) -> Alternate:
         return Alternate(tuple(children))
 
 

@@ -182,12 +182,13 @@ def _read(path):
 
 class _Tree(Nodes):
     @staticmethod
-    def name(children):
+    def name(children: list) -> Wildcard:
         return Wildcard(str(children[0][2:-2]))
 
     @staticmethod
-    def choice(children):
-        odds = [re.match(ODDS, mark[max(mark.rfind('$$') + 2, 1):])[1] for mark in children[::2]]
+    def choice(children: list) -> Choice:
+        odds = [found[1] for mark in children[::2]
+                if (found := re.match(ODDS, mark[max(mark.rfind('$$') + 2, 1):]))]
         options = tuple((float(odd or 1), nodes) for odd, nodes in zip(odds, children[1::2]))
         count = COUNT.match(children[0])
         if not count:

@@ -1,12 +1,13 @@
 """What `load` returns and `save` takes."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.tree_util import GetAttrKey
 
-from jaxsd.config import Checked, ModelConfig
+from jaxsd.config import ModelConfig
 from jaxsd.typing import Params
 
 
@@ -14,7 +15,10 @@ class _Tree:
     """A dataclass as a pytree: the fields in ARRAYS are children, the others are static, equal if
     they are the same objects or, for a config, equal."""
 
-    def tree_flatten_with_keys(self):
+    ARRAYS: tuple[str, ...] = ()
+    config: Any
+
+    def tree_flatten_with_keys(self) -> tuple[list, '_Static']:
         """For jax.tree_util."""
         rest = {name: value for name, value in vars(self).items() if name not in self.ARRAYS}
         return [(GetAttrKey(name), getattr(self, name)) for name in self.ARRAYS], _Static(rest)
@@ -29,7 +33,7 @@ class _Tree:
                 f'{", ".join(kinds)})')
 
     @classmethod
-    def tree_unflatten(cls, static, children):
+    def tree_unflatten(cls, static: Any, children: Sequence[Any]) -> Any:
         """For jax.tree_util."""
         return cls(**static.fields, **dict(zip(cls.ARRAYS, children)))
 
@@ -60,7 +64,7 @@ class Network(_Tree):
 
     ARRAYS = ('params',)
 
-    config: Checked
+    config: Any
     params: Params
 
 
