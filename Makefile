@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo gallery test parity lint clean
+.PHONY: demo gallery docs test parity lint clean
 
 ## Pictures from the shipped model, in outputs/
 demo: $(VENV)/.demo
@@ -16,6 +16,10 @@ demo: $(VENV)/.demo
 ## What the shipped model can be conditioned on, in one picture
 gallery: $(VENV)/.demo
 	$(RUN) -m launch.gallery --out=outputs/gallery.png
+
+## The pages, in site/
+docs: $(VENV)/.test
+	$(RUN) -m mkdocs build --strict
 
 ## The tests that need neither torch, network nor accelerator
 test: $(VENV)/.test
@@ -31,7 +35,7 @@ lint: $(VENV)/.test
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) outputs site .cache .pytest_cache .ruff_cache .mypy_cache
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -21,10 +21,10 @@ def environment(**more):
     return {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', **more}
 
 
-def run_main(*arguments, **more):
+def run_main(*arguments, cwd=ROOT, **more):
     """-> exit code, stdout, stderr of python with these arguments, on CPU; more: environment."""
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, text=True, capture_output=True,
+        [sys.executable, *map(str, arguments)], cwd=cwd, text=True, capture_output=True,
         timeout=600, env=environment(**more))
     return done.returncode, done.stdout, done.stderr
 

@@ -1,4 +1,4 @@
-"""What README.md and docs/samplers.md say about samplers."""
+"""What docs/samplers.md says about samplers."""
 
 import inspect
 import pathlib
@@ -11,12 +11,11 @@ from jaxsd.config import ScheduleConfig
 from jaxsd.sampling import tables
 
 ROOT = pathlib.Path(__file__).parents[2]
-README = (ROOT / 'README.md').read_text('utf-8')
 DOCS = (ROOT / 'docs' / 'samplers.md').read_text('utf-8')
 
 
-def test_the_sampler_in_the_readme_is_one():
-    code = re.search(r'```python\n(@table\ndef dpmpp_2m.*?)```', README, re.S)[1]
+def test_the_sampler_on_the_page_is_one():
+    code = re.search(r'```python\n(@table\ndef dpmpp_2m.*?)```', DOCS, re.S)[1]
     found = {**vars(tables), 'np': np}
     exec(code, found)
     sigmas = sampling.schedule('karras', 12, ScheduleConfig())
@@ -37,5 +36,5 @@ def test_the_tables_list_what_there_is():
     rows = re.findall(r'^\| ([\w, ]+) \|', DOCS, re.M)
     names = {name for row in rows for name in row.split(', ')}
     assert names >= {*sampling.SAMPLERS, *sampling.SCHEDULES}
-    assert 'forty samplers, nineteen schedules' in README
+    assert 'forty samplers, nineteen schedules' in DOCS
     assert (len(sampling.SAMPLERS), len(sampling.SCHEDULES)) == (40, 19)

@@ -45,9 +45,9 @@ def tiny_config(version, vocab_size=99):
     return config.replace(**parts, version='custom')
 
 
-def small_config(version):
+def small_config(version, vocab_size=99):
     """`tiny_config` with fewer layers: its U-Net compiles in seconds."""
-    config = tiny_config(version)
+    config = tiny_config(version, vocab_size)
     texts = {name: dataclasses.replace(getattr(config, name), num_hidden_layers=1)
              for name in TEXT_ENCODERS if getattr(config, name)}
     unet = dataclasses.replace(

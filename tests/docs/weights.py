@@ -1,0 +1,78 @@
+"""Tiny random weights, and other small files, under the names that the pages have for them."""
+
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+from mains import ROOT
+from PIL import Image, PngImagePlugin
+from safetensors.numpy import load_file, safe_open, save_file
+
+import jaxsd
+from jaxsd.config import VERSIONS, DPTConfig
+from jaxsd.models import shapes, spec
+from jaxsd.prompt.tokenizer import Tokenizer
+from jaxsd.weights import Network, save_network
+
+sys.path.append(str(ROOT / 'tests' / 'weights'))
+import adapter_files  # noqa: E402
+import tiny  # noqa: E402
+
+HUB = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
+COMMIT = 'c0ffee' + 34 * '0'
+PARAMETERS = """a red apple
+Negative prompt: blurry
+Steps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 64x64"""
+
+
+def random_model(version):
+    """A random Model with the structure of a released version, and its tokenizers."""
+    config = tiny.small_config(version, vocab_size=49408)
+    places = {'text_encoder': 'tokenizer', 'text_encoder_2': 'tokenizer_2'}
+    return jaxsd.Model(config, spec.init(0, config), {
+        part: Tokenizer.from_folder(VERSIONS / version / place)
+        for part, place in places.items() if getattr(config, part)})
+
+
+def write(folder):
+    """files/, what lies where the pages' commands run, and hub/, a cache of Hugging Face's."""
+    files, model = pathlib.Path(folder) / 'files', random_model('sd15')
+    for name in ('loras', 'embeddings', 'wildcards'):
+        (files / name).mkdir(parents=True)
+    single = files / 'model.safetensors'
+    jaxsd.save(model, single, layout='single-file')
+    shutil.copy(single, files / 'vae.safetensors')
+    jaxsd.save(random_model('sdxl'), files / 'sdxl.safetensors', layout='single-file')
+    home = pathlib.Path(folder) / 'hub' / f'models--{HUB.replace("/", "--")}'
+    jaxsd.save(model, home / 'snapshots' / COMMIT)
+    (home / 'refs').mkdir()
+    (home / 'refs' / 'main').write_text(COMMIT)
+
+    tensors, header = load_file(single), safe_open(single, 'np').metadata()
+    save_file({name: array for name, array in tensors.items()
+               if not name.startswith('first_stage_model')}, files / 'no_vae.safetensors', header)
+    save_file(tensors | {'model.extra': np.zeros(3, 'f4')}, files / 'extra.safetensors', header)
+    (files / 'evil.ckpt').write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
+    lora = adapter_files.file(model.config, adapter_files.kohya, adapter_files.KOHYA,
+                              adapter_files.lora, adapter_files.attentions(model.config))
+    for name in ('watercolour.safetensors', 'ink.safetensors'):
+        save_file(lora, files / 'loras' / name)
+    save_file({'emb_params': np.ones((2, model.config.text_encoder.hidden_size), 'f4')},
+              files / 'embeddings' / 'easynegative.safetensors')
+    depth = DPTConfig(image_size=64, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+                      num_attention_heads=3, backbone_out_indices=(0, 1, 0, 1),
+                      neck_hidden_sizes=(32, 64, 24, 20), fusion_hidden_size=16, depths=(1, 1, 1),
+                      embedding_size=16, hidden_sizes=(32, 64, 96), num_groups=2)
+    network = Network(depth, spec.init_part(np.random.default_rng(0), shapes.dpt(depth)))
+    network.params['head']['head']['4']['bias'] += 1  # clear of the last ReLU
+    save_network(network, files / 'depth')
+
+    (files / 'wildcards' / 'colour.txt').write_text('red\ngreen\n')
+    (files / 'prompts.txt').write_text('red apple\nrocket\n')
+    examples = ROOT / 'docs' / 'examples'
+    Image.open(examples / 'apple.png').save(files / 'photo.jpg')
+    shutil.copy(examples / 'mask.png', files / 'mask.png')
+    text = PngImagePlugin.PngInfo()
+    text.add_text('parameters', PARAMETERS)
+    Image.new('RGB', (64, 64)).save(files / 'picture.png', pnginfo=text)
