@@ -3,11 +3,28 @@
 import importlib.util
 import json
 import os
+import pathlib
+import shutil
 
 # Before jax starts: tests compare numbers in float32 and need no accelerator.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+# Compiling is most of the work. Half of it, LLVM's optimisations, is left out (but: `optimised`),
+# and programs are kept for the other processes and the next run. JAX looks at all files for each
+# that it writes where their size is limited, so the folder is emptied here once it is large.
+os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
+                           + ' --xla_backend_optimization_level=0').strip()
+os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', '-1')
+PROGRAMS = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache' / 'programs'
+if 'PYTEST_XDIST_WORKER' not in os.environ and sum(
+        file.stat().st_size for file in PROGRAMS.rglob('*-cache')) > 2**31:
+    shutil.rmtree(PROGRAMS)
+
+import launch  # noqa: E402
+
+launch.keep_programs(PROGRAMS)
 
 import pytest  # noqa: E402
 
@@ -121,6 +138,17 @@ def tiny_model(tokenizer_folder):
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope='module')
+def optimised():
+    """Programs are compiled as they are for users."""
+    from jaxsd.run import engine
+    from jaxsd.run.programs import Programs
+    with pytest.MonkeyPatch.context() as patch:
+        options = {'xla_backend_optimization_level': '3'}
+        patch.setattr(engine, 'PROGRAMS', Programs(options=options))
+        yield
 
 
 @pytest.fixture(scope='session')

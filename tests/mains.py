@@ -17,8 +17,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def environment(**more):
-    """The environment of a main on CPU."""
-    return {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', **more}
+    """The environment of a main on CPU; more: what is set beside it, or not at all where None."""
+    more = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', **more}
+    return {name: value for name, value in more.items() if value is not None}
+
+
+def devices(count):
+    """XLA_FLAGS for so many devices on CPU."""
+    flag = f'--xla_force_host_platform_device_count={count}'
+    return {'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}'}
 
 
 def run_main(*arguments, cwd=ROOT, **more):

@@ -205,5 +205,9 @@ def noise_row(weight):
 
 def within(option, value, low, high):
     """Raise a ValueError unless the value is a whole number from low to high."""
-    if value not in range(low, high + 1):
+    try:
+        whole = low <= value <= high and value == int(value)
+    except (TypeError, ValueError):  # text, lists
+        whole = False
+    if not whole:
         raise ValueError(f'{option}={value}: expected a whole number from {low} to {high}')

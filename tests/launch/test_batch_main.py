@@ -12,17 +12,10 @@ import time
 
 import numpy as np
 import pytest
-from mains import ROOT, environment, free_port, run_main
+from mains import ROOT, devices, environment, free_port, run_main
 from PIL import Image
 
 from jaxsd.batch import folder
-
-
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-    """Compiled programs, so that a start takes seconds; from another process they are the same."""
-    return {'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
-            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
 
 
 def _batch(out, *flags, **more):
@@ -55,16 +48,16 @@ MANY = ('--prompt=red apple', '--prompt=rocket', '--prompt=alien', '--prompt=roo
         '--grid=steps=1,2')  # 500 pictures
 
 
-def test_killed_twenty_times(tmp_path, cache):
+def test_killed_twenty_times(tmp_path):
     whole = tmp_path / 'whole'
-    status, _, error = _batch(whole, *MANY, **cache)
+    status, _, error = _batch(whole, *MANY)
     assert status == 0, error
     expected = _hashes(whole)
     assert len(expected) == 500
     random_ = random.Random(0)
     broken = tmp_path / 'broken'
     for kill in range(20):
-        process = _start(f'--out={broken}', *MANY, **cache)
+        process = _start(f'--out={broken}', *MANY)
         if kill < 15:  # amid pictures, else anywhere from the start on
             until = _lines(broken) + random_.randrange(1, 30)
             while _lines(broken) < until and process.poll() is None:
@@ -77,14 +70,14 @@ def test_killed_twenty_times(tmp_path, cache):
         process.wait()
         process.stdout.close()
     assert 15 <= _lines(broken) < 500
-    status, out, error = _batch(broken, *MANY, **cache)
+    status, out, error = _batch(broken, *MANY)
     assert status == 0, error
     assert _hashes(broken) == expected
     files = [path for path in broken.rglob('*') if path.suffix in ('.png', '.tmp')]
     assert len(files) == 500
     ids = [json.loads(line)['id'] for line in (broken / 'manifest.jsonl').read_text().splitlines()]
     assert len(ids) == len(set(ids)) == 500
-    status, out, error = _batch(broken, *MANY, **cache)
+    status, out, error = _batch(broken, *MANY)
     assert status == 0 and '0 to make' in error
 
 
@@ -92,10 +85,10 @@ FEW = ('--prompt=red apple', '--seeds=0-11', '--config.steps=2')
 
 
 @pytest.fixture(scope='module')
-def few(tmp_path_factory, cache):
+def few(tmp_path_factory):
     """A run of twelve pictures, and what it should hold."""
     out = tmp_path_factory.mktemp('few') / 'run'
-    status, _, error = _batch(out, *FEW, **cache)
+    status, _, error = _batch(out, *FEW)
     assert status == 0, error
     return out, _hashes(out)
 
@@ -116,31 +109,31 @@ def _remount(path, options):
     subprocess.run(['mount', '-o', f'remount,{options}', path], check=True)
 
 
-def test_a_full_disk_stops_cleanly_and_the_run_goes_on(disk, few, cache):
-    status, _, error = _batch(disk / 'run', *FEW, **cache)
+def test_a_full_disk_stops_cleanly_and_the_run_goes_on(disk, few):
+    status, _, error = _batch(disk / 'run', *FEW)
     last = error.strip().splitlines()[-1]
     assert status == 1 and 'No space left on device' in last and 'the same command' in last
     safe = _hashes(disk / 'run')
     assert 0 < len(safe) < 12 and safe.items() <= few[1].items()
     assert not list(disk.rglob('*.tmp'))
     _remount(disk, 'size=8m')
-    status, _, error = _batch(disk / 'run', *FEW, **cache)
+    status, _, error = _batch(disk / 'run', *FEW)
     assert status == 0, error
     assert _hashes(disk / 'run') == few[1]
 
 
-def test_a_folder_that_cannot_be_written(disk, few, cache):
+def test_a_folder_that_cannot_be_written(disk, few):
     _remount(disk, 'ro')
-    status, _, error = _batch(disk / 'run', *FEW, **cache)
+    status, _, error = _batch(disk / 'run', *FEW)
     assert status == 1 and 'Read-only file system' in error.strip().splitlines()[-1]
     _remount(disk, 'rw,size=8m')
-    status, _, error = _batch(disk / 'run', *FEW, **cache)
+    status, _, error = _batch(disk / 'run', *FEW)
     assert status == 0 and _hashes(disk / 'run') == few[1]
 
 
-def test_interrupted_it_finishes_what_it_began(tmp_path, few, cache):
+def test_interrupted_it_finishes_what_it_began(tmp_path, few):
     out = tmp_path / 'run'
-    process = _start(f'--out={out}', *MANY, **cache)
+    process = _start(f'--out={out}', *MANY)
     while _lines(out) < 10 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -149,10 +142,10 @@ def test_interrupted_it_finishes_what_it_began(tmp_path, few, cache):
     assert len(_hashes(out)) == _lines(out) < 500 and (out / 'index.html').exists()
 
 
-def test_two_processes_make_the_same_pictures(tmp_path, few, cache):
+def test_two_processes_make_the_same_pictures(tmp_path, few):
     port, out = free_port(), tmp_path / 'run'
     both = [_start(f'--out={out}', *FEW, '--distributed', '--num_processes=2', f'--process_id={i}',
-                   f'--coordinator_address=localhost:{port}', **cache)
+                   f'--coordinator_address=localhost:{port}')
             for i in range(2)]
     texts = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], texts
@@ -164,13 +157,13 @@ def test_two_processes_make_the_same_pictures(tmp_path, few, cache):
 
 def test_eight_devices_make_the_same_pictures(tmp_path, few):
     status, _, error = _batch(tmp_path / 'run', *FEW,
-                              XLA_FLAGS='--xla_force_host_platform_device_count=8')
+                              **devices(8))
     assert status == 0 and '8 device(s)' in error
     assert _hashes(tmp_path / 'run') == few[1]
 
 
-def test_verify(tmp_path, few, cache):
-    status, out, error = run_main('-m', 'launch.verify', few[0], '--sample=5', **cache)
+def test_verify(tmp_path, few):
+    status, out, error = run_main('-m', 'launch.verify', few[0], '--sample=5')
     assert status == 0 and '5 of 5 pictures are equal to the bit' in out, error
     broken = tmp_path / 'broken'
     shutil.copytree(few[0], broken)
@@ -180,13 +173,13 @@ def test_verify(tmp_path, few, cache):
     first.write_bytes(first.read_bytes()[:-40])
     with open(broken / 'manifest.jsonl', 'a') as file:  # a record of another picture
         file.write(json.dumps({**records[2], 'pixels': '0' * 64}) + '\n')
-    status, out, error = run_main('-m', 'launch.verify', broken, '--sample=all', **cache)
+    status, out, error = run_main('-m', 'launch.verify', broken, '--sample=all')
     assert status == 1 and '9 of 12 pictures are equal to the bit' in out, (out, error)
     status, _, error = run_main('-m', 'launch.verify', tmp_path)
     assert status == 1 and 'expected the folder of a run' in error
 
 
-def test_damage_is_told_and_made_again(tmp_path, few, cache):
+def test_damage_is_told_and_made_again(tmp_path, few):
     """A picture that is cut, and a line of the manifest lost to a power failure."""
     run = tmp_path / 'run'
     shutil.copytree(few[0], run)
@@ -196,7 +189,7 @@ def test_damage_is_told_and_made_again(tmp_path, few, cache):
     lines = file.read_bytes().splitlines(keepends=True)
     lines[1] = b'\0' * (len(lines[1]) - 1) + b'\n'
     file.write_bytes(b''.join(lines))
-    status, _, error = _batch(run, *FEW, **cache)
+    status, _, error = _batch(run, *FEW)
     assert status == 0 and '10 pictures are there, 2 to make' in error, error
     assert f'{cut["file"]}: 100 bytes, expected {cut["file_bytes"]}' in error
     assert 'manifest.jsonl:2: damaged' in error and '--repair' in error
@@ -206,29 +199,29 @@ def test_damage_is_told_and_made_again(tmp_path, few, cache):
     assert status == 0 and 'manifest.jsonl:2: damaged' in out, error
     assert f'{lost["file"]}: 0 bytes' in out and '2 damaged pictures and lines' in out
     assert folder.finished(run) == set(few[1]) - {lost['id']}
-    status, _, error = _batch(run, *FEW, **cache)
+    status, _, error = _batch(run, *FEW)
     assert status == 0 and 'damaged' not in error and _hashes(run) == few[1]
 
 
-def test_a_picture_of_a_run_is_made_again_from_its_file(tmp_path, few, cache):
+def test_a_picture_of_a_run_is_made_again_from_its_file(tmp_path, few):
     record = next(iter(folder.read(few[0]).values()))
     status, out, error = run_main('-m', 'launch.generate', f'--from={few[0] / record["file"]}',
-                                  f'--out={tmp_path}', **cache)
+                                  f'--out={tmp_path}')
     assert status == 0, error
     assert folder.pixels_of(next(tmp_path.glob('0*.png'))) == record['pixels']
 
 
-def test_failures_are_recorded_and_the_run_goes_on(tmp_path, few, cache):
+def test_failures_are_recorded_and_the_run_goes_on(tmp_path, few):
     plan = tmp_path / 'plan.jsonl'
     plan.write_text('\n'.join([
         '{"prompt": "red apple", "steps": 2, "seed": 0}', '{"prompt": "red apple", "steps": 2}',
         '{"prompt": "a", "image": "gone.png"}', '{"prompt": "b", "width": 65}',
         '{"prompt": "<lora:none:1>"}', '{"prompt": "c", "stepps": 3}', '{"prompt": "d",']))
-    status, _, error = _batch(tmp_path / 'run', f'--requests={plan}', **cache)
+    status, _, error = _batch(tmp_path / 'run', f'--requests={plan}')
     assert status == 1 and not (tmp_path / 'run').exists()
     assert 'plan.jsonl:6:17: unknown field' in error and 'plan.jsonl:7:16' in error
     assert '--skip_bad' in error
-    status, _, error = _batch(tmp_path / 'run', f'--requests={plan}', '--skip_bad', **cache)
+    status, _, error = _batch(tmp_path / 'run', f'--requests={plan}', '--skip_bad')
     assert status == 3, error
     found = folder.read(tmp_path / 'run')
     made = {key: record['pixels'] for key, record in found.items() if 'file' in record}

@@ -10,6 +10,7 @@ import jaxsd
 from launch import retrieval
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures('optimised')
 FOLDER, LISTS = ROOT / 'checkpoints' / 'emoji', ROOT / 'tests' / 'data'
 
 

@@ -39,12 +39,12 @@ def _pixels(out):
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs /proc')
 def test_the_same_pictures_though_an_actor_is_killed(tmp_path):
     plain, out = tmp_path / 'plain', tmp_path / 'ray'
-    cache = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'), 'RAY_DEDUP_LOGS': '0'}
-    status, _, error = run_main('-m', 'launch.batch', f'--out={plain}', *FLAGS, **cache)
+    status, _, error = run_main('-m', 'launch.batch', f'--out={plain}', *FLAGS)
     assert status == 0, error
     process = subprocess.Popen(
         [sys.executable, '-m', 'launch.ray_batch', f'--out={out}', '--actors=2', *FLAGS], cwd=ROOT,
-        env=environment(**cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        env=environment(RAY_DEDUP_LOGS='0'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True)
     manifest, start = out / 'manifest.jsonl', time.monotonic()
     while not manifest.exists() or not manifest.read_bytes().count(b'\n'):
         assert process.poll() is None and time.monotonic() < start + 300, process.stdout.read()
@@ -57,7 +57,7 @@ def test_the_same_pictures_though_an_actor_is_killed(tmp_path):
     assert len(_pixels(plain)) == 96
     assert _pixels(out) == _pixels(plain)
     assert len(manifest.read_bytes().splitlines()) == 96
-    status, _, error = run_main('-m', 'launch.ray_batch', f'--out={out}', *FLAGS, **cache)
+    status, _, error = run_main('-m', 'launch.ray_batch', f'--out={out}', *FLAGS)
     assert status == 0 and '96 pictures are there, 0 to make' in error
 
 

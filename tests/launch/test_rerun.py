@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
 import re
 import sys
 
@@ -18,7 +17,6 @@ import jaxsd
 from jaxsd.run import infotext, picture
 from jaxsd.run import replica as module
 from jaxsd.run.generate import slots_for_requests
-from jaxsd.run.programs import Programs
 from launch import engine, generate
 
 
@@ -35,18 +33,6 @@ def _flags(define=generate.define_flags):
             mine[name] = flags.FLAGS[name]
         flags.FLAGS.remove_flag_values(mine)
         flags.FLAGS.unparse_flags()
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _compiled_soon():
-    """Compiling takes most of these tests' time, half of it in the last optimisations; the other
-    process of test_emoji leaves them out as well."""
-    level = {'xla_backend_optimization_level': '0'}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('XLA_FLAGS', ' '.join([os.environ.get('XLA_FLAGS', ''), *(
-            f'--{name}={value}' for name, value in level.items())]))
-        patch.setattr(module, 'PROGRAMS', Programs(options=level))
-        yield
 
 
 @contextlib.contextmanager

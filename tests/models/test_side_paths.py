@@ -1,6 +1,5 @@
 """Adapters beside the weights: equal to merged ones, per image, with nothing to compile again."""
 
-import functools
 import pathlib
 import sys
 
@@ -62,8 +61,7 @@ def program(config):
     """(params, factors, weights) -> the outputs of the U-Net and the text encoders."""
     inputs, tokens = arguments(config)
 
-    # Compiling takes most of these tests' time, half of it in the last optimisations.
-    @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': '0'})
+    @jax.jit
     def run(params, factors, weights):
         params = {part: adapters.attach(tree, factors[part], weights)
                   for part, tree in params.items() if part != 'vae'}

@@ -18,6 +18,7 @@ from jaxsd.run import Engine, replica, sharded
 from jaxsd.run import engine as module
 from jaxsd.run.programs import Programs
 
+pytestmark = pytest.mark.usefixtures('optimised')  # what is said of bits is said of those
 SAMPLERS = ('euler', 'dpmpp_2m', 'heun', 'euler_ancestral')
 
 

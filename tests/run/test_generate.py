@@ -4,13 +4,12 @@ import contextlib
 import math
 import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mains import devices, run_code
 
 import jaxsd
 from jaxsd import Request, sampling
@@ -88,13 +87,13 @@ def test_adaptive_steps_beside_tables(tiny_model):
         np.testing.assert_array_equal(jaxsd.generate(model, [request])[0], image)
 
 
-@pytest.mark.parametrize('devices', [1, 4])
-def test_a_picture_does_not_depend_on_its_batch(tiny_model, devices, tmp_path):
+@pytest.mark.parametrize('count', [1, 4])
+def test_a_picture_does_not_depend_on_its_batch(tiny_model, count, tmp_path):
     model = tiny_model('sd1')
-    if devices == 1:
+    if count == 1:
         batch = jaxsd.generate(model, MIXED)
     else:
-        batch = on_devices(devices, tmp_path / 'batch.npy', """
+        batch = on_devices(count, tmp_path / 'batch.npy', """
 from test_generate import MIXED
 seen = []
 images = jaxsd.generate(model, MIXED, on_step=lambda done, total: seen.append((done, total)))
@@ -122,12 +121,8 @@ model = jaxsd.Model(config, spec.init(0, config),
                     {{'text_encoder': Tokenizer.from_folder(path.parent / 'tokenizer')}})
 """ + code
     here = pathlib.Path(__file__).parent
-    flags = os.environ.get('XLA_FLAGS', '')
-    paths = (here, here.parent, here.parents[1])
-    environment = {**os.environ, 'JAX_PLATFORMS': 'cpu',
-                   'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={count}',
-                   'PYTHONPATH': os.pathsep.join(map(str, paths))}
-    subprocess.run([sys.executable, '-c', code], env=environment, check=True, timeout=600)
+    run_code(code, **devices(count),
+             PYTHONPATH=os.pathsep.join(map(str, (here, here.parent, here.parents[1]))))
     return np.load(path)
 
 
