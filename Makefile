@@ -43,7 +43,7 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(RUN)
-	$(PIP) --editable .
+	$(PIP) --editable '.[hints]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
