@@ -122,6 +122,9 @@ def test_the_oldest_versions_draw_what_the_newest_draw(home, oldest):
         file, = (folder / 'versions').glob('*.png')
         pictures.append(np.asarray(Image.open(file), int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 2  # compilers differ in roundings
+    code, _, stderr = run(oldest[1] / 'python', '-c', 'import numpy; from jaxsd import images; '
+                          'images.canny(numpy.zeros((8, 8, 3), numpy.uint8))', cwd=oldest[0])
+    assert code == 0, stderr
     listed = run(oldest[1] / 'python', '-m', 'pip', 'list', '--format=freeze', cwd=oldest[0])[1]
     listed = {name.lower().replace('-', '_'): version
               for name, _, version in (line.partition('==') for line in listed.splitlines())}
