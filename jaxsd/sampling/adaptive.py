@@ -52,11 +52,10 @@ def dpm_adaptive(sigmas, order=3, rtol=0.05, atol=0.0078, h_init=0.05, pcoeff=0.
         raise ValueError(f'sigmas {sigmas}: dpm_adaptive goes from the first to the last above 0; '
                          'it needs two of them, so use more steps')
     start, end = -np.log(positive[[0, -1]])
-    row = dict(sigma=positive[0], noisy=eta > 0, start=start, end=end, order=order, rtol=rtol,
-               atol=atol, h_init=h_init, pcoeff=pcoeff, icoeff=icoeff, dcoeff=dcoeff,
-               accept_safety=accept_safety, eta=eta, s_noise=s_noise)
-    return Custom(RULE, {name: np.full(max_calls, value, np.float64)
-                         for name, value in row.items()})
+    return Custom(RULE, {name: np.full(max_calls, value, np.float64) for name, value in dict(
+        sigma=positive[0], noisy=eta > 0, start=start, end=end, order=order, rtol=rtol, atol=atol,
+        h_init=h_init, pcoeff=pcoeff, icoeff=icoeff, dcoeff=dcoeff, accept_safety=accept_safety,
+        eta=eta, s_noise=s_noise).items()})
 
 
 def _init(x, row):

@@ -74,7 +74,8 @@ def test_refused_at_construction(fields, message):
 def test_adaptive_steps_take_constants_only(tiny_model):
     model = tiny_model('sd1')
     request = PLAIN.replace(sampler='dpm_adaptive')
-    assert inputs(model, resolve([request], model.config)).steps.guidance.scale.shape == (1, 1)
+    scale = inputs(model, resolve([request], model.config)).steps.guidance.scale
+    assert scale.shape == (1000, 1) and (scale == PLAIN.guidance).all()
     for fields in (dict(guidance=(1.0, 2.0, 3.0)), dict(guidance_options={'interval': (0, 0.5)})):
         with pytest.raises(ValueError, match='expected a constant with dpm_adaptive'):
             inputs(model, resolve([request.replace(**fields)], model.config))
