@@ -4,7 +4,8 @@ import pathlib
 import re
 
 import griffe
-from mkdocs.structure.files import File
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OUTSIDE = {'index.md': 'README.md', 'contributing.md': 'CONTRIBUTING.md',
@@ -13,7 +14,7 @@ NAME = r'[\w\\]+(?:\([\w, ]*\)| \\\[[\w,]*\\\])?'
 ITEM = re.compile(rf'({NAME}(?:, {NAME})*): |(Raises) ')
 
 
-def on_files(files, config):
+def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add README.md as the first page, and the other pages of the root, with their links."""
     for name, source in OUTSIDE.items():
         text = (ROOT / source).read_text('utf-8')
@@ -27,13 +28,13 @@ def on_files(files, config):
 class Arguments(griffe.Extension):
     """Docstrings say `name: what it is`, a line each: here an item of a list each."""
 
-    def on_instance(self, *, obj, **_):
+    def on_instance(self, *, obj: griffe.Object, **_: object) -> None:
         if obj.docstring:
             obj.docstring.value = as_list(obj.docstring.value)
 
 
-def as_list(text):
-    """A docstring as Markdown: its arguments and errors are items, its examples stay as they are."""
+def as_list(text: str) -> str:
+    """A docstring as Markdown: its arguments and errors are items."""
     text = re.sub(r'(`[^`]*`)|([\[\]*_<])', lambda m: m[1] or f'\\{m[2]}', text)
     found = []
     for paragraph in re.split(r'\n\s*\n', text):

@@ -408,6 +408,9 @@ def _of_recipe(flag):
 def _recipe(name):
     """The file of a recipe: a path, or the name of one in configs/."""
     if not re.fullmatch(r'\w+', name):
+        if not re.search(r'\.py(:|$)', name):
+            raise ValueError(f'--config={name}: expected a recipe, a .py file or its name; a model '
+                             'is given as --checkpoint')
         return name
     known = {path.stem: path for path in sorted(CONFIGS.glob('*.py'))
              if not path.stem.startswith('train_')}

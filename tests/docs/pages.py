@@ -71,6 +71,12 @@ def commands(path):
     return sorted(found, key=lambda piece: piece.line)
 
 
+def named(path):
+    """{file: text} of the Python blocks of a page that begin with `# file.py`."""
+    return {match[1]: piece.text for piece in programs(path)
+            if (match := re.match(r'# (\w+\.py)\n', piece.text))}
+
+
 def programs(path):
     """The Python blocks of a page -> [Piece]."""
     page = path.relative_to(ROOT).as_posix()

@@ -7,11 +7,15 @@ same Hub ids or under these names; what takes long is made smaller.
 # {pattern: replacement}, of all commands, one after the other. {port}: a free one.
 COMMANDS = {
     # templates
+    r'^jaxsd generate --warm$': 'jaxsd generate --warm --prompt=rocket',
     r'checkpoints/my-model \.\.\.': 'model.safetensors --prompt=rocket',
     r'--checkpoint=\.\.\. photo\.jpg': '--checkpoint=depth photo.jpg',
     r'(?<=--kind=canny)\|scribble\|tile\|pose \.\.\.': ' photo.jpg',
+    # a lone file does not say the sizes of a small VAE
+    r'vae\.safetensors': 'vae',
     # less of the same
     r'--steps=5,10,20,40 --guidance=1,4': '--steps=2,3 --reference_steps=4 --guidance=1,4',
+    r'--steps=5,10,20$': '--steps=2,3 --reference_steps=4',
     r'--steps=4,5,6,7,8,10,12,16(.*)--reference_steps=400': r'--steps=3\1--reference_steps=4',
     r'--steps=4,5,6,8,10,12,15,20': '--steps=4,5',
     r'--method=learn --steps=6': r'--method=learn --steps=2 --seeds=0 --prompt=rooster '
@@ -28,7 +32,10 @@ SMALLER = {r'(generate|batch) .*(--checkpoint=|--config=(configs/)?sd)':
 
 # {pattern of a whole command: why it is not run}. That its program and flags exist is tested.
 NOT_RUN = {
-    r'(\S*/)?pip install .*': 'installs from an index; tests/launch/test_wheel.py does',
+    r'(uv |\S*/)?pip install .*': 'installs from an index; tests/launch/test_wheel.py does',
+    r'docker .*': 'needs Docker; tests/launch/test_containers.py',
+    r'jaxsd batch --distributed': 'needs a cluster; tests/batch/test_runner.py has two processes',
+    r'make docs': 'tests/docs/test_site.py builds it',
     r'apt-get .*': 'changes the machine',
     r'make (test|parity|lint)|(\S*/)?python -m pytest .*': 'runs what CI runs: .ci/run',
     r'make gallery': '2 minutes; tests/launch/test_emoji_conditions.py draws its rows',

@@ -1,10 +1,12 @@
 """Tiny random weights, and other small files, under the names that the pages have for them."""
 
+import dataclasses
 import pathlib
 import shutil
 import sys
 
 import numpy as np
+from conftest import TINY
 from mains import ROOT
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import load_file, safe_open, save_file
@@ -17,7 +19,6 @@ from jaxsd.weights import Network, save_network
 
 sys.path.append(str(ROOT / 'tests' / 'weights'))
 import adapter_files  # noqa: E402
-import tiny  # noqa: E402
 
 HUB = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
 COMMIT = 'c0ffee' + 34 * '0'
@@ -26,24 +27,26 @@ Negative prompt: blurry
 Steps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 64x64"""
 
 
-def random_model(version):
-    """A random Model with the structure of a released version, and its tokenizers."""
-    config = tiny.small_config(version, vocab_size=49408)
-    places = {'text_encoder': 'tokenizer', 'text_encoder_2': 'tokenizer_2'}
-    return jaxsd.Model(config, spec.init(0, config), {
-        part: Tokenizer.from_folder(VERSIONS / version / place)
-        for part, place in places.items() if getattr(config, part)})
+def random_model(family, version):
+    """A random Model of conftest's TINY with the tokenizers of a released version."""
+    config, tokenizers = TINY[family], {}
+    for part, place in (('text_encoder', 'tokenizer'), ('text_encoder_2', 'tokenizer_2')):
+        if text := getattr(config, part):
+            text = dataclasses.replace(text, vocab_size=49408, max_position_embeddings=77)
+            config = config.replace(**{part: text})
+            tokenizers[part] = Tokenizer.from_folder(VERSIONS / version / place)
+    return jaxsd.Model(config, spec.init(0, config), tokenizers)
 
 
 def write(folder):
     """files/, what lies where the pages' commands run, and hub/, a cache of Hugging Face's."""
-    files, model = pathlib.Path(folder) / 'files', random_model('sd15')
+    files, model = pathlib.Path(folder) / 'files', random_model('sd1', 'sd15')
     for name in ('loras', 'embeddings', 'wildcards'):
         (files / name).mkdir(parents=True)
     single = files / 'model.safetensors'
     jaxsd.save(model, single, layout='single-file')
-    shutil.copy(single, files / 'vae.safetensors')
-    jaxsd.save(random_model('sdxl'), files / 'sdxl.safetensors', layout='single-file')
+    save_network(Network(model.config.vae, model.params['vae']), files / 'vae')
+    jaxsd.save(random_model('sdxl', 'sdxl'), files / 'sdxl.safetensors', layout='single-file')
     home = pathlib.Path(folder) / 'hub' / f'models--{HUB.replace("/", "--")}'
     jaxsd.save(model, home / 'snapshots' / COMMIT)
     (home / 'refs').mkdir()
