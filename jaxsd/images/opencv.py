@@ -1,7 +1,9 @@
 """OpenCV, which only an extra brings: its 160 MB serve hints and the filling of masked areas."""
 
+from types import ModuleType
 
-def opencv(what):
+
+def opencv(what: str) -> ModuleType:
     """The module cv2. what: who needs it, for the ImportError where it is not installed."""
     try:
         import cv2
