@@ -6,9 +6,8 @@ A picture is uint8 [H,W,3], a mask float32 [H,W] in [0,1] with 1 where something
 import numpy as np
 from jaxtyping import Float32
 
-from jaxsd.images.reading import Mask, Picture
-
 from jaxsd.images.opencv import opencv
+from jaxsd.images.reading import Mask, Picture
 
 
 def fit(image: np.ndarray, width: int, height: int, how: str = 'crop') -> np.ndarray:
