@@ -1,11 +1,15 @@
 """What pictures cost, in floating point operations, known before they are made."""
 
+from collections.abc import Callable
+from typing import Any
+from jaxsd.run.engine import Engine
+from jaxsd.run.request import Request
 import math
 
 import jax
 
 
-def count(function, *arguments):
+def count(function: Callable[..., Any], *arguments: Any) -> tuple[int, int]:
     """Operations of the products and convolutions of a function -> (outside of while loops, in
     them, once round). A multiply-add is two; of branches the dearest one counts."""
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
@@ -35,7 +39,7 @@ def _count(jaxpr):
     return outside, inside
 
 
-def of(engine, request):
+def of(engine: Engine, request: Request) -> tuple[int, int, int]:
     """What a resolved request's picture costs on an Engine -> operations before and after its model
     calls, of one call on average, and the bytes that a device needs. Compiles."""
     replica = engine.replicas[0]

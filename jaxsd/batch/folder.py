@@ -15,6 +15,10 @@ Nothing else in the folder is written, renamed or deleted, and a folder in which
 stands for something else is refused before anything is.
 """
 
+from collections.abc import Mapping
+from typing import Any
+from jaxsd.images.reading import Picture
+from jaxsd.typing import Path
 import contextlib
 import errno
 import hashlib
@@ -41,7 +45,7 @@ class Busy(ValueError):
     """Another process writes there."""
 
 
-def check(path, process=0):
+def check(path: Path, process: int = 0) -> None:
     """Raise ValueError where a folder's files are not a run's, before anything is written."""
     path, manifest = pathlib.Path(path), _manifest(process)
     names = ('config.json', manifest, 'index.html', 'pictures', 'thumbs', f'.lock-{process}')
@@ -100,7 +104,7 @@ def _record(found):
     return found
 
 
-def read(path, troubles=None):
+def read(path: Path, troubles: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """The records of a run, {id: record}, the last of each; a picture's record wins over errors.
 
     troubles: a list that is told, in a line each, the damaged lines of manifests: they are skipped.
@@ -115,7 +119,7 @@ def read(path, troubles=None):
     return found
 
 
-def finished(path, troubles=None):
+def finished(path: Path, troubles: list[str] | None = None) -> set[str]:
     """The ids of a run's pictures that are there, as long as they were written; none where there is
     no run. troubles: as of `read`, with the pictures that are not."""
     found, troubles = set(), [] if troubles is None else troubles
@@ -128,7 +132,7 @@ def finished(path, troubles=None):
     return found
 
 
-def damage(path, record, whole=False):
+def damage(path: Path, record: Mapping[str, Any], whole: bool = False) -> str | None:
     """What is wrong with the files of a picture's record, in a line, or None. whole: the picture is
     read too, and compared."""
     for name in PLACES:
@@ -148,7 +152,7 @@ def damage(path, record, whole=False):
     return None
 
 
-def repair(path):
+def repair(path: Path) -> list[str]:
     """Take out of a run's manifests what is damaged, so that its next start makes it again: lines
     that are no records, and those of pictures that are not as they were written -> a list of what
     is wrong. Reads all pictures. Raises Busy, and as `read_config` does."""
@@ -170,20 +174,20 @@ def repair(path):
     return found
 
 
-def pixels(image):
+def pixels(image: Picture) -> str:
     """The hash by which pictures are compared: of an image, uint8 [H,W,3] -> 64 hex digits."""
     image = np.ascontiguousarray(image)
     return hashlib.sha256(f'{image.shape}'.encode() + image.tobytes()).hexdigest()
 
 
-def encode(image, texts):
+def encode(image: Picture, texts: Mapping[str, str]) -> dict[str, Any]:
     """A picture, uint8 [H,W,3], and its text chunks -> what `Folder.add` takes."""
     height, width = image.shape[:2]
     return {'file': picture.png(image, texts), 'thumb': picture.thumbnail(image),
             'pixels': pixels(image), 'width': width, 'height': height}
 
 
-def pixels_of(path):
+def pixels_of(path: Path) -> str:
     """`pixels` of a picture's file, which is read whole. Raises as images.read does."""
     return pixels(images.read(path))
 
@@ -195,7 +199,8 @@ class Folder:
     what is of no run (see `check`), OSError where nothing can be written.
     """
 
-    def __init__(self, path, config=None, process=0):
+    def __init__(self, path: Path, config: Mapping[str, Any] | None = None,
+                 process: int = 0) -> None:
         check(path, process)
         self.path = picture.check_folder(path)
         self._lock = threading.Lock()
@@ -214,12 +219,12 @@ class Folder:
             self._held.release()
             raise
 
-    def close(self):
+    def close(self) -> None:
         """Let another process have it."""
         os.close(self._manifest)
         self._held.release()
 
-    def add(self, key, encoded, record):
+    def add(self, key: str, encoded: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Keep a picture, `encode`d, and then its record: safe on disk when it returns. Raises
         OSError."""
         record = {'id': key, **record, **encoded}
@@ -235,7 +240,7 @@ class Folder:
             _sync(path.parent)
         self._append(record)
 
-    def fail(self, key, error, record):
+    def fail(self, key: str, error: Exception, record: Mapping[str, Any]) -> None:
         """Keep that a picture could not be made, and why."""
         self._append({'id': key, **record, 'error': str(error)})
 
@@ -272,7 +277,7 @@ class Folder:
         _sync(self.path)
 
 
-def read_config(path):
+def read_config(path: Path) -> dict[str, Any]:
     """What a run's config.json says. Raises FileNotFoundError or ValueError where there is none."""
     file = pathlib.Path(path) / 'config.json'
     try:

@@ -1,5 +1,6 @@
 """A run's gallery: index.html in its folder, which needs nothing but the pictures beside it."""
 
+from jaxsd.typing import Path
 import base64
 import datetime
 import hashlib
@@ -15,7 +16,7 @@ from jaxsd.run import picture
 EXACT = 2**53  # whole numbers up to here survive JavaScript's JSON.parse
 
 
-def write(path):
+def write(path: Path) -> pathlib.Path:
     """Write the gallery of a run's folder, as it is now -> the path of index.html.
 
     Another index.html is replaced; whoever opens it finds the old one or the new one. Raises

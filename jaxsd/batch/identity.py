@@ -4,6 +4,9 @@ The same id is the same picture, to the bit, on one kind of device with one vers
 `fingerprint`), and nearly so elsewhere.
 """
 
+from typing import Any
+from jaxsd.run.request import PROMPTS, Request
+from jaxsd.weights import Model
 import concurrent.futures
 import functools
 import hashlib
@@ -27,7 +30,7 @@ ROOMS = ('config.py', 'images', 'models', 'prompt', 'run',
 
 
 @functools.cache
-def numerics():
+def numerics() -> str:
     """A hash of the code that makes pictures, less comments and docstrings -> 16 hex digits."""
     root = pathlib.Path(jaxsd.__file__).parent
     found = hashlib.sha256()
@@ -39,7 +42,7 @@ def numerics():
     return found.hexdigest()[:16]
 
 
-def digest(tree):
+def digest(tree: Any) -> str:
     """A hash of the names and bytes of nested dicts of arrays -> 64 hex digits."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
 
@@ -62,7 +65,8 @@ class Identity:
     them.
     """
 
-    def __init__(self, model, refiner=None, *, slots, tile=None, spread=None):
+    def __init__(self, model: Model, refiner: Model | None = None, *, slots: int | None,
+                 tile: int | None = None, spread: int | None = None) -> None:
         def weights(net):
             words = [(name, tokenizer.backend.get_vocab(), tokenizer.length, tokenizer.pad_id)
                      for name, tokenizer in sorted(net.tokenizers.items())]
@@ -87,7 +91,7 @@ class Identity:
                 'embeddings': {name: digest(found.vectors)
                                for name, found in model.embeddings.items()}}
 
-    def of(self, request, slots=None):
+    def of(self, request: Request, slots: int | None = None) -> str:
         """A resolved request's id -> 32 hex digits. Reads the files that the request names. slots:
         of the program that makes it; None: the Engine's choice."""
         words = ' '.join(getattr(request, name) or '' for name in PROMPTS).lower()
@@ -107,13 +111,13 @@ class Identity:
         whole = json.dumps([self.settings | {'slots': slots}, used, fields], sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
-    def unmade(self, request):
+    def unmade(self, request: Request) -> str:
         """An id for a request that the model cannot make, or whose files cannot be read."""
         fields = json.dumps([self.settings, vars(request)], sort_keys=True,
                             default=picture.describe)
         return hashlib.sha256(fields.encode()).hexdigest()[:32]
 
 
-def fingerprint():
+def fingerprint() -> dict[str, str]:
     """What else a picture's last bits depend on: the device's kind and the versions."""
     return {'device': picture.device(), **picture.versions()}

@@ -1,5 +1,8 @@
 """What a run shall make: requests from files, times seeds, times a grid of their fields."""
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+from jaxsd.typing import Path
 import ast
 import codecs
 import csv
@@ -46,7 +49,7 @@ class _Problem(ValueError):
         self.column = column
 
 
-def read(path, defaults):
+def read(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Item], list[ParseError]]:
     """Read a file of requests -> (a list of Item, a list of ParseError).
 
     path: .jsonl (an object of Request's fields on each line), .csv (their names in the first line)
@@ -62,13 +65,15 @@ def read(path, defaults):
     for number, parse in READERS[path.suffix.lower()](_decoded(path)):
         source = f'{path.name}:{number}'
         try:
-            items.append(Item(_checked(*parse(), defaults, path.parent), source))
+            fields, column = parse()
+            items.append(Item(_checked(fields, column, defaults, path.parent), source))
         except _Problem as problem:
             bad.append(ParseError(f'{source}:{problem.column}', str(problem)))
     return items, bad
 
 
-def expand(items, seeds, grid):
+def expand(items: Sequence[Item], seeds: Sequence[int],
+           grid: Mapping[str, Sequence[Any]]) -> list[Request]:
     """Items, times a grid {field: values}, times seeds -> a list of Request.
 
     An item that names a seed has that one alone. Raises ValueError for what no Request can have.
@@ -94,7 +99,7 @@ def expand(items, seeds, grid):
     return requests
 
 
-def grid(texts):
+def grid(texts: Iterable[str]) -> dict[str, list[Any]]:
     """['sampler=euler,heun', 'guidance=4,7'] -> {field: list of values}.
 
     Raises ValueError for what is no field of Request, has no values, or comes twice.
@@ -131,7 +136,7 @@ def _values(text):
         return [word.strip() for word in text.split(',')]
 
 
-def seeds(text):
+def seeds(text: str | int) -> list[int]:
     """'7', '0-99' or '1,5,10-12' -> a list of seeds. Raises ValueError for anything else."""
     _check_length('--seeds', str(text))
     found, count = [], 0
@@ -309,5 +314,6 @@ def _cells(names, row):
     return found, names.index
 
 
-READERS = {**dict.fromkeys(('.jsonl', '.ndjson'), functools.partial(_lines, _object)),
-           '.csv': _csv, '.txt': functools.partial(_lines, _prompt)}
+READERS: dict[str, Callable[[str], Iterator]] = {
+    **dict.fromkeys(('.jsonl', '.ndjson'), functools.partial(_lines, _object)),
+    '.csv': _csv, '.txt': functools.partial(_lines, _prompt)}

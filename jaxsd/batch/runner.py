@@ -1,5 +1,10 @@
 """From requests to a folder of pictures: jobs in order, an Engine and writers at work."""
 
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+from jaxsd.batch.identity import Identity
+from jaxsd.images.reading import Picture
+from jaxsd.run.engine import Engine
 import concurrent.futures
 import datetime
 import os
@@ -27,7 +32,8 @@ class Job(NamedTuple):
     error: Exception | None = None
 
 
-def jobs(engine, identity, requests, done=frozenset()):
+def jobs(engine: Engine, identity: Identity, requests: Iterable[Request],
+         done: Collection[str] = frozenset()) -> list[Job]:
     """Requests -> a Job for each picture that is not done, requests of one id once.
 
     done: ids. Requests that the model cannot make become jobs with an error.
@@ -59,20 +65,20 @@ def _own(error):
     return error
 
 
-def in_order(some):
+def in_order(some: Iterable[Job]) -> list[Job]:
     """Jobs in the order in which they are best made: those with an error first, then kind by kind,
     so that slots stay full, and long ones before short ones."""
     return sorted(some, key=lambda job: (job.error is None, job.kinds, -job.calls, job.number))
 
 
-def described(request):
+def described(request: Request) -> dict[str, Any]:
     """A request as records show it: what is not as by default, and what everybody looks for."""
     return {name: value for name, value in vars(request).items()
             if name in ALWAYS or value != _DEFAULTS[name]
             and (name != 'strength' or request.image is not None)}
 
 
-def begin(engine, job):
+def begin(engine: Engine, job: Job) -> concurrent.futures.Future:
     """Submit a job -> a future of its picture, for `outcome`."""
     try:
         if job.error is not None:
@@ -84,7 +90,7 @@ def begin(engine, job):
         return future
 
 
-def outcome(future):
+def outcome(future: concurrent.futures.Future) -> Picture | Exception:
     """Wait for a job's picture -> uint8 [H,W,3], or the ValueError, OSError or MemoryError that it
     came to. Raises whatever else goes wrong, which stops the run."""
     try:
@@ -93,7 +99,7 @@ def outcome(future):
         return _own(error)
 
 
-def encode(job, image, how):
+def encode(job: Job, image: Picture, how: dict[str, Any]) -> dict[str, Any]:
     """A job's picture, uint8 [H,W,3] -> what Folder.add takes; how: as of Runner."""
     names = {name: pathlib.Path(how.get(name) or '').stem for name in ('vae', 'refiner')}
     own = {'id': job.id, 'slots': job.kinds[0].slots}
@@ -102,7 +108,7 @@ def encode(job, image, how):
     return folder.encode(image, texts)
 
 
-def record(job):
+def record(job: Job) -> dict[str, Any]:
     """A job's line in the manifest, but for its picture."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
     return {'index': job.number, 'request': described(job.request), 'time': now}
@@ -115,16 +121,17 @@ class Runner:
     is called after each, by any thread.
     """
 
-    def __init__(self, engine, run, how, on_done=lambda job, error: None):
+    def __init__(self, engine: Engine, run: folder.Folder, how: dict[str, Any],
+                 on_done: Callable[[Job, Exception | None], object] = lambda *_: None) -> None:
         self.engine, self.folder, self.how, self.on_done = engine, run, how, on_done
         self.made = self.failed = 0
         self._lock, self._stopped = threading.Lock(), threading.Event()
 
-    def stop(self):
+    def stop(self) -> None:
         """Begin no more pictures; those that are begun are finished."""
         self._stopped.set()
 
-    def run(self, jobs):
+    def run(self, jobs: Iterable[Job]) -> tuple[int, int]:
         """Make jobs -> (pictures made, jobs failed). Raises what stopped it: the OSError of a full
         disk, the RuntimeError of a broken device."""
         ahead = 2 * self.engine.capacity + WRITERS  # so many are begun and not yet written

@@ -1,5 +1,8 @@
 """Depth maps: estimated from pictures by MiDaS, and as the 2.x depth model's U-Net sees them."""
 
+from jaxtyping import Float, Float32, UInt8, UInt16
+from jaxsd.config import DPTConfig, ModelConfig
+from jaxsd.weights import Model, Network
 import jax
 import numpy as np
 
@@ -9,7 +12,8 @@ from jaxsd.models import dpt
 _program = jax.jit(dpt.apply, static_argnums=1)
 
 
-def estimate(model, images, size=None):
+def estimate(model: Model | Network, images: UInt8[np.ndarray, 'B H W 3'],
+             size: tuple[int, int] | None = None) -> Float32[np.ndarray, 'B h w']:
     """Pictures uint8 [B,H,W,3] -> inverse depth float32 [B,h,w], near is large, of any scale.
 
     model: a Model with a depth estimator, or a Network that is one.
@@ -17,7 +21,7 @@ def estimate(model, images, size=None):
         network was trained on. Raises ValueError for other sizes, and without a depth estimator.
     """
     config, params = model.config, model.params
-    if not isinstance(config, DPTConfig):
+    if isinstance(config, ModelConfig):
         config = config.depth_estimator
         if config is None:
             raise ValueError(f'{model.config.version}: this model has no depth estimator; give '
@@ -26,15 +30,17 @@ def estimate(model, images, size=None):
     return np.asarray(_program(params, config, pixels(images, size or (config.image_size,) * 2)))
 
 
-def pixels(images, size):
+def pixels(images: UInt8[np.ndarray, 'B H W 3'],
+           size: tuple[int, int]) -> Float32[np.ndarray, 'B h w 3']:
     """uint8 [B,H,W,3] -> float32 [B,h,w,3] in [-1,1]: transformers' DPTImageProcessor."""
     from PIL import Image
-    resized = [Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
+    resized = [np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
                for image in np.asarray(images)]
     return (np.stack(resized).astype(np.float32) / 255 - 0.5) / 0.5
 
 
-def condition(depth, height, width):
+def condition(depth: Float[np.ndarray, 'B H W'], height: int,
+              width: int) -> Float32[np.ndarray, 'B h w 1']:
     """Depth maps [B,H,W] of any scale -> float32 [B,height,width,1] in [-1,1], near is 1.
 
     height, width: of the latents. Raises as `resized` does. As in diffusers'
@@ -43,13 +49,15 @@ def condition(depth, height, width):
     return (2 * resized(depth, height, width) - 1).astype(np.float32)[..., None]
 
 
-def gray16(depth, height, width):
+def gray16(depth: Float[np.ndarray, 'B H W'], height: int,
+           width: int) -> UInt16[np.ndarray, 'B h w']:
     """Depth maps [B,H,W] of any scale -> uint16 [B,height,width], near is white; raises as
     `resized` does."""
     return np.rint(65535 * resized(depth, height, width)).astype(np.uint16)
 
 
-def resized(depth, height, width):
+def resized(depth: Float[np.ndarray, 'B H W'], height: int,
+            width: int) -> Float[np.ndarray, 'B h w']:
     """Depth maps [B,H,W] -> float64 [B,height,width], each with lowest value 0 and highest 1.
 
     Bicubic, without antialiasing, as torch.nn.functional.interpolate. Raises ValueError for a map

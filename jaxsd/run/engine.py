@@ -7,6 +7,13 @@ its slot and a waiting one takes it. A picture's bits depend neither on its slot
 the others, nor on the number of devices; on the number of slots they may.
 """
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from jaxsd.config import ModelConfig, TinyVAEConfig, VAEConfig
+from jaxsd.images.reading import Picture
+from jaxsd.run.request import Request, resolve
+from jaxsd.run.image_conditioning import InitImage
+from jaxsd.weights import Model, Network
 import collections
 import concurrent.futures
 import contextlib
@@ -33,6 +40,10 @@ AT_ONCE = {'cpu': 2}  # programs that a device runs at a time: one leaves cores 
 GROUPS = 2  # kinds of pictures that a lane works on in turns
 
 
+Look = Callable[[Network], Picture]  # decodes what a picture is by now
+Watch = Callable[['Task', Look], object]
+
+
 class Task:
     """A picture on its way.
 
@@ -42,7 +53,8 @@ class Task:
     small VAE (a Network).
     """
 
-    def __init__(self, request, stages, init_image, watch=None, every=None):
+    def __init__(self, request: Request, stages: Sequence[Stage], init_image: InitImage,
+                 watch: Watch | None = None, every: int | None = None) -> None:
         self.request, self.stages, self.init_image = request, stages, init_image
         self.watch, self.every = watch, every
         self.future = concurrent.futures.Future()
@@ -52,25 +64,27 @@ class Task:
         self.done, self.total = 0, sum(int(stage.calls[-1]) for stage in stages)
 
     @property
-    def stage(self):
+    def stage(self) -> Stage:
         """The stage that it is in."""
         return self.stages[self.number]
 
     @property
-    def slots(self):
+    def slots(self) -> int:
         """How many a device has in the program that makes it."""
         return self.stages[0].kind.slots
 
-    def cancel(self):
+    def cancel(self) -> bool:
         """Take it back: its slot is free after the rows that are on their way -> whether it was
         not done yet."""
         return self.future.cancel()
 
-    def settle(self, image):
+    def settle(self, image: Picture | BaseException) -> None:
         """What it came to, a picture or an error, unless it was taken back."""
         with contextlib.suppress(concurrent.futures.InvalidStateError):
-            (self.future.set_exception if isinstance(image, BaseException)
-             else self.future.set_result)(image)
+            if isinstance(image, BaseException):
+                self.future.set_exception(image)
+            else:
+                self.future.set_result(image)
 
 
 class Engine:
@@ -85,8 +99,12 @@ class Engine:
     2 on CPU, else 1). rows: of a table, that a program runs before it returns.
     """
 
-    def __init__(self, model, refiner=None, slots=None, tile=None, devices=None, spread=False,
-                 at_once=None, rows=ROWS, lone=False):
+    lane: 'type[Lane]'  # set below
+
+    def __init__(self, model: Model, refiner: Model | None = None, slots: int | None = None,
+                 tile: int | None = None, devices: Sequence[jax.Device] | None = None,
+                 spread: bool = False, at_once: int | None = None, rows: int = ROWS,
+                 lone: bool = False) -> None:
         self.devices = list(devices or jax.local_devices())
         platform = self.devices[0].platform
         self.slots, self.lone = slots, lone
@@ -110,18 +128,18 @@ class Engine:
         self.lanes = [self.lane(self, replica) for _ in range(at_once) for replica in self.replicas]
 
     @property
-    def capacity(self):
+    def capacity(self) -> int:
         """Pictures that are denoised at a time, at most."""
         each = self.slots or slots_for(self.devices[0].platform, 1)
         return self.replicas[0].width(each) * len(self.lanes)
 
-    def __enter__(self):
+    def __enter__(self) -> 'Engine':
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self):
+    def close(self) -> None:
         """End the threads; what is not done is taken back."""
         with self._changed:
             self._closed = True
@@ -132,17 +150,18 @@ class Engine:
             task.cancel()
         self._compilers.shutdown(wait=False, cancel_futures=True)
 
-    def resolve(self, requests):
+    def resolve(self, requests: Sequence[Request]) -> list[Request]:
         """`run.resolve` with the model's config."""
         return resolve(requests, self.config)
 
-    def survey(self, request):
+    def survey(self, request: Request) -> tuple[tuple[Kind, ...], int]:
         """A resolved request -> the Kinds of its stages, and how many model calls it takes (of
         dpm_adaptive, at most). Raises as `prepare`."""
         stages, _ = self.prepare(request)
         return tuple(s.kind for s in stages), sum(int(s.calls[-1]) for s in stages)
 
-    def prepare(self, request, noise=None):
+    def prepare(self, request: Request,
+                noise: np.ndarray | None = None) -> tuple[list[Stage], InitImage]:
         """A resolved request -> its Stages and its InitImage. Raises ValueError for what the model
         cannot make, and ValueError or OSError for files that cannot be read."""
         init_image = image_conditioning.load(request, self.config)
@@ -162,7 +181,7 @@ class Engine:
                            slots), data._replace(factors=None))
                 for i, data in enumerate(found)], init_image
 
-    def slots_of(self, request):
+    def slots_of(self, request: Request) -> int:
         """The slots of a device in the programs for a resolved request."""
         return self.slots or slots_for(self.devices[0].platform, request.height * request.width
                                        // self.config.vae.factor ** 2)
@@ -173,14 +192,15 @@ class Engine:
         return np.zeros((1, request.height // vae.factor, request.width // vae.factor,
                          vae.latent_channels), np.float32)
 
-    def submit(self, request, watch=None, noise=None, every=None):
+    def submit(self, request: Request, watch: Watch | None = None, noise: np.ndarray | None = None,
+               every: int | None = None) -> Task:
         """Begin a resolved request's picture as soon as a slot is free -> Task. watch, every: see
         Task. noise [1,h,w,L]: to start from instead of the seed's own. Raises as `prepare`."""
         task = Task(request, *self.prepare(request, noise), watch, every)
         self.add([task])
         return task
 
-    def add(self, tasks):
+    def add(self, tasks: Sequence[Task]) -> None:
         """Begin Tasks as soon as slots are free."""
         with self._changed:
             if self._closed:
@@ -188,7 +208,9 @@ class Engine:
             self._waiting = sorted([*self._waiting, *tasks], key=lambda task: task.turn)
             self._admit()
 
-    def make(self, requests, watch=None, noise=None, every=None):
+    def make(self, requests: Sequence[Request],
+             watch: Callable[[list[Task], int, Look], object] | None = None,
+             noise: np.ndarray | None = None, every: int | None = None) -> list[Picture]:
         """Pictures of resolved requests -> a list of uint8 [H,W,3].
 
         watch(tasks, i, look): as a Task's, i is the number of the picture; every: as there. noise
@@ -211,29 +233,29 @@ class Engine:
                 task.cancel()
 
     @property
-    def alive(self):
+    def alive(self) -> bool:
         """Whether pictures can be made."""
         return not self._closed and all(lane.is_alive() for lane in self.lanes)
 
-    def counts(self):
+    def counts(self) -> tuple[int, int]:
         """-> pictures that wait for a slot, and that have one."""
         with self._changed:
             return len(self._waiting), sum(len(lane.tasks()) for lane in self.lanes)
 
-    def drop_waiting(self):
+    def drop_waiting(self) -> None:
         """Take back all pictures that have no slot yet."""
         with self._changed:
             tasks, self._waiting = self._waiting, []
         for task in tasks:
             task.cancel()
 
-    def warm(self, requests):
+    def warm(self, requests: Iterable[Request]) -> None:
         """Compile what resolved requests need, on all devices."""
         for stage in {stage.kind: stage for request in requests
                       for stage in self.prepare(request)[0]}.values():
             self.compile(stage)
 
-    def compile(self, stage):
+    def compile(self, stage: Stage) -> None:
         """Compile what a stage needs, on all devices."""
         for replica in self.replicas:
             replica.programs(stage)
@@ -305,29 +327,29 @@ class Lane(threading.Thread):
     """Feeds a replica: pictures of at most GROUPS kinds, in turns, a few rows at a time. groups:
     {Kind: its slots, each None or a picture}."""
 
-    def __init__(self, engine, replica):
+    def __init__(self, engine: Engine, replica: Replica) -> None:
         super().__init__(daemon=True)
         self.engine, self.replica, self.groups = engine, replica, {}
         self._running = collections.deque()  # what was begun: [(state, task, model calls then)]
         self._finisher = concurrent.futures.ThreadPoolExecutor(1)
         self.start()
 
-    def takes(self, kind):
+    def takes(self, kind: Kind) -> bool:
         """Whether there is a slot for a picture of this kind."""
         slots = self.groups.get(kind)
         return len(self.groups) < GROUPS if slots is None else None in slots
 
-    def take(self, task):
+    def take(self, task: Task) -> None:
         """Give a picture a slot."""
         kind = task.stage.kind
         slots = self.groups.setdefault(kind, [None] * self.replica.width(kind.slots))
         slots[slots.index(None)] = _Slot(task)
 
-    def tasks(self):
+    def tasks(self) -> list[Task]:
         """The pictures in its slots."""
         return [slot.task for slots in self.groups.values() for slot in slots if slot]
 
-    def run(self):
+    def run(self) -> None:
         """What goes wrong with a group is its pictures' error; anything else ends the engine."""
         try:
             while (groups := self.engine._wait(self)) is not None:
@@ -344,7 +366,7 @@ class Lane(threading.Thread):
         finally:
             self._finisher.shutdown(wait=False)
 
-    def advance(self, slots):
+    def advance(self, slots: list) -> None:
         """Run some rows of the pictures of one kind; those that are through leave their slots."""
         for i, slot in enumerate(slots):
             if slot and slot.task.future.cancelled():
@@ -438,7 +460,7 @@ class _Slot:
         return chunk(self.steps, min(self.row, stop), stop, length)
 
 
-def slots_for(platform, cells):
+def slots_for(platform: str, cells: int) -> int:
     """The slots that suit a kind of device and latents of so many cells. On a CPU one picture is
     enough, unless it is so small that the time goes into reading the weights."""
     if platform != 'cpu':
@@ -446,7 +468,8 @@ def slots_for(platform, cells):
     return CPU_SLOTS if cells <= CPU_CELLS else 1
 
 
-def check_latents(what, found, vae):
+def check_latents(what: str, found: VAEConfig | TinyVAEConfig,
+                  vae: VAEConfig | TinyVAEConfig) -> None:
     """ValueError where the latents of two models differ."""
     for name in ('latent_channels', 'factor'):
         if getattr(found, name) != getattr(vae, name):
@@ -454,7 +477,7 @@ def check_latents(what, found, vae):
                              f'{getattr(vae, name)}; found {getattr(found, name)}')
 
 
-def latent_tile(tile, config):
+def latent_tile(tile: int | None, config: ModelConfig) -> int | None:
     """Pixels per side of a tile -> latents, or None. Raises ValueError for parts of latents."""
     if tile is None:
         return None
@@ -463,7 +486,7 @@ def latent_tile(tile, config):
     return tile // config.vae.factor
 
 
-def not_finite(what, request):
+def not_finite(what: str, request: Request) -> ValueError:
     """The error for a picture that is none."""
     return ValueError(
         f'{what} (seed {request.seed}) is not finite: the weights hold NaN or infinity, or '

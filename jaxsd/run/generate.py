@@ -1,5 +1,9 @@
 """`generate`: requests -> pictures, in one line."""
 
+from collections.abc import Callable, Sequence
+from jaxtyping import Float, UInt8
+from jaxsd.images.reading import Picture
+from jaxsd.weights.model import Model, Network
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,8 +28,11 @@ class Preview(NamedTuple):
     every: int = 1
 
 
-def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None, preview=None,
-             slots=None):
+def generate(model: Model, requests: str | Request | Sequence[str | Request],
+             on_step: Callable[[int, int], object] | None = None, tile: int | None = None,
+             noise: Float[np.ndarray, 'B h w L'] | None = None, refiner: Model | None = None,
+             preview: Preview | None = None,
+             slots: int | None = None) -> UInt8[np.ndarray, 'B H W 3'] | list[Picture]:
     """Make one picture per request -> uint8 [B,H,W,3], or a list of pictures if their sizes differ.
 
     requests: a Request, a prompt, or a list of them. All of their fields may differ; only another
@@ -61,7 +68,7 @@ def generate(model, requests, on_step=None, tile=None, noise=None, refiner=None,
     return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
-def slots_for_requests(count):
+def slots_for_requests(count: int) -> int:
     """The slots that `generate` takes for so many requests."""
     if jax.default_backend() == 'cpu':
         return 1

@@ -4,6 +4,12 @@ All of it on the host, in numpy, before anything compiles; and pasting back what
 after.
 """
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from jaxsd.config import ModelConfig, T2IAdapterConfig
+from jaxsd.images.reading import Picture
+from jaxsd.run.request import Request
+from jaxsd.weights import Model
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +24,9 @@ from jaxsd.sampling.choice import unknown
 NOISE_LEVEL = 20  # of the upscaler's small picture, where a request names none
 
 
+Arrays = dict[str, np.ndarray]
+
+
 class InitImage(NamedTuple):
     """One request's image and mask at the size of the model's picture, and how to paste back."""
 
@@ -29,7 +38,7 @@ class InitImage(NamedTuple):
     crop: tuple | None = None  # (width, height): the rest only made the latents whole
 
 
-def load(request, config):
+def load(request: Request, config: ModelConfig) -> InitImage:
     """Open a resolved request's image and mask and bring them to its size -> InitImage."""
     if request.image is None:
         return InitImage()
@@ -76,7 +85,7 @@ def _filled(request, picture, mask):
     return images.cover(picture, mask, request.fill, request.seed)
 
 
-def paste_back(init_image, image):
+def paste_back(init_image: InitImage, image: Picture) -> Picture:
     """Paste what was inpainted, uint8 [H,W,3], into the original -> uint8 [H',W',3]. Pixels outside
     a mask come back as they were."""
     if init_image.crop is not None:
@@ -86,7 +95,9 @@ def paste_back(init_image, image):
     return images.paste(init_image.original, image, init_image.box, init_image.opacity)
 
 
-def inputs(model, requests, init_images, sigmas, rows, prompts):
+def inputs(model: Model, requests: Sequence[Request], init_images: Sequence[InitImage],
+           sigmas: Sequence[np.ndarray], rows: Any,
+           prompts: np.ndarray) -> tuple[dict[str, Any], np.ndarray | None, Arrays | None]:
     """Conditioning besides text -> fields of `inputs.Inputs`, and of its Steps strength, control.
 
     sigmas: a list of noise levels, [steps + 1] for each picture; rows: stacked;

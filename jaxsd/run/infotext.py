@@ -1,5 +1,8 @@
 """How a picture was made, read back from its file: our own record, or what A1111 writes."""
 
+from collections.abc import Collection, Mapping, Sequence
+from jaxsd.config import ModelConfig
+from jaxsd.typing import Path
 import json
 import pathlib
 import re
@@ -28,7 +31,7 @@ class Metadata(NamedTuple):
     notes: list[str]
     files: Mapping[str, str] = MappingProxyType({})
 
-    def named(self):
+    def named(self) -> dict[str, Any]:
         """What of it names files, folders and models, {name of the field or of the run's: value}.
         Whoever made the picture chose them: they may lead anywhere."""
         fields = {name: self.fields.get(name) for name in PATHS}
@@ -39,7 +42,7 @@ class Metadata(NamedTuple):
         named = fields | {name: self.run.get(name) for name in NAMES}
         return {name: value for name, value in named.items() if value}
 
-    def check_files(self, names=PATHS):
+    def check_files(self, names: Collection[str] = PATHS) -> None:
         """Raises ValueError where a file that these fields name has changed since, and
         FileNotFoundError where it is gone."""
         given = [self.fields.get(name) for name in names if name != 'controls']
@@ -50,7 +53,7 @@ class Metadata(NamedTuple):
                 raise ValueError(f'{path} has changed since the picture was made from it')
 
 
-def read(path):
+def read(path: Path) -> Metadata:
     """A picture's file -> Metadata. Opens no file but this one.
 
     A PNG of ours tells everything; of PNG, JPEG and WebP files of other programs the text is read
@@ -77,7 +80,7 @@ def _texts(path):
     return ({'parameters': comment(exif)} if exif else {}) | texts
 
 
-def comment(value):
+def comment(value: str | bytes) -> str:
     """EXIF's user comment: 8 bytes that name the code, then text; UTF-16 in either order."""
     if isinstance(value, str):
         return value
@@ -178,13 +181,13 @@ def _recorded(path, text):
     return Metadata(found, run, notes, files)
 
 
-def brief(value):
+def brief(value: object) -> str:
     """What a file says, as an error or a note tells it: of one line, and not long."""
     text = ' '.join(str(value).split())
     return text if len(text) <= 200 else f'{text[:200]}...'
 
 
-def tuples(value):
+def tuples(value: Any) -> Any:
     return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
@@ -192,7 +195,7 @@ def _lost(value):
     return isinstance(value, dict) and 'sha256' in value
 
 
-def differences(run):
+def differences(run: Mapping[str, Any]) -> str:
     """What of a record's versions, device and plugins is otherwise here: a line, '' for nothing."""
     then = {**run['versions'], 'device': run.get('device')}
     now = {**picture.versions(), 'device': picture.device()}
@@ -254,7 +257,7 @@ SAMPLER_OPTIONS = {'Sigma churn': ('s_churn', float), 'Sigma tmin': ('s_tmin', f
                    'UniPC order': ('order', int), 'UniPC variant': ('variant', str)}
 
 
-def parse(text):
+def parse(text: str) -> tuple[str, str, dict[str, str]]:
     """A1111's text -> prompt, negative prompt, {key: value}, all as text.
 
     modules/infotext_utils.py (parse_generation_parameters): the last line holds the pairs, if it
@@ -274,14 +277,14 @@ def parse(text):
     head = text[:at]
     if inline and not re.search('^Negative prompt:', head, re.M):
         head = head.replace('Negative prompt:', '\nNegative prompt:', 1)
-    prompt, negative = [], []
-    into = prompt
+    lines: tuple[list[str], list[str]] = [], []
+    into = lines[0]
     for line in map(str.strip, head.strip().split('\n')):
         if line.startswith('Negative prompt:'):
-            into, line = negative, line[16:].strip()
+            into, line = lines[1], line[16:].strip()
         into.append(line)
-    prompt, negative = ('\n'.join(some).strip('\n') for some in (prompt, negative))
-    pairs += zip(templates[::2], map(str.strip, templates[1::2]))
+    prompt, negative = ('\n'.join(some).strip('\n') for some in lines)
+    pairs = [*pairs, *zip(templates[::2], map(str.strip, templates[1::2]))]
     return prompt, negative, {key: _unquote(value.strip()) for key, value in pairs}
 
 
@@ -327,7 +330,7 @@ def _unquote(value):
         return value
 
 
-def foreign(text):
+def foreign(text: str) -> Metadata:
     """A1111's text -> Metadata, with a note for each pair that has no counterpart here. Raises
     ValueError where settings stand in the prompt."""
     prompt, negative, pairs = parse(text)
@@ -344,8 +347,8 @@ def foreign(text):
     if hires:
         notes.append('Hires fix is left out: the picture comes in the size of its first pass')
         pairs = {key: pairs[key] for key in pairs if key not in (*hires, 'Denoising strength')}
-    fields = {'prompt': prompt, 'negative_prompt': negative,
-              'noise': SOFTWARE[program]}
+    fields: dict[str, Any] = {'prompt': prompt, 'negative_prompt': negative,
+                              'noise': SOFTWARE[program]}
     if program == 'ComfyUI':
         fields['weighting'] = 'comfy'
     for key in [key for key in FIELDS if key in pairs]:
@@ -408,7 +411,7 @@ def _schedule(text):
     return text if text.endswith('.json') else SCHEDULE_NAMES[text.lower()]
 
 
-def fit(requests, config):
+def fit(requests: Sequence[Request], config: ModelConfig) -> tuple[Sequence[Request], list[str]]:
     """Requests read from A1111's text, as A1111 takes it with this model -> them, and notes."""
     notes = []
     for i, request in enumerate(requests):

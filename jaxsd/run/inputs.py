@@ -1,5 +1,12 @@
 """From resolved requests to everything that a compiled program takes, numpy on the host."""
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from jaxsd.config import TEXT_ENCODERS, ModelConfig
+from jaxsd.run.request import Request
+from jaxsd.run.image_conditioning import InitImage
+from jaxsd.typing import Params
+from jaxsd.weights import Model
 import hashlib
 from typing import NamedTuple
 
@@ -20,7 +27,7 @@ from jaxsd.run.text_conditioning import (
 )
 from jaxsd.sampling.guidance_options import stack, table
 
-REFINER = np.uint32([0x9E3779B9, 0])  # so that a refiner draws other noise than the base did
+REFINER = np.array([0x9E3779B9, 0], np.uint32)  # a refiner draws other noise than the base
 
 
 class Inputs(NamedTuple):
@@ -53,18 +60,18 @@ class Inputs(NamedTuple):
     factors: dict | None = None  # {component: low-rank factors of the A adapters}, for `networks`
 
     @property
-    def rows(self):
+    def rows(self) -> Any:
         """The sampler's table, of [rows,B]."""
         return self.steps.row
 
     @property
-    def axes(self):
+    def axes(self) -> list[int | None]:
         """Which axis is pictures, for each field; None: no axis."""
         return [{'embeddings': None, 'factors': None, 'steps': 1}.get(name, 0)
                 for name in self._fields]
 
 
-def program(data):
+def program(data: Inputs) -> str:
     """A short name for all that chooses the programs of Inputs, but for the numbers of pictures and
     of rows."""
     shapes = [jax.tree.map(lambda a, axis=axis: np.shape(a) if axis is None else
@@ -73,13 +80,14 @@ def program(data):
     return hashlib.sha256(repr(jax.tree.flatten(shapes)).encode()).hexdigest()[:10]
 
 
-def lengthened(data):
+def lengthened(data: Inputs) -> Inputs:
     """Inputs whose tables have idle rows up to `sampling.bucket`, so that few lengths compile."""
     count = len(data.steps.call)
     return data._replace(steps=chunk(data.steps, 0, count, sampling.bucket(count)))
 
 
-def inputs(model, requests, noise=None, init_images=None, stage=None):
+def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None = None,
+           init_images: Sequence[InitImage] | None = None, stage: str | None = None) -> Inputs:
     """Resolved requests -> Inputs, numpy on the host: tokens, tables, keys. Compiles nothing.
 
     init_images: of `image_conditioning.load`, opened here if None. stage: 'base' or 'refiner', the
@@ -114,7 +122,7 @@ def inputs(model, requests, noise=None, init_images=None, stage=None):
         **start, **words, **images)
 
 
-def networks(model, data):
+def networks(model: Model, data: Inputs) -> tuple[Params, ModelConfig]:
     """What `pipeline` takes beside a batch's Inputs -> (params, config): the model's own, less what
     has done its work on the host, and the ControlNets and adapters that the batch names."""
     nets = {name: model.controlnets[name] for name in data.hints or ()}
@@ -126,7 +134,7 @@ def networks(model, data):
         controlnets=tuple((name, net.config) for name, net in nets.items()))
 
 
-def has_steps(request):
+def has_steps(request: Request) -> bool:
     """Whether a resolved request has steps: at strength 0 one by A1111's convention, else none."""
     return request.strength > 0 or request.schedule_options.get('convention') == 'a1111'
 

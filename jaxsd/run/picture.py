@@ -1,5 +1,10 @@
 """PNG files that say how they were made, and grids of pictures."""
 
+from typing import Any
+from jaxtyping import UInt8
+from jaxsd.images.reading import Picture
+from jaxsd.run.request import Request
+from jaxsd.typing import Path
 import dataclasses
 import functools
 import hashlib
@@ -26,14 +31,14 @@ WEIGHTINGS = {'no_norm': 'No norm', 'none': 'None', 'comfy': 'comfy',
 NOISES = {'torch': 'CPU', 'philox': 'NV'}
 
 
-def parameters(request, model='', vae='', refiner=''):
+def parameters(request: Request, model: str = '', vae: str = '', refiner: str = '') -> str:
     """The `parameters` text that A1111 writes into its PNG files.
 
     Prompt, then `Negative prompt:` if there is one, then one line of `Key: value` pairs. Adapters
     stand in the prompt. A guidance for each step is told by its first: `record` has them all.
     model, vae, refiner: their names.
     """
-    schedule = request.schedule
+    schedule: Any = request.schedule
     if not isinstance(schedule, str):  # the noise levels themselves
         schedule = ','.join(map(_short, schedule))
     pairs = {
@@ -75,7 +80,7 @@ def _quote(value):
     return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n') else text
 
 
-def record(request, **run):
+def record(request: Request, **run: Any) -> str:
     """The complete request, the files that it follows, and what made it, as JSON text; of plugins
     the hash of their code.
 
@@ -88,14 +93,14 @@ def record(request, **run):
                        'device': device()}, default=describe, ensure_ascii=False)
 
 
-def versions():
+def versions() -> dict[str, str]:
     """What the bits of a picture may depend on -> {package: version}."""
     names = ('jax', 'jaxlib', 'flax', 'tokenizers', 'numpy')
     return {'jaxsd': jaxsd.__version__} | {
         name: importlib.metadata.version(name) for name in names}
 
 
-def device():
+def device() -> str:
     """The kind of device that pictures are made on, 'NVIDIA H100 80GB HBM3' or 'cpu (...)'."""
     import jax
     kind = jax.devices()[0].device_kind
@@ -112,7 +117,7 @@ def _processor():
     return (names or [platform.processor() or platform.machine()])[0]
 
 
-def digest(path):
+def digest(path: Path) -> str:
     """The sha256 of a picture's pixels, with gray to its 16 bits and transparency, or of a file
     that is no picture. Raises as `images.read` does."""
     if os.fspath(path).endswith('.json'):
@@ -121,9 +126,10 @@ def digest(path):
                           + images.read_gray(path).tobytes()).hexdigest()
 
 
-def files(request):
+def files(request: Request) -> set[str]:
     """The paths of the files that a request names."""
-    given = [request.image, request.mask, request.depth, *(c.image for c in request.controls)]
+    given: list[Any] = [request.image, request.mask, request.depth,
+                        *(c.image for c in request.controls)]
     if str(request.schedule).endswith('.json'):
         given.append(request.schedule)
     return {os.fspath(path) for path in given if isinstance(path, (str, os.PathLike))}
@@ -133,7 +139,7 @@ def _fields(request):
     return {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
 
 
-def describe(value):
+def describe(value: Any) -> Any:
     """What JSON does not know: controls, paths, and pictures given as such, by their hash."""
     if dataclasses.is_dataclass(value):
         return _fields(value)
@@ -144,15 +150,15 @@ def describe(value):
     if isinstance(value, np.generic):
         return value.item()
     pixels = np.ascontiguousarray(value)
-    return {'shape': list(pixels.shape), 'sha256': hashlib.sha256(pixels).hexdigest()}
+    return {'shape': list(pixels.shape), 'sha256': hashlib.sha256(pixels.data).hexdigest()}
 
 
-def unicode(text):
+def unicode(text: str) -> bytes:
     """Text as UTF-8, in which names of files that are none become escapes of JSON."""
     return text.encode(errors='backslashreplace')
 
 
-def png(image, texts=None):
+def png(image: Picture, texts: Mapping[str, str] | None = None) -> bytes:
     """An image, uint8 [H,W,3], and text chunks -> the bytes of a PNG file."""
     from PIL import Image, PngImagePlugin
     info = PngImagePlugin.PngInfo()
@@ -164,7 +170,7 @@ def png(image, texts=None):
     return file.getvalue()
 
 
-def thumbnail(image, side=256):
+def thumbnail(image: Picture, side: int = 256) -> bytes | None:
     """An image, uint8 [H,W,3] -> the bytes of a WebP of at most `side` pixels, or None where the
     image is no larger itself."""
     from PIL import Image
@@ -176,12 +182,12 @@ def thumbnail(image, side=256):
     return file.getvalue()
 
 
-def write_png(path, image, texts=None):
+def write_png(path: Path, image: Picture, texts: Mapping[str, str] | None = None) -> None:
     """Write an image, uint8 [H,W,3], with text chunks, as `write_whole` does."""
     write_whole(path, png(image, texts))
 
 
-def write_whole(path, data, sync=False):
+def write_whole(path: Path, data: bytes, sync: bool = False) -> None:
     """Write bytes so that a file of that name is there whole or not at all (a temporary file next
     to it, then a rename); sync: also after the machine lost power."""
     path = pathlib.Path(path)
@@ -206,7 +212,8 @@ def _umask():
     return mask
 
 
-def grid(images, columns=None):
+def grid(images: UInt8[np.ndarray, 'B H W C'],
+         columns: int | None = None) -> UInt8[np.ndarray, 'H W C']:
     """Images uint8 [B,H,W,3] -> one picture [rows*H, columns*W, 3], white where none is left."""
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -217,7 +224,7 @@ def grid(images, columns=None):
     return cells.reshape(rows * height, columns * width, channels)
 
 
-def check_folder(path):
+def check_folder(path: Path) -> pathlib.Path:
     """Make the folder, and make sure that files can be written there.
 
     Raises OSError, before hours of sampling rather than after.

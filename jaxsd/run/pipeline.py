@@ -1,6 +1,13 @@
 """From arrays to pictures, pure functions: `encode_text`, `encode`, `advance` (the denoise loop),
 `decode`; and `pipeline`, all of it."""
 
+from collections.abc import Callable
+from jax import Array
+from jaxtyping import Bool, Float, UInt8
+from jaxsd.config import ModelConfig, T2IAdapterConfig
+from jaxsd.run.inputs import Inputs
+from jaxsd.run.steps import Steps
+from jaxsd.typing import Params
 from typing import Any, NamedTuple
 
 import jax
@@ -22,12 +29,15 @@ SAG_PLACE = 'mid_block.attentions.0.transformer_blocks.0.attn1'
 LOW_RES = np.uint32(2**31)  # the call number of the upscaler's noise, where no other is
 
 
+Info = Callable[[Any], Any]  # see sampling.sample
+
+
 class Encoded(NamedTuple):
     """What the denoise loop follows, of B pictures, the same in all steps. A field that is None is
     absent from the program."""
 
     text: Conditioning  # of N texts each
-    keys: jax.Array  # uint32 [B,2]: threefry key data, of the noise of stochastic samplers
+    keys: Any  # uint32 [B,2]: threefry key data, of the noise of stochastic samplers
     adapters: dict | None = None  # {component: [B,A]}: weights
     given: Any = None  # bool [B]: whose noise is the steps'; None: everybody's, if there is any
     extra: Any = None  # [B,h,w,E]: channels beside the latents
@@ -38,7 +48,8 @@ class Encoded(NamedTuple):
     differential: Any = None  # bool [B]: new where the mask is at least the step's strength
 
 
-def pipeline(params, inputs, config, height, width, tile=None):
+def pipeline(params: Params, inputs: Inputs, config: ModelConfig, height: int, width: int,
+             tile: int | None = None) -> tuple[UInt8[Array, 'B H W 3'], Bool[Array, ' B']]:
     """The whole as one pure function: text -> latents -> pixels.
 
     params, config: of `inputs.networks`. inputs: Inputs of B pictures of height x width pixels.
@@ -47,7 +58,8 @@ def pipeline(params, inputs, config, height, width, tile=None):
     return decode(params, config, latents(params, inputs, config, height, width), tile)
 
 
-def latents(params, inputs, config, height, width, info=None):
+def latents(params: Params, inputs: Inputs, config: ModelConfig, height: int, width: int,
+            info: Info | None = None) -> Any:
     """`pipeline` up to its decoder -> latents [B,h,w,L]; info: as of `sampling.sample`, whose
     result this is with it."""
     params = once(params)
@@ -56,14 +68,14 @@ def latents(params, inputs, config, height, width, info=None):
     return state.x if info is None else (state.x, seen)
 
 
-def once(params):
+def once(params: Params) -> Params:
     """What is computed from the weights once for many model calls: on CPU the tiles of wide
     convolutions, see `layers.prepared`. Accelerators would rather have the memory."""
     return params | {part: prepared(params[part]) for part in ('unet', 'controlnet')
                      if part in params}
 
 
-def encode_text(params, config, inputs):
+def encode_text(params: Params, config: ModelConfig, inputs: Inputs) -> Conditioning:
     """The words of Inputs -> Conditioning of N texts for each of B pictures.
 
     On CPU with what cross-attention makes of them in each of its layers, as XLA would compute that
@@ -79,13 +91,14 @@ def encode_text(params, config, inputs):
         lambda a: a.reshape(*texts.shape[:2], *a.shape[1:]), cache))
 
 
-def encode(params, config, inputs, text, height, width):
+def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioning | None,
+           height: int, width: int) -> tuple[Encoded, Float[Array, 'B h w L']]:
     """Pictures, masks and hints of Inputs -> (Encoded, latents [B,h,w,L] at the first noise level).
 
     text: of `encode_text`.
     """
     shape = (height // config.vae.factor, width // config.vae.factor, config.vae.latent_channels)
-    keys = jax.random.wrap_key_data(inputs.keys, impl='threefry2x32')
+    keys = jax.random.wrap_key_data(jnp.asarray(inputs.keys), impl='threefry2x32')
     x = _noise(inputs, keys, shape) * _each(inputs.sigma)
     extra, init = inputs.extra, None
     if inputs.init_image is not None:
@@ -104,13 +117,14 @@ def encode(params, config, inputs, text, height, width):
                    None if inputs.mask is None else init, inputs.mask, inputs.differential), x
 
 
-def start(x, steps):
+def start(x: Float[Array, 'B h w L'], steps: Steps) -> Any:
     """The state of the denoise loop before the first row -> sampling.State. x: as of `encode`;
     steps: as of `advance`."""
     return sampling.init(x, steps.row, jnp.zeros_like(x) if steps.guidance.momentum else None)
 
 
-def advance(params, config, state, encoded, steps, count=None, info=None):
+def advance(params: Params, config: ModelConfig, state: Any, encoded: Encoded, steps: Steps,
+            count: int | Array | None = None, info: Info | None = None) -> tuple[Any, Any]:
     """Go on with the denoise loop over the next rows -> (state, what info gave or None).
 
     state: of `start` or of this. encoded: of `encode`. steps: Steps of [rows,B]. count: how many
@@ -131,7 +145,7 @@ def advance(params, config, state, encoded, steps, count=None, info=None):
                             count)
 
 
-def denoiser(params, config, encoded):
+def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[..., Any]:
     """-> denoise(x, sigma, step), guided, for `sampling.sample`: ([B,h,w,L] and the same without
     guidance), step: one row of Steps. Where the guidance has momentum, denoise(x, sigma, step,
     memory) -> (those, memory).
@@ -256,7 +270,8 @@ def _controls(nets, configs, weights, called, hints, added, labels):
     return added_up[0] or None, added_up[1]
 
 
-def encode_image(params, config, image):
+def encode_image(params: Params, config: ModelConfig,
+                 image: Float[Array, 'B H W 3']) -> Float[Array, 'B h w L']:
     """image [B,H,W,3] in [-1,1] -> its latents as the U-Net sees them [B,h,w,L], the mean."""
     mean, _ = vae.encode(_vae_weights(params, config), config.vae, image)
     return vae.scale(config.vae, mean)
@@ -269,7 +284,8 @@ def _vae_weights(params, config):
         lambda a: a.astype(jnp.float32) if a.dtype == jnp.float16 else a, params['vae'])
 
 
-def decode(params, config, latent, tile=None):
+def decode(params: Params, config: ModelConfig, latent: Float[Array, 'B h w L'],
+           tile: int | None = None) -> tuple[UInt8[Array, 'B H W 3'], Bool[Array, ' B']]:
     """Latents [B,h,w,L] as the U-Net sees them -> images uint8 [B,H,W,3], finite bool [B]."""
     weights = _vae_weights(params, config)
     latent = vae.unscale(config.vae, latent)

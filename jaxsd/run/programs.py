@@ -31,7 +31,7 @@ class Programs:
         self.most, self.options, self.log = most, options, []
         self._lock, self._kept = threading.Lock(), collections.OrderedDict()
 
-    def get(self, function, /, *arguments, **static):
+    def get(self, function: Callable, /, *arguments: Any, **static: Any) -> 'Program':
         """`function(*arguments, **static)` compiled -> Program.
 
         arguments: pytrees of arrays, or of jax.ShapeDtypeStruct with where they will lie.

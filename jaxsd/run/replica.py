@@ -1,5 +1,10 @@
 """The models on a device, or spread over a mesh of them, and the compiled programs there."""
 
+from typing import Any, NamedTuple
+from collections.abc import Sequence
+from jaxsd.images.reading import Picture
+from jaxsd.weights.model import Model, Network
+from jaxsd.run.pipeline import Encoded
 import functools
 import hashlib
 import threading
@@ -43,7 +48,7 @@ class Stage(NamedTuple):
     inputs: Inputs
 
     @property
-    def calls(self):
+    def calls(self) -> np.ndarray:
         """Model calls up to the end of each row, [rows]; at most, where the steps are free."""
         return np.cumsum(self.inputs.steps.row.sigma[:, 0] > 0)
 
@@ -55,25 +60,26 @@ class Replica:
     rows: of a table, that `advance` runs before it returns; tile: see `pipeline.decode`.
     """
 
-    def __init__(self, nets, device, rows, tile):
+    def __init__(self, nets: Sequence[Model], device: jax.Device | Mesh, rows: int,
+                 tile: int | None) -> None:
         self.mesh = device if isinstance(device, Mesh) else None
         self.here, self.nets = _here(device), [placed(net, device) for net in nets]
         self.rows, self.tile = rows, tile
         self._lock, self._programs, self._texts = threading.Lock(), {}, {}
 
-    def width(self, slots):
+    def width(self, slots: int) -> int:
         """So many slots of each device -> those of a program."""
         return slots * (self.mesh.size if self.mesh else 1)
 
-    def ready(self, kind):
+    def ready(self, kind: Kind) -> bool:
         """Whether a kind's programs are here."""
         return kind in self._programs
 
-    def programs(self, stage):
+    def programs(self, stage: Stage) -> 'StagePrograms':
         """-> Stage's programs, compiled where they are not here."""
         return self._kept(self._programs, stage.kind, KINDS, lambda: StagePrograms(self, stage))
 
-    def start(self, stage, latents):
+    def start(self, stage: Stage, latents: jax.Array | None) -> tuple[Encoded, Any]:
         """-> Encoded of a stage's picture, and its state before the first row. latents: of the
         stage before, or None. Words that are known are not encoded again."""
         programs, (words, rest) = self.programs(stage), _parts(stage.inputs)
@@ -187,7 +193,7 @@ class _Only(NamedTuple):
     vae: object
 
 
-def look(latents, vae):
+def look(latents: jax.Array, vae: Network) -> Picture:
     """Latents [1,h,w,L], decoded by a small VAE (a Network) where they lie -> uint8 [H',W',3]."""
     latents = jax.device_put(latents, next(iter(latents.devices())))
     params = {'vae': jax.device_put(vae.params, latents.sharding)}
@@ -198,7 +204,7 @@ def look(latents, vae):
 _placed = weakref.WeakKeyDictionary()  # {Model: {device: the Model there}}, for all Engines
 
 
-def placed(model, device):
+def placed(model: Model, device: jax.Device | Mesh) -> Model:
     """A model on a device, with what is computed from its weights once."""
     found = _placed.setdefault(model, {})
     if device not in found:

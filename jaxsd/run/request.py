@@ -1,5 +1,7 @@
 """What a user asks for: one picture, from a text and whatever else it shall follow."""
 
+from collections.abc import Mapping, Sequence
+from jaxsd.config import ModelConfig
 import dataclasses
 import math
 import numbers
@@ -17,6 +19,8 @@ from jaxsd.sampling import SAMPLERS, known_schedule
 from jaxsd.sampling.choice import check_number, choose, flag, one_of
 from jaxsd.sampling.guidance_options import check, per_step
 from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
+from jaxsd.sampling.noise_schedule import ScheduleLike
+from jaxsd.typing import ImageLike, Path
 
 MAX_SEED = 2**64 - 1
 MAX_STEPS, MAX_SIDE, MAX_BLUR = 10_000, 2**16, 2**10  # beyond is a slip, and fills memory
@@ -47,7 +51,7 @@ class Control:
     """
 
     net: str
-    image: Any
+    image: 'ImageLike'
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -81,26 +85,26 @@ class Request:
     negative_prompt: str = ''
     seed: int = -1  # 0 to 2^64 - 1; -1: picked at random by `resolve`
     sampler: str = 'dpmpp_2m'  # or as A1111 ('DPM++ 2M Karras') and diffusers name it
-    schedule: Any = 'karras'  # a name, the path of a schedule file (.json), or the levels, a list
+    schedule: ScheduleLike = 'karras'  # a name, a schedule file (.json), or the levels
     steps: int = 25
-    guidance: Any = None  # classifier-free guidance scale, or one for each step; 1: none; None:
-    # what suits the model's version, see GUIDANCE
+    guidance: float | Sequence[float] | None = None  # classifier-free, or one a step; 1: none;
+    # None: what suits the model's version, see GUIDANCE
     width: int | None = None  # pixels; None: the model's native size
     height: int | None = None
     force_size: bool = False  # take one so far from the native size that only noise can come of it
     aspect: str | None = None  # SDXL: 'W:H', the nearest size that it was trained on
-    image: Any = None  # to start from, to repaint, to take the depth of, or to enlarge
+    image: 'ImageLike | None' = None  # to start from, repaint, take the depth of, or enlarge
     strength: float | None = None  # 0: the image as it is; 1: all new. None: 1 with a mask or
     # outpaint, 0.75 without
     resize: str = 'crop'  # how an image comes to the picture's size: crop, pad or stretch
-    mask: Any = None  # of the image's size; white is painted anew, black stays to the bit
+    mask: 'ImageLike | None' = None  # its size; white is painted anew, black stays to the bit
     mask_mode: str = 'blend'  # gray of the mask: a mixture, or 'strength' (differential diffusion)
     mask_blur: float = 0.0  # pixels by which a mask's border is softened
     only_masked: int | None = None  # paint only the mask's box, so many pixels wider, at full size
     fill: str | None = None  # what a mask hides at first: original, edge, noise, or latent noise
-    outpaint: tuple | None = None  # pixels to add: (left, top, right, bottom)
-    depth: Any = None  # depth models: near is white; None: estimated from the image
-    controls: tuple = ()  # of Control
+    outpaint: Sequence[int] | None = None  # pixels to add: (left, top, right, bottom)
+    depth: 'ImageLike | None' = None  # depth models: near is white; None: estimated from the image
+    controls: Sequence[Control] = ()
     class_label: int | None = None  # class-conditional models; upscaler: noise level, None: 20
     negative_class_label: int | None = None  # None: the last class; upscaler: the same level
     prompt_2: str | None = None  # SDXL: for its second text encoder; None: the same prompt
@@ -110,17 +114,17 @@ class Request:
     clip_skip: int = 1  # 1: the layer that the version uses; n: n - 1 layers before it
     adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {name: weight}, as
     # <lora:name:weight> in the prompt; or (U-Net's weight, text encoders' weight)
-    wildcards: Any = None  # a folder of NAME.txt, or {NAME: options}, for __NAME__ in prompts
+    wildcards: Path | Mapping[str, Any] | None = None  # folder of NAME.txt, or {NAME: options}
     noise: str = 'threefry'  # or torch (its CPU generator) or philox (A1111's NV), for their seeds
-    noise_batch: tuple = (0, 1)  # torch: the picture's place in a batch drawn at once, and its size
+    noise_batch: Sequence[int] = (0, 1)  # torch: place in a batch drawn at once, its size
     switch: float = 0.8  # with a refiner: the part of the noise that the base model removes
     eta: float | None = None  # noise of ddim and the ancestral samplers; None: the sampler's own
     sampler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     schedule_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     guidance_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see docs
-    original_size: tuple | None = None  # SDXL: (height, width); None: the picture's
-    crop: tuple = (0, 0)  # SDXL: (top, left)
-    target_size: tuple | None = None  # SDXL base: (height, width); None: the picture's
+    original_size: Sequence[int] | None = None  # SDXL: (height, width); None: the picture's
+    crop: Sequence[int] = (0, 0)  # SDXL: (top, left)
+    target_size: Sequence[int] | None = None  # SDXL base: (height, width); None: the picture's
     aesthetic: float = 6.0  # SDXL refiner
     negative_aesthetic: float = 2.5
 
@@ -252,12 +256,12 @@ class Request:
         _integer("noise_batch's place", batch[0], 0, batch[1] - 1)
         object.__setattr__(self, 'noise_batch', tuple(map(int, batch)))
 
-    def replace(self, **fields):
+    def replace(self, **fields: Any) -> 'Request':
         """A copy with some fields replaced."""
         return dataclasses.replace(self, **fields)
 
 
-def resolve(requests, config):
+def resolve(requests: Sequence[Request], config: ModelConfig) -> list[Request]:
     """Fill in what a request leaves open: size, guidance, strength, a random seed for -1, and the
     choices of dynamic prompts, `{a|b}` and `__name__`, which the seed makes.
 
@@ -357,7 +361,7 @@ _WIDE = [(width, height) for height, widths in _WIDE.items() for width in widths
 BUCKETS = (*_WIDE, (1024, 1024), *((height, width) for width, height in reversed(_WIDE)))
 
 
-def bucket(aspect):
+def bucket(aspect: str) -> tuple[int, int]:
     """'W:H' -> the (width, height) that SDXL was trained on whose ratio is nearest.
 
     Raises ValueError for what is no ratio, and for one that no size comes near.
@@ -369,7 +373,7 @@ def bucket(aspect):
     return min(BUCKETS, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
 
 
-def random_seed():
+def random_seed() -> int:
     """What -1 stands for: 32 bits, short enough to copy by hand, and other programs take it."""
     return random.SystemRandom().randrange(2**32)
 

@@ -5,6 +5,10 @@ for it alone (fully sharded data parallel, https://arxiv.org/abs/2304.11277), so
 are made of the same numbers.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxsd.typing import Params
 import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -13,20 +17,21 @@ AXIS = 'data'  # of meshes over the devices of a host
 WHOLE = ('controlnet', 'adapters')
 
 
-def axis(shape, devices):
+def axis(shape: tuple[int, ...], devices: int) -> int | None:
     """The dimension along which an array is spread: the largest that the devices divide; None for
     vectors and for arrays without one."""
     found = [i for i, n in enumerate(shape) if n % devices == 0]
     return max(found, key=lambda i: shape[i]) if len(shape) > 1 and found else None
 
 
-def place(params, mesh):
+def place(params: Params, mesh: Mesh) -> Params:
     """Spread nested dicts of arrays over a mesh of one axis."""
     return jax.tree.map(
         lambda a: jax.device_put(a, NamedSharding(mesh, _spec(axis(a.shape, mesh.size)))), params)
 
 
-def run(params, *arguments, function, mesh, **static):
+def run(params: Params, *arguments: Any, function: Callable[..., Any], mesh: Mesh,
+        **static: Any) -> Any:
     """function(params, *arguments), in which each device has whole arguments, and its part of the
     params, gathered where they are looked up. ControlNets are whole: not all devices call them in
     the same rows."""
@@ -74,5 +79,5 @@ class _Whole(dict):
         return list(dict.values(self)), (list(self), self.axes)
 
     @classmethod
-    def tree_unflatten(cls, names, parts):
+    def tree_unflatten(cls, names: Any, parts: Any) -> '_Whole':
         return cls(dict(zip(names[0], parts)), names[1])

@@ -1,5 +1,6 @@
 """What changes from row to row of a sampler's table, for all kinds of conditions."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,8 @@ class Steps(NamedTuple):
     noise: Any = None  # [...,h,w,L]: of stochastic samplers, where it is not drawn from the key
 
 
-def over_rows(values, sigmas, rows, what, varies):
+def over_rows(values: Sequence[np.ndarray], sigmas: Sequence[np.ndarray], rows: Any, what: str,
+              varies: Any) -> np.ndarray:
     """What pictures have for their steps, a list of [steps,...], dealt to rows -> [rows,B,...].
 
     sigmas: of each picture, [steps + 1]. rows: of [rows,B]. varies bool [B]: for whom it is not
@@ -36,7 +38,7 @@ def over_rows(values, sigmas, rows, what, varies):
                      in enumerate(zip(values, sigmas))], 1)
 
 
-def chunk(steps, start, stop, length):
+def chunk(steps: Steps, start: int, stop: int, length: int) -> Steps:
     """Rows start to stop of a table, and idle ones up to `length` -> Steps [length,B,...]."""
     def part(a):
         tail = np.broadcast_to(a[max(stop - 1, 0)], (length - (stop - start), *a.shape[1:]))
@@ -46,7 +48,7 @@ def chunk(steps, start, stop, length):
     return jax.tree.map(part, steps._replace(row=None))._replace(row=jax.tree.map(np.float32, row))
 
 
-def beside(tables):
+def beside(tables: Sequence[Steps]) -> Steps:
     """Steps of one picture each, of one length -> those of all, side by side."""
     return tables[0] if len(tables) == 1 else jax.tree.map(
         lambda *fields: np.concatenate(fields, 1), *tables)

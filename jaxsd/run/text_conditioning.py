@@ -1,5 +1,10 @@
 """Conditioning by text: prompts taken apart, and which text holds in which step."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from jaxsd.run.request import Request
+from jaxsd.weights import Model
+from jaxsd.weights.embeddings import Embedding
 import itertools
 from typing import NamedTuple
 
@@ -11,6 +16,9 @@ from jaxsd.sampling.choice import unknown
 from jaxsd.weights import adapters
 
 ROLES = ('negative', 'positive', 'perp_neg')  # in the order of guidance's parts
+
+
+Arrays = dict[str, np.ndarray]
 
 
 class Prompts(NamedTuple):
@@ -29,17 +37,17 @@ class Prompts(NamedTuple):
 class Arrangement(NamedTuple):
     """A batch's texts: N for each picture, of which each of its P parts follows one at a time.
 
-    texts: per picture N pairs of role and text; index: per picture int [steps,P], indices into
+    texts: per picture N pairs of role and text; text_index: per picture int [steps,P], indices into
     the N, or None where all parts have one text in all steps, in their order; prompts: bool [P],
     the parts that are prompts.
     """
 
     texts: list
-    index: list | None
+    text_index: list | None
     prompts: np.ndarray
 
 
-def parse_prompts(request):
+def parse_prompts(request: Request) -> Prompts:
     """Take a request's prompts apart -> Prompts."""
     def parts(text, second, **options):
         plans = [grammar.plan(t, request.steps, request.weighting, **options)
@@ -74,7 +82,7 @@ def _by_step(part, steps):
             for step in range(steps)]
 
 
-def arrange_texts(parsed):
+def arrange_texts(parsed: Sequence[Prompts]) -> Arrangement:
     """A batch's Prompts -> Arrangement. Pictures with fewer parts than others get empty ones."""
     counts = {role: max(len(r.roles[role]) for r in parsed) for role in ROLES}
     nothing = (((),) * len(TEXT_ENCODERS),)
@@ -95,7 +103,7 @@ def arrange_texts(parsed):
                        prompts)
 
 
-def variants(texts):
+def variants(texts: list) -> Callable[[str], list]:
     """Arrangement.texts -> what `blocks.texts` takes: encoder -> segments of each picture's N."""
     def of(encoder):
         which = TEXT_ENCODERS.index(encoder)
@@ -103,7 +111,7 @@ def variants(texts):
     return of
 
 
-def count_blocks(model, request):
+def count_blocks(model: Model, request: Request) -> int:
     """The blocks of 75 tokens that a request's longest text takes; a batch has one number of them.
     """
     parsed = [parse_prompts(request)]
@@ -111,7 +119,7 @@ def count_blocks(model, request):
     return int(blocks.count(model.tokenizers, found, [request.cut], own)[0])
 
 
-def embeddings_of(model, parsed):
+def embeddings_of(model: Model, parsed: Sequence[Prompts]) -> list[Mapping[str, Embedding]]:
     """What words of each picture stand for: the model's embeddings, and those in the files of the
     adapters that it names; of one name the model's, then the first adapter's -> list of dicts."""
     def of(one):
@@ -124,7 +132,8 @@ def embeddings_of(model, parsed):
     return [of(one) for one in parsed]
 
 
-def adapters_of(model, parsed):
+def adapters_of(model: Model,
+                parsed: Sequence[Prompts]) -> tuple[dict[str, Any] | None, Arrays | None]:
     """The adapters that a batch names -> their `factors` and weights {component: float32 [B,A]}."""
     names = sorted({name for r in parsed for name in r.adapters})
     for name in names:

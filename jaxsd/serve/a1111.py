@@ -3,6 +3,10 @@
 Pure functions: nothing here opens a file, and no text of a request is ever taken for a path.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+from pydantic import BaseModel, ValidationError
+from jaxsd.serve.schemas import Body, Img2Img, Neutral
 import base64
 import binascii
 import difflib
@@ -29,6 +33,9 @@ CHURN = {'s_churn': 0, 's_tmin': 0, 's_tmax': 0, 's_noise': 1}  # A1111's defaul
 
 LEAST = 1e-6  # denoising_strength 0 is one step too in A1111
 
+Schema = TypeVar('Schema', bound=BaseModel)
+
+
 class Limits(NamedTuple):
     """What one request may ask for. pixels: width times height; of a picture sent, 4 times that."""
 
@@ -37,7 +44,7 @@ class Limits(NamedTuple):
     batch: int = 16
 
 
-def parse(model, data):
+def parse(model: type[Schema], data: bytes) -> Schema:
     """JSON as bytes -> an instance of the model. Raises ValueError, in one line."""
     try:
         return model.model_validate_json(data)
@@ -53,13 +60,15 @@ def parse(model, data):
     raise ValueError(f'{name}: {first["msg"]}{found}')
 
 
-def brief(value):
+def brief(value: object) -> str:
     """A value as an error tells it: one short line."""
     text = repr(value)
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 
-def requests(body, defaults, limits, model='', vae='', refiner='', read=images.read_bytes):
+def requests(body: Body, defaults: Mapping[str, Any], limits: Limits, model: str = '',
+             vae: str = '', refiner: str = '',
+             read: Callable[..., np.ndarray] = images.read_bytes) -> list[Request]:
     """A Body -> its Requests, with seeds that count up.
 
     defaults: arguments of Request, for what the body leaves open. model, vae, refiner: the names
@@ -177,7 +186,7 @@ def _pictures(body, limits, read):
         body.inpaint_full_res_padding or 0, 'fill': FILLS[body.inpainting_fill or 0]}
 
 
-def decode(text, name):
+def decode(text: str, name: str) -> bytes:
     """base64 or a data: URL -> bytes. Raises ValueError."""
     head = re.match(r'\s*data:[\w/+.-]{0,64}(;[\w=.-]{0,64}){0,4},', text[:512])
     try:
@@ -187,7 +196,8 @@ def decode(text, name):
                          f'address is read), found {brief(text)}') from None
 
 
-def answer(body, found, texts, model=''):
+def answer(body: Body, found: Sequence[tuple[Request, bytes]], texts: Sequence[str],
+           model: str = '') -> dict[str, Any]:
     """What txt2img and img2img answer -> a dict for JSON.
 
     found: per picture its Request and PNG file; texts: their `parameters`.
@@ -217,7 +227,9 @@ def answer(body, found, texts, model=''):
             'parameters': body.model_dump() | hidden, 'info': json.dumps(info, ensure_ascii=False)}
 
 
-def png_info(text, limits, read=images.read_texts):
+def png_info(text: str, limits: Limits,
+             read: Callable[..., tuple[dict[str, str], Any]] = images.read_texts,
+             ) -> tuple[str, dict[str, str], dict[str, str]]:
     """A picture as base64 -> the text that it carries: (info, items, parameters).
 
     read: finds it, as images.read_texts does.
@@ -230,13 +242,13 @@ def png_info(text, limits, read=images.read_texts):
     return info, items, {'Prompt': prompt, 'Negative prompt': negative, **pairs} if info else {}
 
 
-def samplers():
+def samplers() -> list[dict[str, Any]]:
     """GET /sdapi/v1/samplers: A1111's names, ours where it has none."""
     return [{'name': A1111_SAMPLERS.get(name, name), 'aliases': [name], 'options': {}}
             for name in SAMPLERS]
 
 
-def schedulers():
+def schedulers() -> list[dict[str, Any]]:
     """GET /sdapi/v1/schedulers."""
     names = {'automatic': 'Automatic', **{name: A1111_SCHEDULES.get(name, name)
                                           for name in SCHEDULES}}

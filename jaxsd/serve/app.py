@@ -1,5 +1,9 @@
 """The server's HTTP: routes, limits, keys, time-outs. One process, one model."""
 
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from jaxsd.serve.metrics import Metrics
+from jaxsd.serve.queue import Busy, Job, Queue, Result, Stopped
 import asyncio
 import concurrent.futures
 import functools
@@ -74,9 +78,10 @@ class Service:
     load() -> Loaded, called in a thread of its own. failed: what it, or the first picture, raised.
     """
 
-    def __init__(self, settings, metrics, load):
+    def __init__(self, settings: Settings, metrics: Metrics, load: Callable[[], Loaded]) -> None:
         self.settings, self.metrics = settings, metrics
-        self.loaded = self.failed = None
+        self.loaded: Loaded | None = None
+        self.failed: Exception | None = None
         self.tasks = {}  # {force_task_id: Job}
         # Requests with pictures have threads of their own, and pictures are decoded in processes
         # that end when the time is up: made-up ones keep nobody else waiting.
@@ -97,7 +102,7 @@ class Service:
         except Exception as error:
             self.failed = error
 
-    def ready(self):
+    def ready(self) -> Loaded:
         """-> Loaded. Raises Stopped before there is a first picture, and when there come no more.
         """
         if self.loaded is None:
@@ -105,13 +110,14 @@ class Service:
         self.loaded.queue.check(0)
         return self.loaded
 
-    def stop(self):
+    def stop(self) -> None:
         """Begin no more; returns when what runs is done."""
         if self.loaded is not None:
             self.loaded.queue.stop()
         self.decoders.stop()
 
-    def decode(self, read, data, name, *args, **options):
+    def decode(self, read: Callable[..., Any], data: bytes, name: str, *args: Any,
+               **options: Any) -> Any:
         """read(data, name, ...), of jaxsd.images, in a process that has settings.decode seconds."""
         try:
             return self.decoders.schedule(read, [data, name, *args], options,
@@ -124,7 +130,8 @@ class Service:
         except (concurrent.futures.CancelledError, RuntimeError):
             raise Stopped('the server stops') from None
 
-    def prepare(self, loaded, model, data):
+    def prepare(self, loaded: Loaded, model: type[schemas.Body],
+                data: bytes) -> tuple[schemas.Body, list[Request], Job]:
         """A body's bytes -> it, its Requests, and their Job. Milliseconds: off the event loop."""
         settings, queue = self.settings, loaded.queue
         body = a1111.parse(model, data)
@@ -141,7 +148,7 @@ class Service:
             raise ValueError(f'force_task_id={a1111.brief(name)}: expected one that is not in use')
         return body, requests, job
 
-    def drop(self, prepared):
+    def drop(self, prepared: Future) -> None:
         """A request is over, however: what it still wanted is not made. prepared: a future."""
         if not prepared.cancelled() and not prepared.exception():
             body, _, job = prepared.result()
@@ -149,7 +156,8 @@ class Service:
             if self.tasks.get(body.force_task_id) is job:
                 del self.tasks[body.force_task_id]
 
-    def answer(self, loaded, body, requests, found):
+    def answer(self, loaded: Loaded, body: schemas.Body, requests: Sequence[Request],
+               found: Sequence[Any]) -> bytes:
         """-> the answer's JSON as bytes. PNG files take their time: off the event loop."""
         _raise_failed(found)
         names = {'vae': loaded.vae, 'refiner': loaded.refiner}
@@ -188,7 +196,7 @@ def _raise_failed(found):
             raise HTTPError(500, 'failed', f'the picture could not be made: {line}')
 
 
-def build(service):
+def build(service: Service) -> Middleware:
     """A Service -> its ASGI application."""
     app = fastapi.FastAPI(title='jaxsd', docs_url=None, redoc_url=None)
     for kind in (HTTPError, Disconnected, Stopped, Busy, ValueError, RecursionError,
@@ -226,17 +234,17 @@ def build(service):
 
     @app.post('/sdapi/v1/txt2img', response_model=schemas.Images, responses=busy,
               openapi_extra=reads(schemas.Txt2Img))
-    async def txt2img(request: fastapi.Request):
+    async def txt2img(request: fastapi.Request) -> fastapi.Response:
         return await pictures(request, schemas.Txt2Img)
 
     @app.post('/sdapi/v1/img2img', response_model=schemas.Images, responses=busy,
               openapi_extra=reads(schemas.Img2Img))
-    async def img2img(request: fastapi.Request):
+    async def img2img(request: fastapi.Request) -> fastapi.Response:
         return await pictures(request, schemas.Img2Img)
 
     @app.post('/sdapi/v1/png-info', response_model=schemas.PngInfo, responses=errors(413),
               openapi_extra=reads(schemas.PngInfoBody))
-    async def png_info(request: fastapi.Request):
+    async def png_info(request: fastapi.Request) -> dict[str, Any]:
         def read(data):
             return a1111.png_info(a1111.parse(schemas.PngInfoBody, data).image, settings.limits,
                                   functools.partial(service.decode, images.read_texts))
@@ -264,11 +272,11 @@ def build(service):
 
     @app.get('/sdapi/v1/samplers', responses=errors())
     async def samplers() -> list[schemas.Sampler]:
-        return a1111.samplers()
+        return [schemas.Sampler(**one) for one in a1111.samplers()]
 
     @app.get('/sdapi/v1/schedulers', responses=errors())
     async def schedulers() -> list[schemas.Scheduler]:
-        return a1111.schedulers()
+        return [schemas.Scheduler(**one) for one in a1111.schedulers()]
 
     @app.get('/sdapi/v1/sd-models', responses=errors(503))
     async def sd_models() -> list[schemas.SDModel]:

@@ -1,5 +1,6 @@
 """Before the routes: keys, hosts, bodies and their limits; and errors as answers."""
 
+from typing import Any
 import asyncio
 import base64
 import binascii
@@ -31,7 +32,7 @@ class Disconnected(Exception):
     """The client has hung up."""
 
 
-async def read_body(request, settings):
+async def read_body(request: fastapi.Request, settings: Any) -> bytes:
     """The body's bytes, counted as they come, whatever the head says of their number."""
     kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
     if kind != 'application/json':  # which no web page can send to another host unasked
@@ -57,7 +58,8 @@ async def read_body(request, settings):
     return b''.join(parts)
 
 
-async def error_response(request, error):
+async def error_response(request: fastapi.Request | None,
+                         error: Exception) -> fastapi.responses.JSONResponse:
     """An exception as an answer: {"detail": a line, "error": a word}."""
     status, word, headers = 422, 'invalid', {}
     detail = ' '.join(str(error).split())
@@ -85,7 +87,7 @@ async def error_response(request, error):
 class Middleware:
     """Who may come in, and how it went: ASGI around all routes."""
 
-    def __init__(self, app, service):
+    def __init__(self, app: fastapi.FastAPI, service: Any) -> None:
         self.app, self.service = app, service
         key = service.settings.key
         self.key = key and key.encode()

@@ -1,5 +1,10 @@
 """A queue in front of an Engine: bounds, pictures that several ask for, what is going on."""
 
+from collections.abc import Sequence
+from jaxsd.batch.identity import Identity
+from jaxsd.run.engine import Engine, Task
+from jaxsd.run.request import Request
+from jaxsd.serve.metrics import Metrics
 import concurrent.futures
 import math
 import threading
@@ -13,7 +18,7 @@ from jaxsd.run.engine import Task
 class Busy(Exception):
     """The queue is full. seconds: when to come again, from the rate that was measured."""
 
-    def __init__(self, seconds):
+    def __init__(self, seconds: int) -> None:
         super().__init__(f'the queue is full: come again in {seconds} s')
         self.seconds = seconds
 
@@ -33,7 +38,7 @@ class Result(NamedTuple):
 class Job:
     """Pictures asked for together. future: a list of Result, or of what went wrong."""
 
-    def __init__(self, ids):
+    def __init__(self, ids: Sequence[str]) -> None:
         self.ids, self.future = ids, concurrent.futures.Future()
 
 
@@ -44,7 +49,8 @@ class Queue:
     between them than it takes fewer model calls.
     """
 
-    def __init__(self, engine, identity, metrics, most=64):
+    def __init__(self, engine: Engine, identity: Identity, metrics: Metrics,
+                 most: int = 64) -> None:
         if most < 1:
             raise ValueError(f'queue={most}: expected 1 or more')
         self.engine, self.identity, self.metrics, self.most = engine, identity, metrics, most
@@ -56,24 +62,24 @@ class Queue:
         self._each, self._last = 1.0, None  # s for a picture, a running mean; when one was done
         self._stopping = False
 
-    def warm(self, request):
+    def warm(self, request: Request) -> None:
         """Make a resolved request's picture, so that its kind is compiled, for one and for many."""
         self.engine.make([request])
         self.engine.warm([request])
 
     @property
-    def alive(self):
+    def alive(self) -> bool:
         """Whether pictures are made and wanted."""
         return not self._stopping and self.engine.alive
 
-    def counts(self):
+    def counts(self) -> tuple[int, int, int, float]:
         """-> pictures that wait, that are being made, that are done since there were none of
         either, and seconds until all are there."""
         waiting, running = self.engine.counts()
         with self._lock:
             return waiting, running, self._done, (waiting + running) * self._each
 
-    def check(self, count):
+    def check(self, count: int) -> None:
         """Raise Busy or Stopped where a job of so many new pictures has no chance now."""
         if not self.alive:
             raise Stopped(self._why())
@@ -85,7 +91,7 @@ class Queue:
         return 'the server is stopping' if self._stopping else (
             'the server cannot make pictures any more and must be restarted')
 
-    def submit(self, requests):
+    def submit(self, requests: Sequence[Request]) -> Job:
         """Resolved requests -> Job. Takes milliseconds.
 
         Raises Busy, Stopped, and ValueError for what the model cannot make.
@@ -120,7 +126,7 @@ class Queue:
         self.engine.add([task for _, task in new])
         return job
 
-    def cancel(self, job):
+    def cancel(self, job: Job) -> bool:
         """Take back what nobody else wants, begun or not -> whether the job was still open."""
         with self._lock:
             if not job.future.cancel():
@@ -133,7 +139,7 @@ class Queue:
         self._gauge()
         return True
 
-    def stop(self):
+    def stop(self) -> None:
         """Take no more, give up jobs of which nothing has begun, finish the others."""
         with self._lock:
             self._stopping = True

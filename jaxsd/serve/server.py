@@ -1,5 +1,8 @@
 """The process: uvicorn, with patience that ends and a stop that loses nothing."""
 
+import socket
+from typing import Any
+from jaxsd.serve.app import Service, build
 import asyncio
 
 import uvicorn
@@ -15,22 +18,22 @@ class Patient(H11Protocol):
 
     read = deadline = None  # seconds, set by Server; a timer
 
-    def connection_made(self, transport):
+    def connection_made(self, transport: Any) -> None:
         """The clock starts."""
         super().connection_made(transport)
         self._watch()
 
-    def data_received(self, data):
+    def data_received(self, data: bytes) -> None:
         """It stops with the end of a request's head."""
         super().data_received(data)
         self._watch()
 
-    def on_response_complete(self):
+    def on_response_complete(self) -> None:
         """It starts again."""
         super().on_response_complete()
         self._watch()
 
-    def connection_lost(self, exc):
+    def connection_lost(self, exc: Exception | None) -> None:
         """No more to watch."""
         super().connection_lost(exc)
         self._stop()
@@ -50,8 +53,8 @@ class Patient(H11Protocol):
 class Server(uvicorn.Server):
     """Stops when the model cannot be loaded; on a signal, when what runs is done."""
 
-    def __init__(self, service, host, port):
-        settings = service.settings
+    def __init__(self, service: Service, host: str, port: int) -> None:
+        settings: Any = service.settings
         self.service = service
         super().__init__(uvicorn.Config(
             build(service), host, port, http=type('Http', (Patient,), {'read': settings.read}),
@@ -60,11 +63,11 @@ class Server(uvicorn.Server):
             limit_concurrency=settings.connections,
             timeout_graceful_shutdown=int(settings.timeout)))
 
-    async def on_tick(self, counter):
+    async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second -> whether to end."""
         return await super().on_tick(counter) or self.service.failed is not None
 
-    async def shutdown(self, sockets=None):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Nothing new is begun; then as uvicorn does it."""
         await asyncio.to_thread(self.service.stop)
         await super().shutdown(sockets)
