@@ -1,12 +1,13 @@
 """What pictures cost, in floating point operations, known before they are made."""
 
+import math
 from collections.abc import Callable
 from typing import Any
-from jaxsd.run.engine import Engine
-from jaxsd.run.request import Request
-import math
 
 import jax
+
+from jaxsd.run.engine import Engine
+from jaxsd.run.request import Request
 
 
 def count(function: Callable[..., Any], *arguments: Any) -> tuple[int, int]:

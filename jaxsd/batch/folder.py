@@ -15,10 +15,6 @@ Nothing else in the folder is written, renamed or deleted, and a folder in which
 stands for something else is refused before anything is.
 """
 
-from collections.abc import Mapping
-from typing import Any
-from jaxsd.images.reading import Picture
-from jaxsd.typing import Path
 import contextlib
 import errno
 import hashlib
@@ -28,12 +24,16 @@ import os
 import pathlib
 import re
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 import filelock
 import numpy as np
 
 from jaxsd import images
+from jaxsd.images.reading import Picture
 from jaxsd.run import picture
+from jaxsd.typing import Path
 
 PLACES = {'file': 'pictures/{}/{}.png', 'thumb': 'thumbs/{}/{}.webp'}
 TEMPORARY = ('.config.json.????????.tmp', '.index.html.????????.tmp', '.manifest*.????????.tmp',

@@ -1,6 +1,5 @@
 """A run's gallery: index.html in its folder, which needs nothing but the pictures beside it."""
 
-from jaxsd.typing import Path
 import base64
 import datetime
 import hashlib
@@ -12,6 +11,7 @@ import re
 
 from jaxsd.batch import folder
 from jaxsd.run import picture
+from jaxsd.typing import Path
 
 EXACT = 2**53  # whole numbers up to here survive JavaScript's JSON.parse
 

@@ -4,15 +4,13 @@ The same id is the same picture, to the bit, on one kind of device with one vers
 `fingerprint`), and nearly so elsewhere.
 """
 
-from typing import Any
-from jaxsd.run.request import PROMPTS, Request
-from jaxsd.weights import Model
 import concurrent.futures
 import functools
 import hashlib
 import json
 import os
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,9 +18,10 @@ import numpy as np
 import jaxsd
 from jaxsd.run import picture
 from jaxsd.run.engine import slots_for
-from jaxsd.run.request import PROMPTS
+from jaxsd.run.request import PROMPTS, Request
 from jaxsd.run.text_conditioning import parse_prompts
 from jaxsd.sampling import plugins
+from jaxsd.weights import Model
 
 # The rooms whose code pictures depend on; a comment or docstring changes nothing.
 ROOMS = ('config.py', 'images', 'models', 'prompt', 'run',

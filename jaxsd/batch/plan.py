@@ -1,8 +1,5 @@
 """What a run shall make: requests from files, times seeds, times a grid of their fields."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
-from jaxsd.typing import Path
 import ast
 import codecs
 import csv
@@ -14,11 +11,13 @@ import math
 import os
 import pathlib
 import re
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jaxsd.run.infotext import tuples
 from jaxsd.run.request import MAX_SEED, PROMPTS, Control, Request
 from jaxsd.sampling.choice import one_of
+from jaxsd.typing import Path
 
 LONGEST = 2**17  # characters of an axis or of seeds, as of csv's cells
 MAX_PICTURES = 10**6  # of a plan, which takes 2 GB of memory; beyond is a slip

@@ -1,19 +1,18 @@
 """From requests to a folder of pictures: jobs in order, an Engine and writers at work."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
-from jaxsd.batch.identity import Identity
-from jaxsd.images.reading import Picture
-from jaxsd.run.engine import Engine
 import concurrent.futures
 import datetime
 import os
 import pathlib
 import threading
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
 
 from jaxsd.batch import folder
+from jaxsd.batch.identity import Identity
+from jaxsd.images.reading import Picture
 from jaxsd.run import picture
+from jaxsd.run.engine import Engine
 from jaxsd.run.request import Request
 
 ALWAYS = ('prompt', 'seed', 'sampler', 'schedule', 'steps', 'guidance', 'width', 'height')

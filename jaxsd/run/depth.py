@@ -1,13 +1,12 @@
 """Depth maps: estimated from pictures by MiDaS, and as the 2.x depth model's U-Net sees them."""
 
-from jaxtyping import Float, Float32, UInt8, UInt16
-from jaxsd.config import DPTConfig, ModelConfig
-from jaxsd.weights import Model, Network
 import jax
 import numpy as np
+from jaxtyping import Float, Float32, UInt8, UInt16
 
-from jaxsd.config import DPTConfig
+from jaxsd.config import ModelConfig
 from jaxsd.models import dpt
+from jaxsd.weights import Model, Network
 
 _program = jax.jit(dpt.apply, static_argnums=1)
 

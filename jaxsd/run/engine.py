@@ -7,31 +7,29 @@ its slot and a waiting one takes it. A picture's bits depend neither on its slot
 the others, nor on the number of devices; on the number of slots they may.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
-from jaxsd.config import ModelConfig, TinyVAEConfig, VAEConfig
-from jaxsd.images.reading import Picture
-from jaxsd.run.request import Request, resolve
-from jaxsd.run.image_conditioning import InitImage
-from jaxsd.weights import Model, Network
 import collections
 import concurrent.futures
 import contextlib
 import functools
 import threading
 import time
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType
 
 from jaxsd import sampling
+from jaxsd.config import ModelConfig, TinyVAEConfig, VAEConfig
+from jaxsd.images.reading import Picture
 from jaxsd.run import image_conditioning, sharded
+from jaxsd.run.image_conditioning import InitImage
 from jaxsd.run.inputs import inputs, program
 from jaxsd.run.replica import Kind, Replica, Stage, look
-from jaxsd.run.request import resolve
+from jaxsd.run.request import Request, resolve
 from jaxsd.run.steps import beside, chunk
 from jaxsd.run.text_conditioning import parse_prompts
+from jaxsd.weights import Model, Network
 
 ROWS = 4  # of a sampler's table that a program runs before it returns
 MOST_SLOTS = 8

@@ -1,19 +1,17 @@
 """`generate`: requests -> pictures, in one line."""
 
-from collections.abc import Callable, Sequence
-from jaxtyping import Float, UInt8
-from jaxsd.images.reading import Picture
-from jaxsd.weights.model import Model, Network
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, UInt8
 
+from jaxsd.images.reading import Picture
 from jaxsd.run.engine import MOST_SLOTS, Engine, check_latents
 from jaxsd.run.request import Request, resolve
-from jaxsd.weights.model import Network
+from jaxsd.weights.model import Model, Network
 
 
 class Preview(NamedTuple):

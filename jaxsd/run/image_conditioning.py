@@ -6,20 +6,18 @@ after.
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from jaxsd.config import ModelConfig, T2IAdapterConfig
-from jaxsd.images.reading import Picture
-from jaxsd.run.request import Request
-from jaxsd.weights import Model
-from typing import NamedTuple
 
 import numpy as np
 
 from jaxsd import images, sampling
-from jaxsd.config import T2IAdapterConfig
+from jaxsd.config import ModelConfig, T2IAdapterConfig
+from jaxsd.images.reading import Picture
 from jaxsd.models import controlnet, t2i_adapter
 from jaxsd.run import depth
+from jaxsd.run.request import Request
 from jaxsd.run.steps import over_rows
 from jaxsd.sampling.choice import unknown
+from jaxsd.weights import Model
 
 NOISE_LEVEL = 20  # of the upscaler's small picture, where a request names none
 

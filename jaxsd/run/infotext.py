@@ -1,20 +1,19 @@
 """How a picture was made, read back from its file: our own record, or what A1111 writes."""
 
-from collections.abc import Collection, Mapping, Sequence
-from jaxsd.config import ModelConfig
-from jaxsd.typing import Path
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxsd import images
+from jaxsd.config import ModelConfig
 from jaxsd.run import picture
 from jaxsd.run.request import MAX_SIDE, Control, Request
 from jaxsd.sampling import plugins
 from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
+from jaxsd.typing import Path
 
 # Fields of a Request, and what else is in a record, that name files, folders and models.
 PATHS = ('image', 'mask', 'depth', 'schedule', 'wildcards', 'controls')

@@ -1,22 +1,18 @@
 """From resolved requests to everything that a compiled program takes, numpy on the host."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from jaxsd.config import TEXT_ENCODERS, ModelConfig
-from jaxsd.run.request import Request
-from jaxsd.run.image_conditioning import InitImage
-from jaxsd.typing import Params
-from jaxsd.weights import Model
-import hashlib
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxsd import sampling
-from jaxsd.config import TEXT_ENCODERS
+from jaxsd.config import TEXT_ENCODERS, ModelConfig
 from jaxsd.prompt import blocks, conditioning
 from jaxsd.run import image_conditioning
+from jaxsd.run.image_conditioning import InitImage
+from jaxsd.run.request import Request
 from jaxsd.run.steps import Steps, chunk, over_rows
 from jaxsd.run.text_conditioning import (
     adapters_of,
@@ -26,6 +22,8 @@ from jaxsd.run.text_conditioning import (
     variants,
 )
 from jaxsd.sampling.guidance_options import stack, table
+from jaxsd.typing import Params
+from jaxsd.weights import Model
 
 REFINER = np.array([0x9E3779B9, 0], np.uint32)  # a refiner draws other noise than the base
 

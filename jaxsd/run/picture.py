@@ -1,10 +1,5 @@
 """PNG files that say how they were made, and grids of pictures."""
 
-from typing import Any
-from jaxtyping import UInt8
-from jaxsd.images.reading import Picture
-from jaxsd.run.request import Request
-from jaxsd.typing import Path
 import dataclasses
 import functools
 import hashlib
@@ -18,13 +13,18 @@ import platform
 import re
 import tempfile
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 import jaxsd
 from jaxsd import images
+from jaxsd.images.reading import Picture
+from jaxsd.run.request import Request
 from jaxsd.sampling import plugins
 from jaxsd.sampling.names import A1111_SAMPLERS, A1111_SCHEDULES
+from jaxsd.typing import Path
 
 WEIGHTINGS = {'no_norm': 'No norm', 'none': 'None', 'comfy': 'comfy',
               'compel': 'compel', 'plain': 'plain'}  # a1111: the default there

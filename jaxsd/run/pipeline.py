@@ -2,25 +2,23 @@
 `decode`; and `pipeline`, all of it."""
 
 from collections.abc import Callable
-from jax import Array
-from jaxtyping import Bool, Float, UInt8
-from jaxsd.config import ModelConfig, T2IAdapterConfig
-from jaxsd.run.inputs import Inputs
-from jaxsd.run.steps import Steps
-from jaxsd.typing import Params
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Bool, Float, UInt8
 
 from jaxsd import sampling
-from jaxsd.config import T2IAdapterConfig
+from jaxsd.config import ModelConfig, T2IAdapterConfig
 from jaxsd.models import controlnet, t2i_adapter, unet, vae
 from jaxsd.models.layers import attention, attention_received, prepared
 from jaxsd.prompt import conditioning
 from jaxsd.prompt.conditioning import Conditioning
+from jaxsd.run.inputs import Inputs
+from jaxsd.run.steps import Steps
+from jaxsd.typing import Params
 from jaxsd.weights import adapters
 
 # Where attention is perturbed, and where it is watched: diffusers' choices.

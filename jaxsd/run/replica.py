@@ -1,15 +1,11 @@
 """The models on a device, or spread over a mesh of them, and the compiled programs there."""
 
-from typing import Any, NamedTuple
-from collections.abc import Sequence
-from jaxsd.images.reading import Picture
-from jaxsd.weights.model import Model, Network
-from jaxsd.run.pipeline import Encoded
 import functools
 import hashlib
 import threading
 import weakref
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from jaxsd import sampling
 from jaxsd.config import TEXT_ENCODERS
+from jaxsd.images.reading import Picture
 from jaxsd.models.layers import prepared
 from jaxsd.run import pipeline, sharded
 from jaxsd.run.inputs import Inputs, networks
+from jaxsd.run.pipeline import Encoded
 from jaxsd.run.programs import PROGRAMS
 from jaxsd.run.steps import beside, chunk
 from jaxsd.weights import adapters
+from jaxsd.weights.model import Model, Network
 
 TEXTS, KINDS = 8, 16  # encoded texts, and programs of kinds, that a replica keeps
 WORDS = ('tokens', 'ids', 'zero', 'skip', 'embeddings')  # fields of Inputs for encode_text alone

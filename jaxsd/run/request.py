@@ -1,7 +1,5 @@
 """What a user asks for: one picture, from a text and whatever else it shall follow."""
 
-from collections.abc import Mapping, Sequence
-from jaxsd.config import ModelConfig
 import dataclasses
 import math
 import numbers
@@ -9,10 +7,11 @@ import os
 import random
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxsd import images
+from jaxsd.config import ModelConfig
 from jaxsd.models.controlnet import GUESS_MODES
 from jaxsd.prompt.wildcards import expand
 from jaxsd.sampling import SAMPLERS, known_schedule

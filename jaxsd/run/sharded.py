@@ -5,13 +5,14 @@ for it alone (fully sharded data parallel, https://arxiv.org/abs/2304.11277), so
 are made of the same numbers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxsd.typing import Params
+
 import jax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsd.typing import Params
 
 AXIS = 'data'  # of meshes over the devices of a host
 WHOLE = ('controlnet', 'adapters')

@@ -1,19 +1,17 @@
 """Conditioning by text: prompts taken apart, and which text holds in which step."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-from jaxsd.run.request import Request
-from jaxsd.weights import Model
-from jaxsd.weights.embeddings import Embedding
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxsd.config import TEXT_ENCODERS
 from jaxsd.prompt import blocks, grammar
+from jaxsd.run.request import Request
 from jaxsd.sampling.choice import unknown
-from jaxsd.weights import adapters
+from jaxsd.weights import Model, adapters
+from jaxsd.weights.embeddings import Embedding
 
 ROLES = ('negative', 'positive', 'perp_neg')  # in the order of guidance's parts
 

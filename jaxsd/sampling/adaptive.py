@@ -29,8 +29,10 @@ class State(NamedTuple):
     rejected: jax.Array  # steps tried with too large an error
 
 
-def dpm_adaptive(sigmas, order=3, rtol=0.05, atol=0.0078, h_init=0.05, pcoeff=0.0, icoeff=1.0,
-                 dcoeff=0.0, accept_safety=0.81, eta=0.0, s_noise=1.0, max_calls=1000):
+def dpm_adaptive(sigmas: np.ndarray, order: int = 3, rtol: float = 0.05, atol: float = 0.0078,
+                 h_init: float = 0.05, pcoeff: float = 0.0, icoeff: float = 1.0,
+                 dcoeff: float = 0.0, accept_safety: float = 0.81, eta: float = 0.0,
+                 s_noise: float = 1.0, max_calls: int = 1000) -> Custom:
     """DPM-Solver-12 or -23 (https://arxiv.org/abs/2206.00927, app. C) -> Custom of max_calls rows.
 
     Of the sigmas only the first and the last above 0 count; there the steps end, without a step to

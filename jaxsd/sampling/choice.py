@@ -67,11 +67,11 @@ def call(what: str, name: object, function: Callable[..., T], *args: Any, **opti
     return function(*args, **options)
 
 
-def check_number(name, value, low=-math.inf, high=math.inf):
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
     """Raise ValueError for what is no finite number within these bounds."""
     if (isinstance(value, bool) or not isinstance(value, numbers.Real)
             or not math.isfinite(value)):
         raise ValueError(f'{name}={value!r}: expected a finite number')
-    if not low <= value <= high:
+    if not low <= float(value) <= high:
         limits = f'of at least {low}' if high == math.inf else f'from {low} to {high}'
         raise ValueError(f'{name}={value}: expected a number {limits}')

@@ -1,16 +1,22 @@
 """From a network's raw prediction to `denoise(x, sigma, i)`, and guidance around it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxsd.config import ScheduleConfig
 
 from .guidance import Guidance, blur_where, combine, compose, zero_init, zero_prediction
-from .scan import spread
+from .scan import Denoise, spread
 from .schedules import model_sigmas
 
 
-def denoiser(net, config):
+def denoiser(net: Callable[..., Any], config: ScheduleConfig) -> Denoise:
     """Wrap a network as `denoise(x, sigma, i) -> denoised`, all [B,...], sigma [] or [B].
 
     net(x_in, t, i) -> prediction: x_in [B,...] has unit scale (the training convention), t [B] is
@@ -47,7 +53,7 @@ def denoiser(net, config):
     return denoise
 
 
-def timestep(sigma, config):
+def timestep(sigma: Array, config: ScheduleConfig) -> Array:
     """Noise levels -> float timesteps, linear in log sigma, clamped; traced, any shape.
 
     log(sigma) / 4, not clamped, for EDM models (c_noise).
@@ -64,7 +70,7 @@ def timestep(sigma, config):
     return t + jnp.where(jnp.abs(gap) < 1e-3, gap, 0)
 
 
-def pair(*parts):
+def pair(*parts: Array) -> Array:
     """Arrays [B,...], uncond, cond and maybe more -> [P*B,...] as uncond 0, cond 0, uncond 1, ...
 
     Image after image, so that a batch sharded over devices stays where it is; concatenating all
@@ -73,7 +79,8 @@ def pair(*parts):
     return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
-def guided(denoise, guidance, prediction_type='epsilon', unguided=None, sigma_data=None):
+def guided(denoise: Denoise, guidance: Guidance | ArrayLike, prediction_type: str = 'epsilon',
+           unguided: Denoise | None = None, sigma_data: float | None = None) -> Denoise:
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): uncond + g (cond - uncond).
 
     denoise: takes `parts` pictures per image in `pair`'s order: uncond, cond (or several, see
@@ -114,7 +121,7 @@ def guided(denoise, guidance, prediction_type='epsilon', unguided=None, sigma_da
     return guide
 
 
-def inpainted(denoise, picture, free):
+def inpainted(denoise: Denoise, picture: Array, free: Callable[[Any], Array]) -> Denoise:
     """A denoiser whose answer is known in part: `picture` where free is 0, its own where it is 1.
 
     denoise: as `guided` gives it, or plain. picture [B,...]: latents; free(i) -> [B,...,1], 0 to 1,

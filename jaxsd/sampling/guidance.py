@@ -6,13 +6,17 @@ picture x0, which is the network's prediction but for an affine map: where a met
 of the two it acts on, its function says so.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
-from .scan import spread
+from .scan import Denoise, spread
 from .tables import Custom
 
 
@@ -56,22 +60,24 @@ class Guidance(NamedTuple):
     function: Custom | None = None  # of one's own, see `jaxsd.guidance`; its field `on`, 0: off
 
     @property
-    def parts(self):
+    def parts(self) -> int:
         """Pictures that the network sees per image: uncond, conds, negatives, perturbed."""
         return (1 + len(self.prompts or (1,)) + len(self.perp_neg or ())
                 + (self.pag is not None))
 
     @property
-    def momentum(self):
+    def momentum(self) -> bool:
         """Whether it remembers something from call to call."""
         return self.apg is not None and self.apg.momentum is not None
 
-    def at(self, i):
+    def at(self, i: Any) -> 'Guidance':
         """The values in row i, [] or [B]."""
         return jax.tree.map(lambda a: jnp.asarray(a)[i] if np.ndim(a) == 2 else a, self)
 
 
-def combine(guidance, uncond, cond, negatives, perturbed, origin, memory=None, x=None, sigma=None):
+def combine(guidance: Guidance, uncond: Array, cond: Array, negatives: Sequence[Array],
+            perturbed: Array | None, origin: Array | None, memory: Array | None = None,
+            x: Array | None = None, sigma: Array | None = None) -> tuple[Array, Array | None]:
     """Denoised pictures [B,...] -> the guided one, and memory.
 
     guidance: of one row, values [] or [B,1,...]. negatives: a list; perturbed: or None. origin: the
@@ -101,7 +107,8 @@ def combine(guidance, uncond, cond, negatives, perturbed, origin, memory=None, x
     return out, memory
 
 
-def own(function, plain, cond, uncond, scale, x, sigma):
+def own(function: Custom, plain: Array, cond: Array, uncond: Array, scale: Array, x: Array,
+        sigma: Array) -> Array:
     """Guidance by a function of one's own, picture by picture, where it is on; else `plain`."""
     fields, scale, sigma = jax.tree.map(lambda a: jnp.broadcast_to(a.reshape(-1), len(x)),
                                         (function.fields, scale, sigma))
@@ -111,7 +118,7 @@ def own(function, plain, cond, uncond, scale, x, sigma):
                      plain)
 
 
-def compose(weights, uncond, conds):
+def compose(weights: Sequence[Array], uncond: Array, conds: Sequence[Array]) -> Array:
     """Composable diffusion (https://arxiv.org/abs/2206.01714, eq. 11): several prompts as one.
 
     uncond + sum of w_i (cond_i - uncond), as A1111's AND; one prompt of weight 1 stays as it is, to
@@ -122,14 +129,14 @@ def compose(weights, uncond, conds):
     return out + sum(w * (cond - uncond) for w, cond in zip(weights[1:], others))
 
 
-def zero_init(guidance, out, origin):
+def zero_init(guidance: Guidance, out: Array, origin: Array | None) -> Array:
     """CFG-Zero*'s first steps: a prediction of zero where `init` is 1."""
     if guidance.zero_star is None:
         return out
     return jnp.where(guidance.zero_star.init > 0, origin, out)
 
 
-def zero_star(weight, uncond, cond, origin):
+def zero_star(weight: Array, uncond: Array, cond: Array, origin: Array) -> Array:
     """CFG-Zero* (https://arxiv.org/abs/2503.18886, eq. 10): uncond by its best scale.
 
     The projection of the conditional prediction onto the unconditional one, as in diffusers on the
@@ -140,7 +147,7 @@ def zero_star(weight, uncond, cond, origin):
     return uncond + weight * (best - 1) * u
 
 
-def perpendicular(weights, positive, negatives):
+def perpendicular(weights: Sequence[Array], positive: Array, negatives: Sequence[Array]) -> Array:
     """Perp-Neg (https://arxiv.org/abs/2304.04968, algorithm 1): negatives cannot undo the positive.
 
     All are differences to the unconditional picture; of each negative only the part perpendicular
@@ -151,7 +158,8 @@ def perpendicular(weights, positive, negatives):
                           for w, n in zip(weights, negatives))
 
 
-def project(apg, cond, difference, memory=None):
+def project(apg: Projection, cond: Array, difference: Array,
+            memory: Array | None = None) -> tuple[Array, Array, Array | None]:
     """APG (https://arxiv.org/abs/2410.02416, algorithm 1) -> start, direction, memory.
 
     Guidance is start + scale * direction = cond + (scale - 1) * direction. Acts on denoised
@@ -166,7 +174,7 @@ def project(apg, cond, difference, memory=None):
     return cond - direction, direction, memory
 
 
-def threshold(to, out, mimic):
+def threshold(to: Threshold, out: Array, mimic: Array) -> Array:
     """Dynamic thresholding in latents: keep the range that a lower guidance scale has.
 
     Per image and channel, around the mean: values beyond s = max(percentile of |out|,
@@ -183,7 +191,7 @@ def threshold(to, out, mimic):
     return out + to.weight * (kept - out)
 
 
-def rescale(phi, out, cond, origin):
+def rescale(phi: Array, out: Array, cond: Array, origin: Array) -> Array:
     """Rescaled guidance (https://arxiv.org/abs/2305.08891, section 3.4): keep cond's deviation.
 
     diffusers' rescale_noise_cfg: of the network's own prediction, whatever its type (ComfyUI's
@@ -194,7 +202,8 @@ def rescale(phi, out, cond, origin):
     return out + phi * (ratio - 1) * prediction
 
 
-def zero_prediction(x, sigma, prediction_type, sigma_data=None):
+def zero_prediction(x: Array, sigma: Array, prediction_type: str,
+                    sigma_data: float | None = None) -> Array:
     """The denoised picture that a prediction of zero means; x [B,...], sigma like x or [B,1,...].
 
     A prediction is a multiple of (denoised - this), so that ratios of predictions are ratios of
@@ -202,11 +211,13 @@ def zero_prediction(x, sigma, prediction_type, sigma_data=None):
     """
     if sigma_data is not None:
         return x * jnp.square(sigma_data / jnp.hypot(sigma, sigma_data))
-    share = {'epsilon': 1.0, 'v_prediction': 1 / jnp.square(jnp.hypot(sigma, 1)), 'sample': 0.0}
+    share: dict[str, Any] = {
+        'epsilon': 1.0, 'v_prediction': 1 / jnp.square(jnp.hypot(sigma, 1)), 'sample': 0.0}
     return x * share[prediction_type]
 
 
-def blur_where(x0, received, deviation=1.0, size=9):
+def blur_where(x0: Float[Array, 'B H W C'], received: Float[Array, 'B T'], deviation: float = 1.0,
+               size: int = 9) -> Float[Array, 'B H W C']:
     """Blur x0 [B,H,W,C] where it is attended to most; received [B,T], attention per position.
 
     Self-attention guidance (https://arxiv.org/abs/2210.00939, eq. 13 to 15) as in diffusers: the
@@ -222,13 +233,13 @@ def blur_where(x0, received, deviation=1.0, size=9):
     kernel = np.exp(-np.square(taps / deviation) / 2)
     kernel /= kernel.sum()
     edge = size // 2
-    blurred = jnp.pad(x0, ((0, 0), (edge, edge), (edge, edge), (0, 0)), mode='reflect')
+    blurred: Any = jnp.pad(x0, ((0, 0), (edge, edge), (edge, edge), (0, 0)), mode='reflect')
     blurred = sum(float(k) * blurred[:, i:i + H] for i, k in enumerate(kernel))
     blurred = sum(float(k) * blurred[:, :, i:i + W] for i, k in enumerate(kernel))
     return jnp.where(mask[..., None], blurred, x0)
 
 
-def autoguided(denoise, weak, scale):
+def autoguided(denoise: Denoise, weak: Denoise, scale: ArrayLike) -> Denoise:
     """Autoguidance (https://arxiv.org/abs/2406.02507): away from a weaker model's output.
 
     denoise, weak: two denoisers (x, sigma, i) -> denoised; scale: [], [B] or [calls,B], 1: none.
@@ -241,7 +252,8 @@ def autoguided(denoise, weak, scale):
     return guide
 
 
-def steered(denoise, log_prob, scale=1.0):
+def steered(denoise: Denoise, log_prob: Callable[[Array], Array],
+            scale: ArrayLike = 1.0) -> Denoise:
     """Classifier guidance: sample from p(x0) times exp(log_prob(x0)), by its gradient.
 
     denoise(x, sigma, i) -> denoised [B,...], or (denoised, uncond) as `guided` gives. log_prob(x0)

@@ -1,6 +1,7 @@
 """Guidance on the host: what a user writes, and from it a table, as for the samplers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ OFF = Guidance(1.0, 0.0, Threshold(1.0, 1.0, 0.0), ZeroStar(0.0, 0.0),
                Projection(1.0, np.inf, 0.0, 1.0), (), 0.0, 0.0, (1.0, 1.0, 1.0, 1.0), (1.0,))
 
 
-def table(scale, options, sigmas, levels, prompts=(1.0,)):
+def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np.ndarray,
+          levels: np.ndarray, prompts: Sequence[float] = (1.0,)) -> Guidance:
     """One image's guidance -> Guidance of [calls]; what `options` does not name stays None.
 
     scale: a number or one per step; options: from `check`; sigmas [steps + 1]; levels [calls]: the
@@ -60,14 +62,14 @@ def table(scale, options, sigmas, levels, prompts=(1.0,)):
     return Guidance(scale, **found)
 
 
-def steps_of(sigmas, levels):
+def steps_of(sigmas: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """The step, 0 to steps - 1, in which each row calls its model; sigmas [steps + 1], levels
     [calls]: the noise level of each row."""
     reached = np.asarray(sigmas)[:, None] >= np.asarray(levels) * (1 - 1e-9)  # their rounding
     return np.clip(reached.sum(0) - 1, 0, max(len(sigmas) - 2, 0))
 
 
-def stack(tables):
+def stack(tables: Sequence[Guidance]) -> Guidance:
     """One Guidance of [calls] per image -> one of [calls,B].
 
     A kind that some image uses is there for all; for the others its values change nothing.
@@ -95,7 +97,7 @@ def stack(tables):
     return jax.tree.map(lambda *values: np.stack(values, 1), *map(fill, tables))
 
 
-def check(options, steps):
+def check(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Guidance options as a user writes them -> the same, complete, tuples for sequences.
 
     Every number may be a sequence of `steps` numbers instead, but for the intervals and init_steps:
@@ -120,7 +122,8 @@ def check(options, steps):
             for name, value in options.items()}
 
 
-def per_step(name, value, steps, low=-np.inf, high=np.inf):
+def per_step(name: str, value: Any, steps: int | None, low: float = -np.inf,
+             high: float = np.inf) -> Any:
     """Check a number, or (unless steps is None) one for each step -> a number or a tuple."""
     if steps is not None and isinstance(value, (list, tuple, np.ndarray)):
         if len(value) != steps:
@@ -147,7 +150,8 @@ def _several(count, low, high, rising):
     return check
 
 
-def fields(varies=True, **fields):
+def fields(varies: bool = True,
+           **fields: tuple[float, float, float]) -> Callable[..., dict[str, Any]]:
     """The check of a mapping; fields: name = (default, low, high); varies: may be one per step."""
     def check(name, value, steps):
         if not isinstance(value, Mapping):

@@ -7,6 +7,7 @@ divided by `sqrt(1 + sigma^2)`.
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -72,14 +73,14 @@ def model_sigmas(config: ScheduleConfig) -> np.ndarray:
     return sigmas
 
 
-def sigma_to_t(sigma: float | np.ndarray, config: ScheduleConfig) -> np.ndarray:
+def sigma_to_t(sigma: float | np.ndarray, config: ScheduleConfig) -> Any:
     """Noise levels -> float timesteps in [0, T-1], linear in log sigma (k-diffusion), clamped."""
     table = np.log(model_sigmas(config))
     with np.errstate(divide='ignore'):  # sigma 0 is clamped to timestep 0
         return np.interp(np.log(sigma), table, np.arange(len(table)))
 
 
-def t_to_sigma(t: float | np.ndarray, config: ScheduleConfig) -> np.ndarray:
+def t_to_sigma(t: float | np.ndarray, config: ScheduleConfig) -> Any:
     """Float timesteps -> noise levels, linear in log sigma (k-diffusion), clamped."""
     table = np.log(model_sigmas(config))
     return np.exp(np.interp(t, np.arange(len(table)), table))

@@ -1,18 +1,24 @@
 """All samplers by name: `plan(name, sigmas)` gives the table."""
 
 import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from jaxsd.config import ScheduleConfig
+
 from . import adaptive, first_order, multistep, singlestep
 from .choice import call, choose, number
+from .tables import Rows
 
 SAMPLERS = {f.__name__: f for f in (
     *first_order.SAMPLERS, *singlestep.SAMPLERS, *multistep.SAMPLERS, adaptive.dpm_adaptive)}
 
 
-def plan(name, sigmas, config=None, **options):
+def plan(name: str, sigmas: Sequence[float] | np.ndarray, config: ScheduleConfig | None = None,
+         **options: Any) -> Rows:
     """The table of a sampler -> Rows of float64 numpy arrays, one row per model call; Custom of
     samplers with a step of their own, as dpm_adaptive.
 
@@ -33,13 +39,13 @@ def plan(name, sigmas, config=None, **options):
     if 'config' in inspect.signature(function).parameters:
         options['config'] = config
     with np.errstate(all='ignore'):  # what is not finite has an error of its own
-        rows = call('sampler', name, function, sigmas, **options)
+        rows: Any = call('sampler', name, function, sigmas, **options)
     if not all(np.isfinite(field).all() for field in jax.tree.leaves(rows)):
         raise ValueError(f'sampler {name!r} with {options}: its table is not finite; use options '
                          'nearer to the defaults')
     return rows
 
 
-def calls(rows):
+def calls(rows: Any) -> np.ndarray:
     """Number of model calls -> int, or int [B] when per image."""
     return (np.asarray(rows.sigma) > 0).sum(axis=0)

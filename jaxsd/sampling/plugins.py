@@ -13,13 +13,15 @@ import pathlib
 import sys
 import traceback
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsd.config import ScheduleConfig
+from jaxsd.typing import Path
 
 from . import scan
 from .guidance_options import CHECKS, FUNCTIONS, fields
@@ -34,7 +36,9 @@ STEP = ('x', 'state', 'row', 'denoised', 'noise', 'uncond', 'point', 'sigma')
 GUIDED = ('cond', 'uncond', 'scale', 'x', 'sigma')
 
 
-def sampler(function=None, /, *, name=None, step=None, init=None, point=None):
+def sampler(function: Callable | None = None, /, *, name: str | None = None,
+            step: Callable | None = None, init: Callable | None = None,
+            point: Callable | None = None) -> Any:
     """Decorator: a function from noise levels to rows, one row for each model call, as a sampler.
 
     function(sigmas, **options): sigmas numpy float64 [steps + 1], strictly decreasing, the last one
@@ -69,7 +73,7 @@ def sampler(function=None, /, *, name=None, step=None, init=None, point=None):
         _check_names(f'sampler {name!r}', part, known)
     if step is None and (init or point):
         raise ValueError(f'sampler {name!r}: expected step= beside init= and point=')
-    rule = Rule(name, *parts, code(function, step, init, point))
+    rule = Rule(name, parts[0], parts[1], parts[2], code(function, step, init, point))
     function = _blamed(function)
 
     @functools.wraps(function)
@@ -96,7 +100,7 @@ def sampler(function=None, /, *, name=None, step=None, init=None, point=None):
     return rows
 
 
-def schedule(function=None, /, *, name=None):
+def schedule(function: Callable | None = None, /, *, name: str | None = None) -> Any:
     """Decorator: a function from a number of steps to noise levels, as a schedule.
 
     function(steps, config, **options) -> [steps] noise levels above 0, strictly decreasing, the
@@ -125,7 +129,7 @@ def schedule(function=None, /, *, name=None):
     return function
 
 
-def guidance(function=None, /, *, name=None):
+def guidance(function: Callable | None = None, /, *, name: str | None = None) -> Any:
     """Decorator: a function of the model's outputs with and without the prompt, as guidance.
 
     function(cond, uncond, scale, x, sigma, **options) -> the guided picture, of one picture in
@@ -160,13 +164,13 @@ def guidance(function=None, /, *, name=None):
             raise ValueError(f'{what}: expected a picture like cond, {picture.shape}; found '
                              f'{found}')
 
-    _register('guidance', name, function, CHECKS, fields(**{
+    _register('guidance', name, function, CHECKS, fields(True, **{
         option: (value, -np.inf, np.inf) for option, value in defaults.items()}), made, rule.code)
     FUNCTIONS[name] = rule
     return function
 
 
-def load_plugin(path):
+def load_plugin(path: Path) -> types.ModuleType:
     """Run a Python file, whose decorators make samplers, schedules and guidance known -> module.
 
     Once: while the file stays as it is, the same module comes back. Raises ValueError, with the
@@ -185,11 +189,11 @@ def load_plugin(path):
     module.__file__ = str(file)
     with _blame(file, always=True):
         exec(compile(text, str(file), 'exec'), vars(module))
-    module.__text__ = text
+    vars(module)['__text__'] = text
     return module
 
 
-def load_plugins(paths=()):
+def load_plugins(paths: Iterable[Path] = ()) -> None:
     """Load files, and what installed packages offer as entry points of the group jaxsd.plugins."""
     for entry in importlib.metadata.entry_points(group='jaxsd.plugins'):
         try:
@@ -200,14 +204,14 @@ def load_plugins(paths=()):
         load_plugin(path)
 
 
-def used(request):
+def used(request: Any) -> dict[str, str]:
     """What of a Request is one's own -> {'sampler name': a hash of its file's code}."""
     names = [('sampler', request.sampler), ('schedule', request.schedule),
              *(('guidance', name) for name in request.guidance_options)]
     return {f'{kind} {name}': OWN[kind, name][0] for kind, name in names if (kind, name) in OWN}
 
 
-def changed(codes):
+def changed(codes: Mapping[str, str]) -> list[str]:
     """What of a picture's own, as of `used`, is other code here -> names. Raises ValueError for
     what is not here."""
     for kind, name in (key.split(' ', 1) for key in codes):
@@ -217,7 +221,7 @@ def changed(codes):
     return [key for key, code in codes.items() if OWN[*key.split(' ', 1)][0] != code]
 
 
-def code(*functions):
+def code(*functions: Callable | None) -> str:
     """A hash of the code of the files that functions stand in, without comments and docstrings ->
     16 hex digits. Of a function alone where there is no file: a notebook, a console."""
     def text(function):
@@ -233,7 +237,7 @@ def code(*functions):
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
-def stripped(text):
+def stripped(text: str) -> str:
     """Python without comments and docstrings."""
     tree = ast.parse(text)
     for node in ast.walk(tree):

@@ -1,13 +1,18 @@
 """Run any table of rows: one `lax.scan`, one model call in its body."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
-from .tables import HISTORY, NOISE, Custom, Row, Rule
+from .tables import HISTORY, NOISE, Custom, Row, Rows, Rule
+
+Denoise = Callable[..., Any]  # denoise(x, sigma, i), see `sample`
+Noise = Callable[[Any], jax.Array]
 
 
 class State(NamedTuple):
@@ -33,13 +38,13 @@ class Call(NamedTuple):
     after: State
 
     @property
-    def eps(self):
+    def eps(self) -> jax.Array:
         """The predicted noise, (x - denoised) / sigma; 0 in a row without a model call."""
         sigma = spread(self.sigma, self.x.ndim)
         return (self.x - self.denoised) / jnp.where(sigma > 0, sigma, 1)
 
 
-def init(x, rows, memory=None):
+def init(x: ArrayLike, rows: Rows, memory: Any = None) -> State:
     """The state before the first of the rows, see `lift`. x [B,...]; memory: as of `sample`."""
     x = lift(x)
     zero = jnp.zeros_like(x)
@@ -50,7 +55,7 @@ def init(x, rows, memory=None):
     return State(x, zero, (zero,) * (rows.mix.shape[-1] - 4), zero, memory)
 
 
-def lift(x):
+def lift(x: ArrayLike) -> jax.Array:
     """Low precision becomes float32, float64 stays."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -77,7 +82,7 @@ def _shapes(tree):
     return jax.tree.map(lambda a: jnp.shape(a)[1:], tree)
 
 
-def point(state, row):
+def point(state: State, row: Rows) -> tuple[jax.Array, jax.Array]:
     """Where a row calls its model -> x [B,...] and sigma [] or [B], 0: nowhere."""
     if not isinstance(row, Custom) or not row.free:
         return state.x, row.sigma
@@ -86,7 +91,8 @@ def point(state, row):
     return jnp.where(spread(sigma > 0, x.ndim), x, state.x), sigma
 
 
-def step(state, row, denoised, noise, uncond=None):
+def step(state: State, row: Rows, denoised: jax.Array, noise: jax.Array,
+         uncond: jax.Array | None = None) -> State:
     """One row: push the model's output into the history, then mix. -> State."""
     uncond = denoised if uncond is None else uncond
     if isinstance(row, Custom):
@@ -111,7 +117,8 @@ def step(state, row, denoised, noise, uncond=None):
                           e=e)
 
 
-def sample(denoise, x, rows, noise, info=None, memory=None, along=None):
+def sample(denoise: Denoise, x: ArrayLike, rows: Rows, noise: Noise,
+           info: Callable[[Any], Any] | None = None, memory: Any = None, along: Any = None) -> Any:
     """Walk x down the noise levels of a table -> x at the last one, float32.
 
     denoise(x, sigma, i) -> denoised, both [B,...], or (denoised, uncond) with the unguided output
@@ -134,7 +141,9 @@ def sample(denoise, x, rows, noise, info=None, memory=None, along=None):
     return state.x if info is None else (state.x, stacked)
 
 
-def advance(denoise, state, rows, noise, info=None, along=None, count=None):
+def advance(denoise: Denoise, state: Any, rows: Rows, noise: Noise,
+            info: Callable[[Any], Any] | None = None, along: Any = None,
+            count: int | jax.Array | None = None) -> tuple[Any, Any]:
     """Go on from a state of `init` over the next rows -> (State, what info gave or None).
 
     denoise, noise, info: as of `sample`. along: what denoise and noise are given in place of the
@@ -184,7 +193,7 @@ def advance(denoise, state, rows, noise, info=None, along=None, count=None):
     return lax.scan(jax.checkpoint(body, prevent_cse=False), state, xs)
 
 
-def log_probability(call):
+def log_probability(call: Call) -> jax.Array:
     """Log density of a stochastic row's outcome given its start, in nats -> [B], for `info`.
 
     log N(x'; mean, w^2) with x' = mean + w noise, w the row's weight of fresh noise; 0 where a row
@@ -201,18 +210,18 @@ def log_probability(call):
     return jnp.where(w > 0, density, 0)
 
 
-def bucket(count):
+def bucket(count: int) -> int:
     """The padded length that tables of `count` rows share: 64, or the next power of two."""
     return max(64, 1 << (int(count) - 1).bit_length())
 
 
-def idle():
+def idle() -> Rows:
     """A table of one row that does nothing: the loop ends where it starts."""
     return pad(Row(np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2, HISTORY + 4)), np.zeros((0, 2))),
                1)
 
 
-def pad(rows, length):
+def pad(rows: Rows, length: int) -> Rows:
     """Append rows that do nothing, up to `length` rows. numpy in, numpy out."""
     extra = length - len(rows.sigma)
     if extra < 0:
@@ -220,7 +229,7 @@ def pad(rows, length):
     return jax.tree.map(lambda *both: np.concatenate(both), rows, rows.idle(extra))
 
 
-def stack(tables, length=None):
+def stack(tables: Sequence[Rows], length: int | None = None) -> Rows:
     """One table per image -> Rows [length, B, ...], padded; length: `bucket` of the longest.
 
     Custom rows do not mix with those of others: ValueError.
@@ -236,18 +245,18 @@ def stack(tables, length=None):
                         *(pad(table, length) for table in tables))
 
 
-def free(rows):
+def free(rows: Rows) -> bool:
     """Whether the pictures decide where the model is called, and how often: no steps are known."""
     return isinstance(rows, Custom) and rows.free
 
 
-def going(state, rows):
+def going(state: State, rows: Rows) -> jax.Array:
     """Which images are not at their end, where that is theirs to say (`free`), bool [B]; rows: the
     next ones, of which the first counts."""
     return point(state, jax.tree.map(lambda a: a[0], rows))[1] > 0
 
 
-def spread(per_image, ndim):
+def spread(per_image: ArrayLike, ndim: int) -> jax.Array:
     """[] or [B] -> [1 or B, 1, ...] of ndim axes, to scale [B,...]."""
     return jnp.reshape(per_image, (-1, *(1,) * (ndim - 1)))
 

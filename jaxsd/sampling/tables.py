@@ -14,9 +14,9 @@ What is not linear has rows too, but a step of its own: `Custom`.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import numpy as np
@@ -25,23 +25,24 @@ HISTORY = 4  # model outputs that a row can reach back to; one number, so that a
 
 
 class Row(NamedTuple):
-    """One model call. Rows are Row with a leading axis [calls], or [calls, B] when per image.
+    """One model call. Rows are Row with a leading axis [calls], or [calls, B] when per image;
+    numpy, or traced.
 
     A row with sigma 0 calls no model: it only mixes. Padding is such rows with an identity mix.
     """
 
-    sigma: np.ndarray  # []       noise level at which the model is called
-    push: np.ndarray  # [2]      history entry e0 = push . (x, denoised)
-    mix: np.ndarray  # [2,4+K]  (x, y) <- mix @ (x, y, noise, e0 .. eK-1, uncond)
-    path: np.ndarray  # [2]      the noise is the image's Brownian path between these sigmas,
+    sigma: Any  # []       noise level at which the model is called
+    push: Any  # [2]      history entry e0 = push . (x, denoised)
+    mix: Any  # [2,4+K]  (x, y) <- mix @ (x, y, noise, e0 .. eK-1, uncond)
+    path: Any  # [2]      the noise is the image's Brownian path between these sigmas,
     #                            scaled to unit variance; equal: it is drawn independently
 
     @property
-    def noisy(self):
+    def noisy(self) -> Any:
         """Which rows add fresh noise, bool."""
         return (self.mix[..., NOISE] != 0).any(-1)
 
-    def idle(self, count):
+    def idle(self, count: int) -> 'Row':
         """So many rows that do nothing, to follow these."""
         tail = Row(*(np.zeros((count, *field.shape[1:])) for field in self))
         tail.mix[..., 0, 0] = tail.mix[..., 1, 1] = 1
@@ -52,7 +53,7 @@ class Rule(NamedTuple):
     """Functions of one's own, of one picture each, as `jaxsd.sampler` and `jaxsd.guidance` say."""
 
     name: str
-    step: Callable  # of a sampler; of guidance the function itself
+    step: Any  # of a sampler, or None; of guidance the function itself
     init: Callable | None = None
     point: Callable | None = None
     code: str = ''  # a hash of the file that they stand in
@@ -61,7 +62,7 @@ class Rule(NamedTuple):
         return f'{self.name} {self.code}'  # names compiled programs, in all processes alike
 
     @staticmethod
-    def call(function, row, **given):
+    def call(function: Callable[..., Any], row: Mapping[str, Any], **given: Any) -> Any:
         """`function` with what it names of `given` and, as attributes of `row`, of a dict."""
         given['row'] = SimpleNamespace(**row)
         return function(**{name: given[name] for name in inspect.signature(function).parameters})
@@ -77,38 +78,38 @@ class Custom:
     0 where the step needs no noise.
     """
 
-    def __init__(self, rule, fields):
+    def __init__(self, rule: Rule, fields: Mapping[str, Any]) -> None:
         self.rule, self.fields = rule, dict(sorted(fields.items()))
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple, tuple]:
         return tuple(self.fields.values()), (self.rule, tuple(self.fields))
 
     @classmethod
-    def tree_unflatten(cls, static, values):
+    def tree_unflatten(cls, static: Any, values: Iterable[Any]) -> 'Custom':
         return cls(static[0], dict(zip(static[1], values)))
 
     @property
-    def sigma(self):
+    def sigma(self) -> Any:
         """As in Row."""
         return self.fields['sigma']
 
     @property
-    def path(self):
+    def path(self) -> Any:
         """As in Row."""
         return self.fields.get('path', np.zeros((*self.sigma.shape, 2)))
 
     @property
-    def noisy(self):
+    def noisy(self) -> Any:
         """As in Row."""
         asked = 'noise' in inspect.signature(self.rule.step).parameters
         return (self.sigma > 0) & (self.fields.get('noisy', 1) != 0) & asked
 
     @property
-    def free(self):
+    def free(self) -> bool:
         """Whether the picture decides where the model is called, and how often."""
         return self.rule.point is not None
 
-    def idle(self, count):
+    def idle(self, count: int) -> 'Custom':
         """So many rows that do nothing, to follow these."""
         def tail(a):  # the last row's values, with which a gradient is finite
             return np.broadcast_to(a[-1:] if len(a) else 0.0, (count, *a.shape[1:]))
@@ -116,22 +117,27 @@ class Custom:
                                   'sigma': np.zeros((count, *self.sigma.shape[1:]))})
 
 
-Rows = Row
+Rows = Row | Custom
 NOISE, UNCOND = 2, -1  # the columns of Row.mix that weigh fresh noise and the unguided output
 DENOISED = (0.0, 1.0)  # push: e0 is the denoised picture
 
 
-def slope(sigma):
+P = ParamSpec('P')
+
+
+def slope(sigma: float) -> tuple[float, float]:
     """The push that makes e0 the ODE's derivative, d = (x - denoised) / sigma."""
     return (1 / sigma, -1 / sigma)
 
 
-def mix(x=0.0, y=0.0, noise=0.0, e=(), uncond=0.0):
+def mix(x: float = 0.0, y: float = 0.0, noise: float = 0.0, e: Sequence[float] | np.ndarray = (),
+        uncond: float = 0.0) -> np.ndarray:
     """One row of a mix: the weights of x, y, noise, e0, e1, ..., the unguided output -> [4+K]."""
     return np.array([x, y, noise, *e] + [0.0] * (HISTORY - len(e)) + [uncond])
 
 
-def row(sigma, to, save=None, push=DENOISED, path=(0.0, 0.0)):
+def row(sigma: float, to: np.ndarray, save: np.ndarray | None = None,
+        push: tuple[float, float] = DENOISED, path: tuple[float, float] = (0.0, 0.0)) -> Row:
     """A model call at sigma: `to` makes the new x, `save` the new y (None: y stays).
 
     path: of the noise, if there is any.
@@ -141,15 +147,15 @@ def row(sigma, to, save=None, push=DENOISED, path=(0.0, 0.0)):
     return Row(np.float64(sigma), np.array(push), both, np.array(path, np.float64))
 
 
-def table(sampler):
+def table(sampler: Callable[P, Iterator[Row]]) -> Callable[P, Row]:
     """Make a generator of rows a function `(sigmas, **options) -> Rows`."""
     @functools.wraps(sampler)
-    def rows(sigmas, **options):
-        return Row(*map(np.stack, zip(*sampler(sigmas, **options))))
+    def rows(*sigmas: P.args, **options: P.kwargs) -> Row:
+        return Row(*map(np.stack, zip(*sampler(*sigmas, **options))))
     return rows
 
 
-def custom(rule, rows):
+def custom(rule: Rule, rows: Iterable[Any]) -> Custom:
     """Rows of a Rule, dicts of numbers or arrays -> Custom. Raises ValueError for others."""
     rows = list(rows)
     if not rows or not all(isinstance(row, dict) and 'sigma' in row for row in rows):
@@ -167,12 +173,12 @@ def custom(rule, rows):
     return Custom(rule, fields)
 
 
-def pairs(sigmas):
+def pairs(sigmas: Sequence[float] | np.ndarray) -> Iterator[tuple[float, float]]:
     """The steps (a, b) of a list of sigmas."""
     return zip(sigmas[:-1], sigmas[1:])
 
 
-def ancestral(a, b, eta):
+def ancestral(a: float, b: float, eta: float) -> tuple[float, float]:
     """Split a step a -> b into a deterministic part to `down` and fresh noise `up`.
 
     up^2 + down^2 = b^2; eta = 1 is DDPM's posterior variance, b^2 (a^2 - b^2) / a^2.
@@ -181,12 +187,13 @@ def ancestral(a, b, eta):
     return np.sqrt(b**2 - up**2), up
 
 
-def sde_noise(a, b, eta, s_noise):
+def sde_noise(a: float, b: float, eta: float, s_noise: float) -> float:
     """The noise of the reverse SDE with stochasticity eta over a step a -> b, exactly."""
     return s_noise * b * np.sqrt(-np.expm1(2 * eta * np.log(b / a)))
 
 
-def churn(sigmas, s_churn, s_tmin, s_tmax, s_noise):
+def churn(sigmas: np.ndarray, s_churn: float, s_tmin: float, s_tmax: float,
+          s_noise: float) -> tuple[np.ndarray, np.ndarray]:
     """Karras et al. 2022, algorithm 2: levels to call at, and the noise that leads to each.
 
     -> hats [steps], kicks [steps + 1]: kicks[i] is added before step i, so the step before it
@@ -197,13 +204,13 @@ def churn(sigmas, s_churn, s_tmin, s_tmax, s_noise):
     return a * (1 + gamma), np.append(s_noise * a * np.sqrt((1 + gamma) ** 2 - 1), 0.0)
 
 
-def noise_row(weight):
+def noise_row(weight: float) -> Iterator[Row]:
     """A row that only adds noise, if there is any to add."""
     if weight > 0:
         yield row(0, mix(x=1, noise=weight), push=(0, 0))
 
 
-def within(option, value, low, high):
+def within(option: str, value: Any, low: int, high: int) -> None:
     """Raise a ValueError unless the value is a whole number from low to high."""
     try:
         whole = low <= value <= high and value == int(value)

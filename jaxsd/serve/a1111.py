@@ -3,20 +3,17 @@
 Pure functions: nothing here opens a file, and no text of a request is ever taken for a path.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
-from pydantic import BaseModel, ValidationError
-from jaxsd.serve.schemas import Body, Img2Img, Neutral
 import base64
 import binascii
 import difflib
 import json
 import re
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from jaxsd import images
 from jaxsd.run import infotext
@@ -24,7 +21,7 @@ from jaxsd.run.request import MAX_SEED, Request, random_seed
 from jaxsd.sampling import SAMPLERS, SCHEDULES
 from jaxsd.sampling.choice import choose, one_of, unknown
 from jaxsd.sampling.names import A1111_SAMPLERS, A1111_SCHEDULES, SCHEDULE_NAMES, find_sampler
-from jaxsd.serve.schemas import Img2Img, Neutral
+from jaxsd.serve.schemas import Body, Img2Img, Neutral
 
 AUTOMATIC = infotext.AUTOMATIC | dict.fromkeys(infotext.BY_TIMESTEPS, 'ddim_uniform')
 RESIZE = ('stretch', 'crop', 'pad')  # by resize_mode

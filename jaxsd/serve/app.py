@@ -1,16 +1,13 @@
 """The server's HTTP: routes, limits, keys, time-outs. One process, one model."""
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from jaxsd.serve.metrics import Metrics
-from jaxsd.serve.queue import Busy, Job, Queue, Result, Stopped
 import asyncio
 import concurrent.futures
 import functools
 import json
 import multiprocessing
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import fastapi
@@ -25,6 +22,7 @@ from jaxsd.run import picture
 from jaxsd.run.request import Request
 from jaxsd.run.text_conditioning import arrange_texts, count_blocks, parse_prompts
 from jaxsd.serve import a1111, schemas
+from jaxsd.serve.metrics import Metrics
 from jaxsd.serve.middleware import (
     LOOPBACK,
     Disconnected,
@@ -33,7 +31,7 @@ from jaxsd.serve.middleware import (
     error_response,
     read_body,
 )
-from jaxsd.serve.queue import Busy, Queue, Stopped
+from jaxsd.serve.queue import Busy, Job, Queue, Stopped
 
 PARTS = 8  # prompts joined by AND, the negative one too: each is one more picture for the U-Net
 TEXTS = 128  # blocks of 75 tokens that a picture's text encoders read, of all texts of all steps

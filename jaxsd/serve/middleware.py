@@ -1,12 +1,12 @@
 """Before the routes: keys, hosts, bodies and their limits; and errors as answers."""
 
-from typing import Any
 import asyncio
 import base64
 import binascii
 import hmac
 import ipaddress
 import time
+from typing import Any
 
 import fastapi
 from fastapi.exceptions import RequestValidationError

@@ -1,18 +1,17 @@
 """A queue in front of an Engine: bounds, pictures that several ask for, what is going on."""
 
-from collections.abc import Sequence
-from jaxsd.batch.identity import Identity
-from jaxsd.run.engine import Engine, Task
-from jaxsd.run.request import Request
-from jaxsd.serve.metrics import Metrics
 import concurrent.futures
 import math
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxsd.run.engine import Task
+from jaxsd.batch.identity import Identity
+from jaxsd.run.engine import Engine, Task
+from jaxsd.run.request import Request
+from jaxsd.serve.metrics import Metrics
 
 
 class Busy(Exception):

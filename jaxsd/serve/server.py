@@ -1,14 +1,13 @@
 """The process: uvicorn, with patience that ends and a stop that loses nothing."""
 
+import asyncio
 import socket
 from typing import Any
-from jaxsd.serve.app import Service, build
-import asyncio
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jaxsd.serve.app import build
+from jaxsd.serve.app import Service, build
 
 KEEP_ALIVE = 15  # s that an idle connection stays open
 

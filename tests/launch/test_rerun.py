@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 
 import jaxsd
 from jaxsd.run import infotext, picture
-from jaxsd.run import replica as module
 from jaxsd.run.generate import slots_for_requests
 from launch import engine, generate
 
