@@ -27,10 +27,10 @@ class Features(NamedTuple):
 def encode(params: Params, cfg: TextConfig, tokens: Int[Array, 'B T'],
            keep: Bool[Array, 'B T'] | None = None, extra: Float[Array, 'E D'] | None = None,
            skip: Int[Array, ' B'] | None = None) -> Features:
-    """Tokens int [B,T], T at most cfg.max_position_embeddings -> Features.
+    """Tokens, T at most cfg.max_position_embeddings -> Features.
 
-    keep, bool [B,T]: tokens that the others may see; extra [E,D]: the vectors that stand for tokens
-    -1, -2 ... -E; skip, int [B]: more layers to leave out than the version does (clip skip).
+    keep: tokens that the others may see; extra: the vectors that stand for tokens -1, -2 ... -E;
+    skip: more layers to leave out than the version does (clip skip).
     `cfg.skip` layers are left out of `hidden`, which passes the final norm if `cfg.final_norm`.
     `pooled` always comes from the last layer, normalised, and projected where the model has a
     text_projection.

@@ -25,7 +25,7 @@ FAMILIES = {768: '1.x', 1024: '2.x', 1280: 'the SDXL refiner', 2048: 'SDXL'}  # 
 
 
 def embed(params: Params, hint: Float[Array, 'B H W 3']) -> Float[Array, 'B h w C']:
-    """A hint [B,8h,8w,3] in [0,1] -> [B,h,w,C]; independent of time, so it runs once a picture."""
+    """A hint in [0,1], h = H / 8; independent of time, so it runs once a picture."""
     p = params['controlnet_cond_embedding']
     x = jax.nn.silu(conv(p['conv_in'], hint.astype(p['conv_in']['weight'].dtype)))
     for i, layer in enumerate(children(p['blocks'])):
@@ -39,7 +39,7 @@ def apply(params: Params, cfg: ControlNetConfig, x: Float[Array, 'B h w L'], t: 
           class_labels: Int[Array, ' B'] | None = None) -> list[Array]:
     """What to add to the U-Net's states, unscaled: a list of [B,H_i,W_i,C_i] as unet.encode gives.
 
-    hint [B,H,W,C]: from `embed`. The other arguments are the U-Net's; cfg: ControlNetConfig, where
+    hint: from `embed`. The other arguments are the U-Net's; cfg: ControlNetConfig, where
     global_pool_conditions makes it [B,1,1,C_i]. Computes in the parameters' dtype.
     """
     time = unet.embed_time(params, t, added, class_labels)

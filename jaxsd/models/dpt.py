@@ -18,7 +18,7 @@ gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 def apply(params: Params, cfg: DPTConfig, pixels: Float[Array, 'B H W 3']) -> Float[Array, 'B H W']:
-    """pixels [B,H,W,3], (rgb - 0.5) / 0.5 -> inverse depth float32 [B,H,W], near is large.
+    """pixels, (rgb - 0.5) / 0.5 -> inverse depth in float32, near is large.
 
     Sides are multiples of 32; where they are not cfg.image_size, the position embeddings are
     interpolated as in MiDaS. Raises ValueError for other sides.

@@ -177,9 +177,9 @@ def group_norm(p: Params, x: Array, groups: int, eps: float) -> Array:
 def attention(q: Float[Array, 'B T C'], k: Float[Array, 'B S C'], v: Float[Array, 'B S C'],
               heads: int, causal: bool = False,
               keep: Bool[Array, 'B S'] | None = None) -> Float[Array, 'B T C']:
-    """Multi-head attention; q [B,T,C], k and v [B,S,C] -> [B,T,C] (Vaswani et al. 2017).
+    """Multi-head attention (Vaswani et al. 2017).
 
-    keep: bool [B,S], the keys to be seen beside `causal`; None: all. GPU in 16 bits without keep:
+    keep: the keys to be seen beside `causal`; None: all. GPU in 16 bits without keep:
     cuDNN's fused kernel. CPU in float16: in float32, as XLA lacks its scores there (it widens
     other products itself). Else all scores at once where they are few (128 x 128 on CPU, 1 GiB
     elsewhere); many are computed a head and a block of queries at a time (lax.map): a score matrix
@@ -225,7 +225,7 @@ def attention(q: Float[Array, 'B T C'], k: Float[Array, 'B S C'], v: Float[Array
 
 def attention_received(q: Float[Array, 'B T C'], k: Float[Array, 'B S C'],
                        heads: int) -> Float[Array, 'B S']:
-    """What each position receives: scores summed over queries, mean over heads -> float32 [B,S]."""
+    """What each position receives: scores summed over queries, mean over heads, in float32."""
     q, k = (a.reshape(*a.shape[:2], heads, -1).astype(jnp.float32) for a in (q, k))
     scores = jnp.einsum('btnd,bsnd->bnts', q, k) / math.sqrt(q.shape[-1])
     return jax.nn.softmax(scores).sum(2).mean(1)

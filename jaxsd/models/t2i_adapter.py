@@ -16,7 +16,7 @@ from jaxsd.typing import Params, Shapes
 
 
 def apply(params: Params, cfg: T2IAdapterConfig, hint: Float[Array, 'B H W C']) -> list[Array]:
-    """A hint [B,H,W,cfg.in_channels] in [0,1] -> unet.apply's `features`, unscaled.
+    """A hint in [0,1], C = cfg.in_channels -> unet.apply's `features`, unscaled.
 
     H, W: multiples of 8 (of 16 for SDXL). cfg: T2IAdapterConfig.
     """

@@ -16,7 +16,7 @@ from jaxsd.typing import Params
 
 def encode(params: Params, cfg: TinyVAEConfig,
            image: Float[Array, 'B H W 3']) -> Float[Array, 'B h w L']:
-    """image [B,fH,fW,3] in [-1,1] -> latent [B,H,W,L] float32, as the U-Net sees it."""
+    """image in [-1,1] -> latent in float32, as the U-Net sees it."""
     first, *rest = children(params['encoder']['layers'])
     x = (image.astype(first['weight'].dtype) + 1) / 2
     return _blocks(rest, conv(first, x), lambda p, x: conv(p, x, stride=2))
@@ -24,7 +24,7 @@ def encode(params: Params, cfg: TinyVAEConfig,
 
 def decode(params: Params, cfg: TinyVAEConfig,
            latent: Float[Array, 'B h w L']) -> Float[Array, 'B H W 3']:
-    """latent [B,H,W,L], as the U-Net sees it -> image [B,fH,fW,3] float32, about [-1,1]."""
+    """latent as the U-Net sees it -> image in float32, about [-1,1]."""
     first, *rest = children(params['decoder']['layers'])
     x = 3 * jnp.tanh(latent.astype(first['weight'].dtype) / 3)
     x = _blocks(rest, jax.nn.relu(conv(first, x)), lambda p, x: upsample({'conv': p}, x))

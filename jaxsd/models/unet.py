@@ -39,11 +39,11 @@ def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Ar
           class_labels: Int[Array, ' B'] | None = None, hook: Hook | None = None,
           freeu: Sequence[Array] | None = None, residuals: Sequence[Array] | None = None,
           features: Iterable[Array] = ()) -> Float[Array, 'B H W O']:
-    """x [B,H,W,C], t [B], context [B,T,D] -> the network's output [B,H,W,cfg.out_channels].
+    """The network's output for x at the timesteps t; O = cfg.out_channels.
 
     context: features of the text, or their `cross_attention_cache` where they serve many times.
-    t: training timesteps, 0 to 999, whole or not. added [B,A]: SDXL's pooled text ++ sinusoids of
-    the time ids. class_labels int [B]: rows of the class embedding, for models that have one.
+    t: training timesteps, 0 to 999, whole or not. added: SDXL's pooled text ++ sinusoids of
+    the time ids. class_labels: rows of the class embedding, for models that have one.
     hook(place, heads, q, k, v): called at every self-attention, place its name in the checkpoint
     ('mid_block.attentions.0.transformer_blocks.0.attn1'), q, k, v [B,T,C]; returns the attention's
     output, or None to go on as usual. freeu: (b1, b2, s1, s2), each [] or [B]. residuals: a
@@ -59,7 +59,7 @@ def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Ar
 
 
 def cross_attention_cache(params: Params, context: Float[Array, 'B T D']) -> Cache:
-    """What cross-attention makes of a context [B,T,D], the same at all noise levels: {place: (keys,
+    """What cross-attention makes of a context, the same at all noise levels: {place: (keys,
     values)}, each [B,T,C], and the context itself at ''."""
     context = context.astype(params['conv_in']['weight'].dtype)
     cache = {'': context}
@@ -78,7 +78,7 @@ def cross_attention_cache(params: Params, context: Float[Array, 'B T D']) -> Cac
 
 def embed_time(p: Params, t: Num[Array, ' B'], added: Float[Array, 'B A'] | None = None,
                class_labels: Int[Array, ' B'] | None = None) -> Float[Array, 'B D']:
-    """The time embedding [B,D] that every residual block sees; arguments as of `apply`."""
+    """The time embedding that every residual block sees; arguments as of `apply`."""
     width, dtype = p['conv_in']['weight'].shape[-1], p['conv_in']['weight'].dtype
     time = _embed(p['time_embedding'], timestep_embedding(t, width).astype(dtype))
     for name, value in (('add_embedding', added), ('class_embedding', class_labels)):
@@ -98,8 +98,7 @@ def encode(p: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], time: Float[A
            hook: Hook | None = None, features: Iterable[Array] = ()) -> list[Array]:
     """The half that a ControlNet copies -> [skip connection, ..., the middle block's output].
 
-    x [B,H,W,C]; time: from `embed_time`; context: as of `apply`. hint [B,H,W,C']: added to what
-    the first layer gives.
+    time: from `embed_time`; context: as of `apply`. hint: added to what the first layer gives.
     features: added after the last attention of each level, or at its end where it has none; one
     too many is added at the very end (diffusers' down_intrablock_additional_residuals).
     """

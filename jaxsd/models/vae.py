@@ -31,7 +31,7 @@ EPS = 1e-6
 
 def encode(params: Params, cfg: VAEConfig | TinyVAEConfig,
            image: Float[Array, 'B H W 3']) -> tuple[Array, Array]:
-    """image [B,fH,fW,3] in [-1,1] -> (mean, logvar), each [B,H,W,L] float32; latents unscaled."""
+    """image in [-1,1] -> (mean, logvar), each [B,h,w,L] float32; latents unscaled."""
     if isinstance(cfg, TinyVAEConfig):
         mean = taesd.encode(params, cfg, image)
         return mean, jnp.full_like(mean, -30.0)
@@ -49,7 +49,7 @@ def encode(params: Params, cfg: VAEConfig | TinyVAEConfig,
 
 def decode(params: Params, cfg: VAEConfig | TinyVAEConfig,
            latent: Float[Array, 'B h w L']) -> Float[Array, 'B H W 3']:
-    """latent [B,H,W,L], unscaled -> image [B,fH,fW,3] float32, about [-1,1]."""
+    """Unscaled latents -> image in float32, about [-1,1]."""
     if isinstance(cfg, TinyVAEConfig):
         return taesd.decode(params, cfg, latent)
     p = prepared(params['decoder'])
@@ -64,7 +64,7 @@ def decode(params: Params, cfg: VAEConfig | TinyVAEConfig,
 
 
 def scale(cfg: VAEConfig | TinyVAEConfig, z: Float[Array, '... L']) -> Float[Array, '... L']:
-    """Latents of the encoder [..., L] -> as the U-Net sees them, see VAEConfig."""
+    """Latents of the encoder -> as the U-Net sees them, see VAEConfig."""
     shift, factor, mean, std = _statistics(cfg)
     return (z - shift - mean) * (factor / std)
 

@@ -24,7 +24,7 @@ def signal_and_noise(alphas_cumprod: Array, t: Int[Array, ' B']) -> tuple[Array,
 
 def add_noise(x0: Float[Array, 'B H W C'], noise: Float[Array, 'B H W C'], alphas_cumprod: Array,
               t: Int[Array, ' B']) -> Float[Array, 'B H W C']:
-    """Forward diffusion q(x_t | x_0): x0, noise [B,H,W,C], t int [B] (Ho et al. 2020, eq. 4)."""
+    """Forward diffusion q(x_t | x_0) (Ho et al. 2020, eq. 4)."""
     signal, sigma = signal_and_noise(alphas_cumprod, t)
     return signal * x0 + sigma * noise
 
