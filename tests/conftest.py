@@ -1,5 +1,6 @@
 """Settings for CPU; tiny random models, and a browser with a gallery, shared by the tests."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -11,11 +12,15 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
-# Compiling is most of the work. Half of it, LLVM's optimisations, is left out (but: `optimised`),
-# and programs are kept for the other processes and the next run. JAX looks at all files for each
-# that it writes where their size is limited, so the folder is emptied here once it is large.
-os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
-                           + ' --xla_backend_optimization_level=0').strip()
+# Compiling is most of the work. Three quarters of it are left out: LLVM's optimisations, and XLA's
+# newer code for fusions, which make parity has; `optimised` has both. XLA aborts on flags that it
+# does not know. Programs are kept, for the other processes and the next run. Where their size is
+# limited JAX looks at all files for each that it writes, so the limit is here.
+QUICK = {'xla_backend_optimization_level': '0'}
+if importlib.metadata.version('jaxlib').startswith('0.10.') and not os.environ.get('JAXSD_FUSIONS'):
+    QUICK['xla_cpu_use_fusion_emitters'] = 'false'
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *(
+    f'--{name}={value}' for name, value in QUICK.items())]).strip()
 os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', '-1')
 PROGRAMS = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache' / 'programs'
 if 'PYTEST_XDIST_WORKER' not in os.environ and sum(
@@ -140,14 +145,15 @@ def tiny_model(tokenizer_folder):
     return make
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def optimised():
     """Programs are compiled as they are for users."""
-    from jaxsd.run import engine
+    from jaxsd.run import replica
     from jaxsd.run.programs import Programs
     with pytest.MonkeyPatch.context() as patch:
-        options = {'xla_backend_optimization_level': '3'}
-        patch.setattr(engine, 'PROGRAMS', Programs(options=options))
+        users = {'xla_backend_optimization_level': '3', 'xla_cpu_use_fusion_emitters': True}
+        options = {name: users[name] for name in QUICK}
+        patch.setattr(replica, 'PROGRAMS', Programs(options=options))
         yield
 
 

@@ -5,6 +5,7 @@ import ast
 import importlib
 import re
 
+import pytest
 from mains import ROOT, run_code
 from mypy import api
 
@@ -66,6 +67,7 @@ def programs(page):
     return '\n'.join(re.findall('```python\n(.*?)```', (ROOT / page).read_text(), re.DOTALL))
 
 
+@pytest.mark.slow
 def test_mypy(tmp_path):
     pages = {'right_readme.py': programs('README.md'),
              'right_jax.py': programs('docs/jax.md')}

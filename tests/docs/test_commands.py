@@ -128,8 +128,9 @@ def check_named(piece):
             assert (ROOT / word.rpartition('=')[2]).exists(), f'{piece.page}:{piece.line}: {word}'
 
 
-@pytest.mark.parametrize('page', [name for name in pages.NAMES
-                                  if any(piece.page == name for piece in PIECES)])
+@pytest.mark.parametrize('page', [
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith('docs/') else [])
+    for name in pages.NAMES if any(piece.page == name for piece in PIECES)])
 def test_page(page, made, tmp_path):
     done, copy = set(), None
     try:

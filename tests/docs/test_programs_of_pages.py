@@ -35,7 +35,9 @@ def test_only_what_is_there_is_changed():
     assert BLOCKS.keys() >= substitutes.PROGRAMS.keys() | substitutes.BEFORE.keys()
 
 
-@pytest.mark.parametrize('page', BLOCKS)
+@pytest.mark.parametrize('page', [
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith('docs/') else [])
+    for name in BLOCKS])
 def test_page(page, folder):
     code = program(page)
     for number, line in enumerate(code.splitlines(), 1):

@@ -241,6 +241,7 @@ def through_noise(params, data, image, *, config, iterations):
     return [vae.decode(params['vae'], config.vae, z) for z in (x, back)], residual
 
 
+@pytest.mark.slow
 def test_an_emoji_is_inverted_and_comes_back():
     """docs/research.md: 119 dB over 20 steps, and 31 dB by plain DDIM inversion.
 

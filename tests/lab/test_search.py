@@ -122,6 +122,7 @@ def requests(captions, first):
             for i, caption in enumerate(captions)]
 
 
+@pytest.mark.slow
 def test_found_schedules_beat_karras_on_prompts_and_seeds_not_seen(emoji):
     """Small and quick; docs/research.md has the full numbers.
     """

@@ -27,6 +27,7 @@ def test_small_and_in_float16():
             assert {file.get_slice(k).get_dtype() for k in file.keys()} == {'F16'}  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_pictures_are_found_by_their_captions(model):
     """A quarter of what launch/evaluate.py measures: 50 plain captions, at guidance 4 and 1."""
     reference = retrieval.read_reference(LISTS / 'emoji_reference.npz')

@@ -13,6 +13,7 @@ from launch import evaluate, gallery, retrieval
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LISTS = ROOT / 'tests' / 'data'
 SIZE, COUNT = 64, 40
+pytestmark = pytest.mark.usefixtures('optimised')
 
 
 @pytest.fixture(scope='module')
@@ -33,6 +34,7 @@ def rate(given, **how):
     return evaluate.measure(draw, captions, reference)[0]['top1']
 
 
+@pytest.mark.slow
 def test_a_sketch_helps_and_a_half_is_restored(given):
     sketches = given[4]
     right = np.zeros((SIZE, SIZE), bool)
@@ -44,6 +46,7 @@ def test_a_sketch_helps_and_a_half_is_restored(given):
     assert named >= 0.7 and named > nameless
 
 
+@pytest.mark.slow
 def test_edges_place_the_picture(given):
     """The gallery's small apple: drawn where its edges are, and all over the picture without."""
     model = given[0].replace(controlnets={

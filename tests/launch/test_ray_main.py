@@ -37,6 +37,7 @@ def _pixels(out):
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs /proc')
+@pytest.mark.slow
 def test_the_same_pictures_though_an_actor_is_killed(tmp_path):
     plain, out = tmp_path / 'plain', tmp_path / 'ray'
     status, _, error = run_main('-m', 'launch.batch', f'--out={plain}', *FLAGS)

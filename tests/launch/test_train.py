@@ -101,6 +101,7 @@ def test_what_would_fail_later_is_said_first(folder, flags, said):
     assert not (folder / 'run').exists() and (folder / 'tokenizer' / 'vocab.json').exists()
 
 
+@pytest.mark.slow
 def test_states_may_be_written_more_often_than_the_log(folder):
     process = train(folder, *(f'--config.stages.{name}.log_every=5'
                               for name in ('vae', 'text', 'unet', 'decoder')))

@@ -30,7 +30,7 @@ OLDEST = [f'{name}=={version}' for lines in (
 
 def run(*command, cwd, **env):
     done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True,
-                          env=environment(**{'PYTHONPATH': '', **env}))
+                          env=environment(**{'PYTHONPATH': '', 'XLA_FLAGS': None, **env}))
     return done.returncode, done.stdout, done.stderr
 
 
@@ -166,6 +166,7 @@ for call in (lambda: images.canny(picture), lambda: images.tile(picture, 2),
                                    for name in ('canny', 'tile', 'pose', "fill='edge'")]
 
 
+@pytest.mark.slow
 def test_batch_and_verify(home):
     (home[0] / 'prompts.txt').write_text('red apple\nrocket\n')
     code, _, stderr = run(home[1] / 'jaxsd', 'batch', '--requests=prompts.txt', '--out=run',
@@ -176,11 +177,12 @@ def test_batch_and_verify(home):
     assert code == 0, stdout + stderr
 
 
+@pytest.mark.slow
 def test_serve(request):
     """A picture of `jaxsd serve` is the one that `jaxsd generate` makes."""
     home = request.getfixturevalue('oldest' if FULL else 'home')
     with serving('--config=emoji', command=(home[1] / 'jaxsd', 'serve'), cwd=home[0],
-                 PYTHONPATH='') as (url, server):
+                 PYTHONPATH='', XLA_FLAGS=None) as (url, server):
         answer = httpx.post(f'{url}/sdapi/v1/txt2img', timeout=120, json={
             'prompt': 'rocket', 'seed': 3, 'steps': 3, 'cfg_scale': 4.0})
         assert answer.status_code == 200, answer.text

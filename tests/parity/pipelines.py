@@ -1,6 +1,7 @@
 """One tiny model as ours and as a diffusers pipeline, and their walks from the same noise."""
 
 import dataclasses
+import functools
 import sys
 from unittest import mock
 
@@ -92,9 +93,7 @@ def theirs(pipe, sampler, draws, **call):
     return out.permute(0, 2, 3, 1).numpy()
 
 
-# Compiling takes most of these tests' time, half of it in the last optimisations.
-_latents = jax.jit(latents, static_argnames=('config', 'height', 'width'),
-                compiler_options={'xla_backend_optimization_level': '0'})
+_latents = jax.jit(latents, static_argnames=('config', 'height', 'width'))
 
 
 def ours(model, requests, noise, stage=None):
@@ -106,6 +105,7 @@ def ours(model, requests, noise, stage=None):
                             width=requests[0].width))
 
 
+@functools.partial(jax.jit, static_argnames='config')
 def denoised(params, config, x, conditioning, guidance, rows):
     """The denoise loop over a sampler's rows, with one Guidance for all of them and no fresh noise
     -> latents like x."""

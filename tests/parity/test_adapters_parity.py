@@ -47,9 +47,7 @@ def pair(tokenizer_folder, tmp_path_factory):
     return make
 
 
-# Compiling takes most of these tests' time, half of it in the last optimisations.
-@functools.partial(jax.jit, static_argnames='config',
-                   compiler_options={'xla_backend_optimization_level': '0'})
+@functools.partial(jax.jit, static_argnames='config')
 def _outputs(params, x, t, context, added, tokens, config):
     found = {'unet': unet.apply(params['unet'], config.unet, x, t, context, added)}
     for part in ('text_encoder', 'text_encoder_2'):

@@ -57,9 +57,9 @@ def trajectories(pipeline, guidance, prediction='epsilon', prepare=None, size=SI
     rows = sampling.plan('ddim', sigmas)
 
     def sample(params, guidance):
-        return np.asarray(jax.jit(lambda p, x, g: denoised(
-            {'unet': p}, config, x, Conditioning(context, None), g, rows))(
-                params, latent * np.hypot(sigmas[0], 1), guidance))
+        return np.asarray(denoised(
+            {'unet': params}, config, latent * np.float32(np.hypot(sigmas[0], 1)),
+            Conditioning(context, None), guidance, rows))
 
     params = arrays(module)  # of `module` as made: FreeU changes no parameter
     scale = max(1.0, theirs.std())
@@ -102,8 +102,9 @@ def test_freeu_of_one_evaluation(size):
     x = rng.normal(size=(2, *size, 4)).astype(np.float32)
     context = rng.normal(size=(2, 7, 32)).astype(np.float32)
     t = np.array([3, 801], np.float32)
-    ours = unet.apply(arrays(module), jc._unet(dict(module.config)), x, t, context,
-                      freeu=(1.3, np.array([1.4, 1.4], np.float32), 0.9, 0.2))
+    ours = jax.jit(unet.apply, static_argnums=1)(
+        arrays(module), jc._unet(dict(module.config)), x, t, context,
+        freeu=(1.3, np.array([1.4, 1.4], np.float32), 0.9, 0.2))
     module.enable_freeu(b1=1.3, b2=1.4, s1=0.9, s2=0.2)
     with torch.no_grad():
         theirs = module(nchw(x), torch.tensor(t), torch.tensor(context)).sample

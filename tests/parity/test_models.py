@@ -99,7 +99,7 @@ def test_unet(name, size):
     if cfg.num_class_embeds:
         more['class_labels'] = jnp.array([2, 7])
         theirs['class_labels'] = torch.tensor([2, 7])
-    ours = unet.apply(arrays(module), cfg, x, t, context, **more)
+    ours = jax.jit(unet.apply, static_argnums=1)(arrays(module), cfg, x, t, context, **more)
     with torch.no_grad():
         out = module(nchw(x), torch.tensor(t), torch.tensor(context), **theirs).sample
     close(ours, out.permute(0, 2, 3, 1))
@@ -117,12 +117,12 @@ def test_vae_both_ways(levels):
     rng = np.random.default_rng(0)
     image = rng.uniform(-1, 1, (2, 48, 32, 3)).astype(np.float32)
     latent = rng.normal(size=(2, 6, 4, 4)).astype(np.float32)
-    mean, logvar = vae.encode(arrays(module), cfg, image)
+    mean, logvar = jax.jit(vae.encode, static_argnums=1)(arrays(module), cfg, image)
     with torch.no_grad():
         posterior = module.encode(nchw(image)).latent_dist
         close(mean, posterior.mean.permute(0, 2, 3, 1))
         close(logvar, posterior.logvar.permute(0, 2, 3, 1))
-        close(vae.decode(arrays(module), cfg, latent),
+        close(jax.jit(vae.decode, static_argnums=1)(arrays(module), cfg, latent),
               module.decode(nchw(latent)).sample.permute(0, 2, 3, 1))
 
 
@@ -143,7 +143,7 @@ def test_text(tower):
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 98, (2, 16))
     tokens[0, 5:], tokens[1, 12] = 99, 99  # end of text, padded with itself and with others
-    found = clip.encode(tree, cfg, jnp.asarray(tokens))
+    found = jax.jit(clip.encode, static_argnums=1)(tree, cfg, jnp.asarray(tokens))
     with torch.no_grad():
         out = module(torch.tensor(tokens), output_hidden_states=True)
     close(found.hidden, out.hidden_states[-2] if xl else out.last_hidden_state)

@@ -83,8 +83,7 @@ def test_trajectory(name, sampler):
     start = latent * (np.hypot(sigmas[0], 1) if unit else float(scheduler.init_noise_sigma))
     rows = sampling.plan(ours, sigmas, **options)
     params = {'unet': arrays(module)}
-    found = jax.jit(lambda p, x: denoised(
-        p, config, x, Conditioning(context, added), Guidance(GUIDANCE), rows))(params, start)
+    found = denoised(params, config, start, Conditioning(context, added), Guidance(GUIDANCE), rows)
     scale = max(1.0, theirs.std())
     assert np.abs(np.asarray(found) - theirs).max() / scale <= 1e-4
 

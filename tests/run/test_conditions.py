@@ -168,6 +168,7 @@ SPREAD = [
 ]
 
 
+@pytest.mark.slow
 def test_conditions_are_spread_over_devices(steered, tmp_path):
     seen = []
     found = on_devices(2, tmp_path / 'a.npz', """

@@ -87,7 +87,7 @@ def test_adaptive_steps_beside_tables(tiny_model):
         np.testing.assert_array_equal(jaxsd.generate(model, [request])[0], image)
 
 
-@pytest.mark.parametrize('count', [1, 4])
+@pytest.mark.parametrize('count', [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_picture_does_not_depend_on_its_batch(tiny_model, count, tmp_path):
     model = tiny_model('sd1')
     if count == 1:

@@ -204,6 +204,7 @@ def whole(model):
         'mine': Embedding('mine', {'text_encoder': vectors})})
 
 
+@pytest.mark.slow
 def test_over_devices_with_padding(sd1, tmp_path):
     """Three pictures on two devices: what they share is not split, what is theirs is."""
     found = on_devices(2, tmp_path / 'a.npy', """

@@ -373,6 +373,7 @@ def test_before_the_model_is_there():
         wait.set()
 
 
+@pytest.mark.slow
 def test_the_document(parts):
     """Every example that the OpenAPI document allows is answered as it says, and never by 5xx."""
     schemathesis = pytest.importorskip('schemathesis')

@@ -43,8 +43,10 @@ def medium_config():
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc/self/status')
 @pytest.mark.parametrize('layout, stored, wanted', [
-    ('single-file', 'F32', 'float32'), ('single-file', 'F16', 'float32'),
-    ('diffusers', 'F32', 'float32'), ('diffusers', 'F32', 'bfloat16')])
+    pytest.param('single-file', 'F32', 'float32', marks=pytest.mark.slow),
+    ('single-file', 'F16', 'float32'),
+    pytest.param('diffusers', 'F32', 'float32', marks=pytest.mark.slow),
+    ('diffusers', 'F32', 'bfloat16')])
 def test_peak(layout, stored, wanted, tmp_path):
     config = medium_config()
     shapes = spec(config)
