@@ -1,7 +1,6 @@
 """--plugin: the examples of docs/plugins.md on the shipped model, by the mains that draw."""
 
 import json
-import os
 import re
 
 import httpx
@@ -17,20 +16,13 @@ REQUESTS = [
     dict(sampler='gotta_go_fast', sampler_options=dict(rtol=1, atol=0.5, max_calls=12))]
 
 
-@pytest.fixture(scope='module')
-def quick(tmp_path_factory):
-    """Environment: programs are compiled in seconds, once for all processes."""
-    return {'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
-            'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'}
-
-
 @pytest.fixture
 def flags(tmp_path):
     return [f'--plugin={path}' for path in plugin_page.write(tmp_path)]
 
 
 @pytest.fixture
-def batch(tmp_path, flags, quick):
+def batch(tmp_path, flags):
     """batch() -> how many pictures were to make, of REQUESTS; raises where it fails."""
     plan = tmp_path / 'plan.jsonl'
     plan.write_text(''.join(json.dumps({'prompt': 'red apple', 'seed': 7, 'guidance': 4, **request})
@@ -38,7 +30,7 @@ def batch(tmp_path, flags, quick):
 
     def run():
         status, _, error = run_main('-m', 'launch.batch', f'--requests={plan}', '--slots=1',
-                                    f'--out={tmp_path / "run"}', *flags, **quick)
+                                    f'--out={tmp_path / "run"}', *flags)
         assert status == 0, error
         return int(re.search(r'(\d+) to make', error)[1])
 
@@ -58,17 +50,17 @@ with jaxsd.Engine(jaxsd.load('emoji', 'float32'), slots=1) as engine:
 """
 
 
-def test_batch_and_verify(tmp_path, batch, flags, quick):
+def test_batch_and_verify(tmp_path, batch, flags):
     """The pictures of the command line are those of Python; what was made by other code of the same
     name is made again, and is never run because a folder names it."""
     def verify(*plugins):
         status, out, error = run_main('-m', 'launch.verify', tmp_path / 'run', '--sample=all',
-                                      *plugins, **quick)
+                                      *plugins)
         return status, out, error
 
     assert batch() == 3 and batch() == 0
     records = sorted(folder.read(tmp_path / 'run').values(), key=lambda record: record['index'])
-    out = run_code(IN_PYTHON, tmp_path, json.dumps(REQUESTS), **quick)
+    out = run_code(IN_PYTHON, tmp_path, json.dumps(REQUESTS))
     assert out.split() == [record['pixels'] for record in records]
     assert verify(*flags)[:2] == (0, '3 of 3 pictures are equal to the bit\n')
     status, out, _ = verify()
@@ -89,7 +81,7 @@ def test_batch_and_verify(tmp_path, batch, flags, quick):
     assert (status, error.count('\n')) == (1, 1)
     assert "guidance 'tcfg'" in error or "sampler 'ghvb'" in error
     status, _, error = run_main('-m', 'launch.generate', f'--from={path}', f'--out={tmp_path}',
-                                '--trust', *flags, **quick)
+                                '--trust', *flags)
     assert status == 0 and 'warning: made with other code of sampler ghvb' in error
 
 
@@ -111,20 +103,22 @@ def test_mistakes_are_told_in_a_line(tmp_path, text, flag, match):
     assert status == 1 and re.fullmatch(f'(emoji.*\n)?{match}', error), error
 
 
-def test_lab(tmp_path, flags, quick):
+@pytest.mark.slow
+def test_lab(tmp_path, flags):
     status, _, error = run_main(
         '-m', 'launch.lab', 'sweep', '--samplers=predictor_corrector(snr=0.1), ghvb, gotta_go_fast('
         'max_calls=4)', '--schedules=shifted_cosine', '--steps=2', '--guidance=4', '--batch_size=1',
         '--prompt=red apple', '--seeds=0', '--reference_steps=4', f'--out={tmp_path / "out"}',
-        *flags, **quick)
+        *flags)
     assert status == 0, error
     lines = (tmp_path / 'out' / 'results.csv').read_text().splitlines()
     calls = {line.split(',')[0]: line for line in lines}
     assert {'predictor_corrector(snr=0.1)', 'ghvb', 'gotta_go_fast(max_calls=4)'} <= set(calls)
 
 
-def test_server(flags, quick):
-    with serving('--slots=1', *flags, **quick) as (url, _):
+@pytest.mark.slow
+def test_server(flags):
+    with serving('--slots=1', *flags) as (url, _):
         names = [found['name'] for found in httpx.get(f'{url}/sdapi/v1/samplers').json()]
         assert {'ghvb', 'predictor_corrector', 'gotta_go_fast'} <= set(names)
         answer = httpx.post(f'{url}/sdapi/v1/txt2img', timeout=180, json={
@@ -135,13 +129,14 @@ def test_server(flags, quick):
         assert 'Sampler: ghvb' in told and 'Schedule type: shifted_cosine' in told
 
 
-def test_ray(tmp_path, batch, flags, quick):
+@pytest.mark.slow
+def test_ray(tmp_path, batch, flags):
     """Its actors load the same files."""
     pytest.importorskip('ray')
     batch()
     status, _, error = run_main(
         '-m', 'launch.ray_batch', f'--requests={tmp_path / "plan.jsonl"}', '--slots=1',
-        f'--out={tmp_path / "ray"}', *flags, **quick)
+        f'--out={tmp_path / "ray"}', *flags)
     assert status == 0, error
     pixels = [{key: record['pixels'] for key, record in folder.read(tmp_path / name).items()}
               for name in ('run', 'ray')]
