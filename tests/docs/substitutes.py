@@ -37,7 +37,7 @@ NOT_RUN = {
     r'jaxsd batch --distributed': 'needs a cluster; tests/batch/test_runner.py has two processes',
     r'make docs': 'tests/docs/test_site.py builds it',
     r'apt-get .*': 'changes the machine',
-    r'make (test|parity|lint)|(\S*/)?python -m pytest .*': 'runs what CI runs: .ci/run',
+    r'make (test|test-all|parity|lint)|(\S*/)?python -m pytest .*': 'runs what CI runs: .ci/run',
     r'make gallery': '2 minutes; tests/launch/test_emoji_conditions.py draws its rows',
     r'.*-m launch\.ray_batch .*': 'needs GPUs; tests/launch/test_ray_main.py has CPUs',
     r'.*-m launch\.bench .*(--version=|--parts=requests).*': 'minutes, beside torch and diffusers',
