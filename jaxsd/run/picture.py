@@ -45,7 +45,7 @@ def parameters(request: Request, model: str = '', vae: str = '', refiner: str = 
         'Steps': request.steps,
         'Sampler': A1111_SAMPLERS.get(request.sampler, request.sampler),
         'Schedule type': A1111_SCHEDULES.get(schedule, schedule),
-        'CFG scale': _short(np.ravel(request.guidance)[0]),
+        'CFG scale': '' if request.guidance is None else _short(np.ravel(request.guidance)[0]),
         'Seed': request.seed,
         'Size': f'{request.width}x{request.height}',
         'Model': model,

@@ -1,8 +1,14 @@
 """Request: what it refuses, and what `resolve` fills in."""
 
+import runpy
+import warnings
+
+import numpy as np
 import pytest
 from conftest import TINY
+from mains import ROOT
 
+import jaxsd
 from jaxsd.run.request import MAX_SEED, Request, resolve
 
 
@@ -61,6 +67,35 @@ def test_resolve_refuses_sizes_between_latents():
         resolve([Request(noise='torch', noise_batch=(0, 10**6))], TINY['sd1'])
     with pytest.raises(ValueError, match='expected a list'):
         resolve(Request(), TINY['sd1'])
+
+
+def test_sizes_far_from_the_native_one():
+    """TINY's is 64x64: to a quarter of its pixels is quiet, less is said, under 1/16 refused."""
+    config = TINY['sd1']
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        resolve([Request(width=32, height=32), Request(width=128, height=128)], config)
+    for width, height in ((16, 16), (256, 256), (40, 24)):
+        with pytest.warns(UserWarning, match=f'{width}x{height}: this model is made for 64x64'):
+            resolve([Request(width=width, height=height)], config)
+    for width, height in ((8, 24), (264, 256)):
+        request = Request(width=width, height=height)
+        with pytest.raises(ValueError, match=f'{width}x{height}: .* made for 64x64.*force_size'):
+            resolve([request], config)
+        with pytest.warns(UserWarning, match='expect poor pictures'):
+            assert resolve([request.replace(force_size=True)], config)[0].width == width
+
+
+@pytest.mark.parametrize('version, scale', [('sd15', 7), ('sdxl', 6), ('sdxl_refiner', 6),
+                                            ('x4_upscaler', 9)])
+def test_guidance_that_suits_the_version(version, scale):
+    """The scale of the version's recipe; one that is asked for stays."""
+    config = jaxsd.read_config(version)
+    image = np.zeros((8, 8, 3), np.uint8) if version == 'x4_upscaler' else None
+    found = resolve([Request(image=image), Request(image=image, guidance=2)], config)
+    assert [request.guidance for request in found] == [scale, 2]
+    recipe = runpy.run_path(ROOT / 'configs' / f'{version}.py')['get_config']()
+    assert recipe.guidance == scale
 
 
 @pytest.mark.parametrize('sampler, schedule, expected', [
