@@ -42,13 +42,8 @@ def dpm_adaptive(sigmas: np.ndarray, order: int = 3, rtol: float = 0.05, atol: f
     """
     within('order', order, 2, 3)
     within('max_calls', max_calls, 1, 10_000)
-    for name, value in (('rtol', rtol), ('atol', atol), ('h_init', h_init),
-                        ('accept_safety', accept_safety)):
-        if not 0 < value < np.inf:
-            raise ValueError(f'{name}={value}: expected a finite number above 0')
-    for name, value in (('pcoeff', pcoeff), ('icoeff', icoeff), ('dcoeff', dcoeff)):
-        if not np.isfinite(value):
-            raise ValueError(f'{name}={value}: expected a finite number')
+    _check(0, ' above 0', rtol=rtol, atol=atol, h_init=h_init, accept_safety=accept_safety)
+    _check(-np.inf, '', pcoeff=pcoeff, icoeff=icoeff, dcoeff=dcoeff)
     positive = sigmas[sigmas > 0]
     if len(positive) < 2:
         raise ValueError(f'sigmas {sigmas}: dpm_adaptive goes from the first to the last above 0; '
@@ -58,6 +53,12 @@ def dpm_adaptive(sigmas: np.ndarray, order: int = 3, rtol: float = 0.05, atol: f
         sigma=positive[0], noisy=eta > 0, start=start, end=end, order=order, rtol=rtol, atol=atol,
         h_init=h_init, pcoeff=pcoeff, icoeff=icoeff, dcoeff=dcoeff, accept_safety=accept_safety,
         eta=eta, s_noise=s_noise).items()})
+
+
+def _check(low, told, **options):
+    for name, value in options.items():
+        if not low < value < np.inf:
+            raise ValueError(f'{name}={value}: expected a finite number{told}')
 
 
 def _init(x, row):
