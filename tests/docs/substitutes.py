@@ -12,7 +12,7 @@ COMMANDS = {
     r'--checkpoint=\.\.\. photo\.jpg': '--checkpoint=depth photo.jpg',
     r'(?<=--kind=canny)\|scribble\|tile\|pose \.\.\.': ' photo.jpg',
     # a lone file does not say the sizes of a small VAE
-    r'vae\.safetensors': 'vae',
+    r'(?<=--vae=)vae\.safetensors': 'vae',
     # less of the same
     r'--steps=5,10,20,40 --guidance=1,4': '--steps=2,3 --reference_steps=4 --guidance=1,4',
     r'--steps=5,10,20$': '--steps=2,3 --reference_steps=4',

@@ -104,7 +104,7 @@ class Copy:
         done = subprocess.run(['bash', '-c', f'set -eo pipefail; {command}'], cwd=self.path,
                               env=self.environment, text=True, capture_output=True, timeout=600)
         said = f'{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}'
-        assert done.returncode == ('--help' in command) or output, said  # absl's --help: 1
+        assert done.returncode <= ('--help' in command) or output, said  # absl's --help: 1
         for line in output:
             assert line in said, f'expected {line!r}, found {said}'
 
