@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from .tables import Rows
+from .tables import Table
 
 INITIAL = np.uint32(2**32 - 1)  # the call number of the initial noise; real calls count from 0
 
@@ -60,7 +60,7 @@ def initial(keys: Array, shape: tuple[int, ...]) -> Array:
 SPAN, DEPTH = 10.0, 18
 
 
-def fresh(keys: Array, rows: Rows, shape: tuple[int, ...]) -> Callable[[Any], Array]:
+def fresh(keys: Array, rows: Table, shape: tuple[int, ...]) -> Callable[[Any], Array]:
     """The noise of the denoise loop: `noise(i)` for `sample`, standard normal, float32
     [B, *shape]; see `of_row`. keys: [B]. rows: the table, shared or per image."""
     path = jnp.asarray(rows.path, jnp.float32)

@@ -11,14 +11,14 @@ from jaxsd.config import ScheduleConfig
 
 from . import adaptive, first_order, multistep, singlestep
 from .choice import call, choose, number
-from .tables import Rows
+from .tables import Table
 
 SAMPLERS = {f.__name__: f for f in (
     *first_order.SAMPLERS, *singlestep.SAMPLERS, *multistep.SAMPLERS, adaptive.dpm_adaptive)}
 
 
 def plan(name: str, sigmas: Sequence[float] | np.ndarray, config: ScheduleConfig | None = None,
-         **options: Any) -> Rows:
+         **options: Any) -> Table:
     """The table of a sampler -> Rows of float64 numpy arrays, one row per model call; Custom of
     samplers with a step of their own, as dpm_adaptive.
 

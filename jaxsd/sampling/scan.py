@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from .tables import HISTORY, NOISE, Custom, Row, Rows, Rule
+from .tables import HISTORY, NOISE, Custom, Row, Rule, Table
 
 Denoise = Callable[..., Any]  # denoise(x, sigma, i), see `sample`
 Noise = Callable[[Any], jax.Array]
@@ -44,7 +44,7 @@ class Call(NamedTuple):
         return (self.x - self.denoised) / jnp.where(sigma > 0, sigma, 1)
 
 
-def init(x: ArrayLike, rows: Rows, memory: Any = None) -> State:
+def init(x: ArrayLike, rows: Table, memory: Any = None) -> State:
     """The state before the first of the rows, see `lift`. x [B,...]; memory: as of `sample`."""
     x = lift(x)
     zero = jnp.zeros_like(x)
@@ -82,7 +82,7 @@ def _shapes(tree):
     return jax.tree.map(lambda a: jnp.shape(a)[1:], tree)
 
 
-def point(state: State, row: Rows) -> tuple[jax.Array, jax.Array]:
+def point(state: State, row: Table) -> tuple[jax.Array, jax.Array]:
     """Where a row calls its model -> x [B,...] and sigma [] or [B], 0: nowhere."""
     if not isinstance(row, Custom) or not row.free:
         return state.x, row.sigma
@@ -91,7 +91,7 @@ def point(state: State, row: Rows) -> tuple[jax.Array, jax.Array]:
     return jnp.where(spread(sigma > 0, x.ndim), x, state.x), sigma
 
 
-def step(state: State, row: Rows, denoised: jax.Array, noise: jax.Array,
+def step(state: State, row: Table, denoised: jax.Array, noise: jax.Array,
          uncond: jax.Array | None = None) -> State:
     """One row: push the model's output into the history, then mix. -> State."""
     uncond = denoised if uncond is None else uncond
@@ -117,7 +117,7 @@ def step(state: State, row: Rows, denoised: jax.Array, noise: jax.Array,
                           e=e)
 
 
-def sample(denoise: Denoise, x: ArrayLike, rows: Rows, noise: Noise,
+def sample(denoise: Denoise, x: ArrayLike, rows: Table, noise: Noise,
            info: Callable[[Any], Any] | None = None, memory: Any = None, along: Any = None) -> Any:
     """Walk x down the noise levels of a table -> x at the last one, float32.
 
@@ -141,7 +141,7 @@ def sample(denoise: Denoise, x: ArrayLike, rows: Rows, noise: Noise,
     return state.x if info is None else (state.x, stacked)
 
 
-def advance(denoise: Denoise, state: Any, rows: Rows, noise: Noise,
+def advance(denoise: Denoise, state: Any, rows: Table, noise: Noise,
             info: Callable[[Any], Any] | None = None, along: Any = None,
             count: int | jax.Array | None = None) -> tuple[Any, Any]:
     """Go on from a state of `init` over the next rows -> (State, what info gave or None).
@@ -215,13 +215,13 @@ def bucket(count: int) -> int:
     return max(64, 1 << (int(count) - 1).bit_length())
 
 
-def idle() -> Rows:
+def idle() -> Table:
     """A table of one row that does nothing: the loop ends where it starts."""
     return pad(Row(np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2, HISTORY + 4)), np.zeros((0, 2))),
                1)
 
 
-def pad(rows: Rows, length: int) -> Rows:
+def pad(rows: Table, length: int) -> Table:
     """Append rows that do nothing, up to `length` rows. numpy in, numpy out."""
     extra = length - len(rows.sigma)
     if extra < 0:
@@ -229,7 +229,7 @@ def pad(rows: Rows, length: int) -> Rows:
     return jax.tree.map(lambda *both: np.concatenate(both), rows, rows.idle(extra))
 
 
-def stack(tables: Sequence[Rows], length: int | None = None) -> Rows:
+def stack(tables: Sequence[Table], length: int | None = None) -> Table:
     """One table per image -> Rows [length, B, ...], padded; length: `bucket` of the longest.
 
     Custom rows do not mix with those of others: ValueError.
@@ -245,12 +245,12 @@ def stack(tables: Sequence[Rows], length: int | None = None) -> Rows:
                         *(pad(table, length) for table in tables))
 
 
-def free(rows: Rows) -> bool:
+def free(rows: Table) -> bool:
     """Whether the pictures decide where the model is called, and how often: no steps are known."""
     return isinstance(rows, Custom) and rows.free
 
 
-def going(state: State, rows: Rows) -> jax.Array:
+def going(state: State, rows: Table) -> jax.Array:
     """Which images are not at their end, where that is theirs to say (`free`), bool [B]; rows: the
     next ones, of which the first counts."""
     return point(state, jax.tree.map(lambda a: a[0], rows))[1] > 0

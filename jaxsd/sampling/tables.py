@@ -117,7 +117,8 @@ class Custom:
                                   'sigma': np.zeros((count, *self.sigma.shape[1:]))})
 
 
-Rows = Row | Custom
+Rows = Row
+Table = Row | Custom  # all that `plan` gives
 NOISE, UNCOND = 2, -1  # the columns of Row.mix that weigh fresh noise and the unguided output
 DENOISED = (0.0, 1.0)  # push: e0 is the denoised picture
 
