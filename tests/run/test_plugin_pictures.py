@@ -57,6 +57,7 @@ def request_of(sampler, steps, seed, gain):
                    guidance=1.5 + seed, guidance_options=guidance)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[
     HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(PICTURES, st.sampled_from([0, 0, 0.003, 0.02])), min_size=1, max_size=7))
