@@ -25,6 +25,7 @@ from servers import (
 from test_a1111 import png
 
 import jaxsd
+from jaxsd.serve.a1111 import Limits
 from jaxsd.serve.app import build
 
 READ = 1.5  # s
@@ -38,7 +39,8 @@ def parts():
 
 @pytest.fixture(scope='module')
 def shared(parts):
-    found = service(*parts, queue=8, read=READ, body=20_000, timeout=30)
+    found = service(*parts, queue=8, read=READ, body=20_000, timeout=30,
+                    limits=Limits(pixels=2**15))
     with listening(found) as url:
         yield found, url
 
@@ -109,7 +111,8 @@ def test_what_can_be_read(url):
 
 
 @pytest.mark.parametrize('route, fields, message', [
-    ('txt2img', {'width': 2048, 'height': 2048}, '2048x2048: expected at most'),
+    ('txt2img', {'width': 2048, 'height': 2048}, 'made for 64x64'),
+    ('txt2img', {'width': 256, 'height': 256}, '256x256: expected at most 32768 pixels'),
     ('txt2img', {'prompt': ' AND '.join('abcdefgh')}, 'parts: expected at most 8'),
     ('txt2img', {'prompt': '[a|b]' + ' cat' * 900, 'steps': 20}, 'blocks of 75 tokens'),
     ('txt2img', {'prompt': '<lora:../../etc/passwd:1>'}, 'the model has none'),
