@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxsd import images
 from jaxsd.config import ModelConfig
+from jaxsd.images.opencv import opencv
 from jaxsd.models.controlnet import GUESS_MODES
 from jaxsd.prompt.wildcards import expand
 from jaxsd.sampling import SAMPLERS, known_schedule
@@ -204,6 +205,8 @@ class Request:
         one_of('mask_mode', self.mask_mode, MASK_MODES)
         if self.fill is not None:
             one_of('fill', self.fill, FILLS)
+            if self.fill == 'edge' and self.mask is not None:
+                opencv("fill='edge'")  # what is missing is known before a model is loaded
         for name, most in (('only_masked', MAX_SIDE), ('class_label', None),
                            ('negative_class_label', None)):  # how many classes: the model knows
             if getattr(self, name) is not None:
