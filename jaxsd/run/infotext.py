@@ -137,9 +137,9 @@ def _recorded(path, text):
         run = json.loads(text)
         versions, files = run['versions'], run.pop('files', {})
         found = {name: tuples(value) for name, value in run.pop('request').items()}
-        controls, image = found.pop('controls'), found['image']
+        controls, image = found.pop('controls', ()), found.get('image')
         hints = [dict(control) for control in controls]
-        if not all(map(_text, files.values())):
+        if not _text(found['prompt']) or not all(map(_text, files.values())):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f'{path}: its record is damaged, expected the JSON that this program '
@@ -170,7 +170,7 @@ def _recorded(path, text):
             notes += [f'ControlNet {hint["net"]!r}: its hint was given as an array, which the '
                       'record does not hold' for hint in hints if hint not in kept]
             found['controls'] = tuple(Control(**hint) for hint in kept)
-        Request(**found | {'image': found['image'] or 'given later'})
+        Request(**found | {'image': image or 'given later'})
         for name in ('image', 'mask', 'depth', 'wildcards'):
             kinds = (str, type(None), *[dict] * (name == 'wildcards'))
             if not isinstance(found.get(name), kinds):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mains import ROOT
 from PIL import Image
 
 from jaxsd.run import infotext, picture
@@ -256,7 +257,7 @@ def test_any_value_in_a_record_is_taken_as_a_plan_takes_it_or_is_one_line(place,
     except ValueError as error:
         assert re.fullmatch(r'a\.png: its record (is damaged|has \d+ char)[^\n]{0,250}', str(error))
         return
-    Request(**past.fields | {'image': past.fields['image'] or 'given'})
+    Request(**past.fields | {'image': past.fields.get('image') or 'given'})
     for name, named in past.named().items():
         assert isinstance(named, (str, list, tuple)), name
 
@@ -370,3 +371,11 @@ def test_a_text_is_read_in_linear_time(piece):
     assert time.monotonic() - start < 5
     with pytest.raises(ValueError, match='has 1000000 characters: expected at most'):
         infotext.foreign((piece * 10**6)[:10**6])
+
+
+def test_a_record_of_before_images_and_controls():
+    """README's picture was written before requests had these fields."""
+    past = infotext.read(ROOT / 'docs' / 'demo.png')
+    assert not past.notes and 'controls' in Request.__dataclass_fields__
+    request = Request(**past.fields)
+    assert (request.prompt, request.seed, request.controls) == ('red apple', 7, ())
