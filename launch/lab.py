@@ -255,7 +255,7 @@ def trace():
     """Draw the picture, and its numbers beside it."""
     from jaxsd.lab import report
     from jaxsd.lab import trace as lab
-    from jaxsd.run import Request, picture
+    from jaxsd.run import Request, picture, resolve
     recipe, path = FLAGS.config, pathlib.Path(FLAGS.out)
     if FLAGS.prompt is None:
         raise ValueError('--prompt is missing: say what to draw, for example --prompt="red apple"')
@@ -264,6 +264,7 @@ def trace():
     request = Request(prompt=FLAGS.prompt, seed=FLAGS.seed, **fields(recipe))
     picture.check_folder(path.parent)
     model, name, _ = load(recipe, FLAGS.checkpoint)
+    request, = resolve([request], model.config)
     found = lab.trace(model, request)
     numbers = {'model': name, 'request': dataclasses.asdict(request), 'calls': [
         {'call': int(c), 'step': int(n), 'sigma': float(s), 'timestep': float(t)}

@@ -119,10 +119,12 @@ def check_named(piece):
     words = shlex.split(piece.text)
     if name := re.search(r'(?:-m launch\.|^jaxsd )(\w+)', piece.text):
         assert name[1] in cli.commands(), f'{piece.page}:{piece.line}: no command {name[1]}'
-        source = ''.join(path.read_text() for path in (ROOT / 'launch').glob('*.py'))
-        source += (ROOT / 'jaxsd' / 'recipe.py').read_text()
+        source = ''.join(path.read_text() for path in (
+            *(ROOT / 'launch').glob('*.py'), *(ROOT / 'configs').glob('*.py'),
+            ROOT / 'jaxsd' / 'recipe.py'))
         for flag in re.findall(r' --(?:config\.)?(\w+)', piece.text):
-            assert f"'{flag}'" in source, f'{piece.page}:{piece.line}: no flag --{flag}'
+            assert re.search(rf"'{flag}'|\bc\.{flag} = ", source), (
+                f'{piece.page}:{piece.line}: no flag --{flag}')
     for word in words:
         if re.fullmatch(r'(tests|configs|docs)/[\w/.]+', word.rpartition('=')[2]):
             assert (ROOT / word.rpartition('=')[2]).exists(), f'{piece.page}:{piece.line}: {word}'

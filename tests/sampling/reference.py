@@ -4,6 +4,7 @@ A reference is `loop(model, x, sigmas, noise, **options) -> x`: model(x, sigma) 
 model(x, sigma, both=True) -> (denoised, uncond), and noise() -> the next standard normal array.
 """
 
+import functools
 import itertools
 
 import jax
@@ -24,7 +25,8 @@ def unguided(x, sigma, lib):
     return 0.7 * denoise(x, sigma, lib) - 0.05 * lib.sin(x / (1 + sigma))
 
 
-@jax.jit
+# As for users: without LLVM's optimisations float32 is rounded twice where it multiplies and adds.
+@functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': '3'})
 def _sample(x, rows, dealt):
     def model(x, sigma, i):
         return denoise(x, sigma, jnp), unguided(x, sigma, jnp)
