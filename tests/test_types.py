@@ -83,6 +83,7 @@ def test_mypy(tmp_path):
     assert refused == {*range(first, len(WRONG.splitlines()) + 1)}, out
 
 
+@pytest.mark.slow
 def test_shapes_are_those_that_signatures_say():
     assert run_code(SHAPES) == 'refused\n'
 

@@ -106,6 +106,7 @@ def test_errors_fall_and_unlimited_samplers_have_none(packed):
         assert errors['heun', 'karras', guidance, 4] < errors['heun', 'karras', guidance, 2]
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_fit(tiny_model):
     request = jaxsd.Request('cat', seed=1, sampler='euler', steps=1000, **SIZE)
     shot, = next(sweep.sweep(tiny_model('sd1'), [request], batch_size=1, reference_steps=1000))

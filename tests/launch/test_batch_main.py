@@ -48,7 +48,8 @@ MANY = ('--prompt=red apple', '--prompt=rocket', '--prompt=alien', '--prompt=roo
         '--grid=steps=1,2')  # 500 pictures
 
 
-@pytest.mark.parametrize('kills', [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('kills', [2, 20])
 def test_killed_again_and_again(tmp_path, kills):
     whole = tmp_path / 'whole'
     status, _, error = _batch(whole, *MANY)
@@ -156,6 +157,7 @@ def test_two_processes_make_the_same_pictures(tmp_path, few):
     assert own == [6, 6]
 
 
+@pytest.mark.slow
 def test_eight_devices_make_the_same_pictures(tmp_path, few):
     status, _, error = _batch(tmp_path / 'run', *FEW,
                               **devices(8))

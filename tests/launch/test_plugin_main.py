@@ -50,6 +50,7 @@ with jaxsd.Engine(jaxsd.load('emoji', 'float32'), slots=1) as engine:
 """
 
 
+@pytest.mark.slow
 def test_batch_and_verify(tmp_path, batch, flags):
     """The pictures of the command line are those of Python; what was made by other code of the same
     name is made again, and is never run because a folder names it."""

@@ -35,6 +35,7 @@ print(*replica.PROGRAMS.log)
 """
 
 
+@pytest.mark.slow
 def test_a_days_work_compiles_eight_programs_at_most():
     programs = run_code(DAY).split()
     assert len(programs) <= 8, programs

@@ -53,6 +53,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(folder):
     process = train(folder)
     for line in process.stdout:  # in the middle of the first stage, after a state was written

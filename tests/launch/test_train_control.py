@@ -42,6 +42,7 @@ def test_what_is_seen(recipe):
             < np.count_nonzero(np.tile(images[:6], (2, 1, 1, 1))[..., 0] < 150, (1, 2))).all()
 
 
+@pytest.mark.slow
 def test_trained_and_taken_up_again(recipe, tmp_path):
     for _ in range(2):  # the second time nothing is left to do but to write the export
         train_control.train(recipe)

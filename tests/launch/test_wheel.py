@@ -133,6 +133,7 @@ def test_the_oldest_versions_draw_what_the_newest_draw(home, oldest):
         assert Version(found) == Version(version), name
 
 
+@pytest.mark.slow
 def test_without_opencv(home):
     """A picture, a mask and a hint need no extra; what does says which one."""
     (home[0] / 'plain.py').write_text(f"""

@@ -139,6 +139,7 @@ def test_only_masked_and_outpainting_keep_the_rest(tiny_model):
         np.testing.assert_array_equal(image[top:top + 31, left:left + 50], small)
 
 
+@pytest.mark.slow
 def test_controls_are_data(steered):
     """Scales, spans, guess mode and which of three nets is at work differ within one program."""
     text = Request('cat', seed=1, steps=4)

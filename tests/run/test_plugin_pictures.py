@@ -107,6 +107,7 @@ def test_what_goes_with_steps_of_ones_own(engine):
         engine.prepare(*engine.resolve([free]))
 
 
+@pytest.mark.slow
 def test_many_in_one_program(tiny_model):
     """Without the engine: other steps and options side by side, and gradients through them."""
     model = tiny_model('sd1')

@@ -339,6 +339,7 @@ def test_hosts(parts, settings, good, bad):
                 assert answer.status_code == status, host
 
 
+@pytest.mark.slow
 def test_pictures_that_take_too_long_end_and_keep_nobody_waiting(parts, engine, monkeypatch):
     found = service(*parts, decode=4)
     with listening(found) as url, concurrent.futures.ThreadPoolExecutor(8) as pool:

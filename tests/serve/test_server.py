@@ -54,6 +54,7 @@ def ask(url, body, route='txt2img'):
             for record, image in zip(records, images)]
 
 
+@pytest.mark.slow
 def test_pictures_from_many_clients_are_what_they_are_alone(server, solo):
     url, _ = server
     draw = random.Random(0)

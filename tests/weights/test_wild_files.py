@@ -370,6 +370,7 @@ def use(path):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc/self/status')
 def test_fuzzed_headers(tmp_path):
     """1,000 mutations of a header: no crash, no hang, no more memory than twice the file."""
