@@ -13,6 +13,8 @@ COMMANDS = {
     r'(?<=--kind=canny)\|scribble\|tile\|pose \.\.\.': ' photo.jpg',
     # a lone file does not say the sizes of a small VAE
     r'(?<=--vae=)vae\.safetensors': 'vae',
+    # of a training that is not run
+    r'runs/mine/model': 'checkpoints/emoji',
     # less of the same
     r'--steps=5,10,20,40 --guidance=1,4': '--steps=2,3 --reference_steps=4 --guidance=1,4',
     r'--steps=5,10,20$': '--steps=2,3 --reference_steps=4',
