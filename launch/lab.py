@@ -30,7 +30,6 @@ FLAGS = flags.FLAGS
 DATA = pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'data'
 ARGV = sys.argv[1:]  # as typed: parsing changes it
 PROMPTS = ['red apple', 'rooster']
-GUIDANCE = 7.0  # where a checkpoint comes without a recipe
 
 
 class Numbers(flags.ArgumentParser):
@@ -156,8 +155,10 @@ def sweep():
 def plan(lab):
     """The requests of the flags, and those that measure the reference's own error."""
     from jaxsd import sampling
+    from jaxsd.run.request import GUIDANCE
     recipe = FLAGS.config
-    rest = (FLAGS.guidance or sorted({1.0, recipe.guidance or GUIDANCE}), FLAGS.prompt, FLAGS.seeds)
+    scale = recipe.guidance or GUIDANCE['']  # of a checkpoint without a recipe
+    rest = FLAGS.guidance or sorted({1.0, scale}), FLAGS.prompt, FLAGS.seeds
     more = {'width': recipe.width, 'height': recipe.height,
             'guidance_options': options(recipe.guidance_options)}
     requests = lab.expand(
@@ -279,10 +280,11 @@ def schedule():
     from jaxsd import sampling
     from jaxsd.lab import search
     from jaxsd.run import Request, picture
+    from jaxsd.run.request import GUIDANCE
     recipe, path = FLAGS.config, pathlib.Path(FLAGS.out)
     if path.suffix != '.json':
         raise ValueError(f'--out={path}: expected a name that ends in .json')
-    more, scale = options(FLAGS.options), recipe.guidance or GUIDANCE
+    more, scale = options(FLAGS.options), recipe.guidance or GUIDANCE['']
     requests = [Request(prompt=prompt, seed=seed, guidance=scale, width=recipe.width,
                         height=recipe.height, guidance_options=options(recipe.guidance_options))
                 for prompt in FLAGS.prompt for seed in FLAGS.seeds]

@@ -89,10 +89,10 @@ def test_shapes_are_those_that_signatures_say():
 
 
 def test_names_of_the_package_are_what_editors_take_them_for():
-    told = [(imported.module, name.name) for node in ast.walk(ast.parse(
+    imported_names = [(imported.module, name.name) for node in ast.walk(ast.parse(
         (ROOT / 'jaxsd' / '__init__.py').read_text())) if isinstance(node, ast.If)
         for imported in node.body if isinstance(imported, ast.ImportFrom)
         for name in imported.names]
-    assert sorted(name for _, name in told) == sorted(jaxsd.__all__)
-    for module, name in told:
+    assert sorted(name for _, name in imported_names) == sorted(jaxsd.__all__)
+    for module, name in imported_names:
         assert getattr(jaxsd, name) is getattr(importlib.import_module(module), name)

@@ -355,7 +355,8 @@ class Lane(threading.Thread):
                     try:
                         self.advance(slots)
                     except Exception as error:
-                        failed, slots[:] = [*filter(None, slots)], [None] * len(slots)
+                        with self.engine._changed:  # nothing is taken between the two
+                            failed, slots[:] = [*filter(None, slots)], [None] * len(slots)
                         for slot in failed:
                             slot.task.settle(error)
         except BaseException:

@@ -200,10 +200,10 @@ def differences(run: Mapping[str, Any]) -> str:
     now = {**picture.versions(), 'device': picture.device()}
     changed = [f'{name} {value}, here {now[name]}' for name, value in then.items()
                if value and name in now and value != now[name]]
-    told = [f'made with {"; ".join(changed)}: the last bits may differ'] if changed else []
+    notes = [f'made with {"; ".join(changed)}: the last bits may differ'] if changed else []
     if other := plugins.changed(run.get('plugins') or {}):
-        told.append(f'made with other code of {", ".join(other)}: the picture may differ')
-    return '; '.join(told)
+        notes.append(f'made with other code of {", ".join(other)}: the picture may differ')
+    return '; '.join(notes)
 
 
 # What A1111 writes.

@@ -55,10 +55,10 @@ def dpm_adaptive(sigmas: np.ndarray, order: int = 3, rtol: float = 0.05, atol: f
         eta=eta, s_noise=s_noise).items()})
 
 
-def _check(low, told, **options):
+def _check(low, limits, **options):
     for name, value in options.items():
         if not low < value < np.inf:
-            raise ValueError(f'{name}={value}: expected a finite number{told}')
+            raise ValueError(f'{name}={value}: expected a finite number{limits}')
 
 
 def _init(x, row):

@@ -311,9 +311,9 @@ def _blame(where, always=False):
         if isinstance(error, SyntaxError) and error.filename == file:
             lines = [error.lineno]
         text = str(error).strip().partition('\n')[0] if type(error) is ValueError else _brief(error)
-        told = ValueError(f'{file}:{lines[-1] if lines else 1}: {text}')
-        told.blamed = True
-        raise told from error
+        located = ValueError(f'{file}:{lines[-1] if lines else 1}: {text}')
+        located.blamed = True
+        raise located from error
 
 
 def _brief(error):

@@ -126,8 +126,8 @@ def test_server(flags):
             'prompt': 'red apple', 'steps': 2, 'seed': 1, 'sampler_name': 'ghvb',
             'scheduler': 'shifted_cosine'})
         assert answer.status_code == 200, answer.text
-        told = json.loads(answer.json()['info'])['infotexts'][0]
-        assert 'Sampler: ghvb' in told and 'Schedule type: shifted_cosine' in told
+        info = json.loads(answer.json()['info'])['infotexts'][0]
+        assert 'Sampler: ghvb' in info and 'Schedule type: shifted_cosine' in info
 
 
 @pytest.mark.slow
