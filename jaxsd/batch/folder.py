@@ -39,6 +39,7 @@ PLACES = {'file': 'pictures/{}/{}.png', 'thumb': 'thumbs/{}/{}.webp'}
 TEMPORARY = ('.config.json.????????.tmp', '.index.html.????????.tmp', '.manifest*.????????.tmp',
              'pictures/??/.*.png.????????.tmp', 'thumbs/??/.*.webp.????????.tmp')
 # What picture.write_whole leaves where it is killed.
+FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0)  # Windows: '\n' stays one byte
 
 
 class Busy(ValueError):
@@ -210,7 +211,7 @@ class Folder:
                 self._agree(config)
                 for name in itertools.chain(*map(self.path.glob, TEMPORARY)):
                     name.unlink()
-            self._manifest = os.open(self.path / _manifest(process), os.O_RDWR | os.O_CREAT, 0o666)
+            self._manifest = os.open(self.path / _manifest(process), FLAGS, 0o666)
             self._end = _whole_lines(self._manifest)
             os.ftruncate(self._manifest, self._end)
             os.fsync(self._manifest)
@@ -249,9 +250,10 @@ class Folder:
             json.dumps(record, default=picture.describe, ensure_ascii=False) + '\n')
         with self._lock:
             try:
+                os.lseek(self._manifest, self._end, os.SEEK_SET)
                 done = 0
                 while done < len(line):
-                    done += os.pwrite(self._manifest, line[done:], self._end + done)
+                    done += os.write(self._manifest, line[done:])
                 os.fsync(self._manifest)
             except OSError:  # a full disk takes a part of a line
                 with contextlib.suppress(OSError):
@@ -313,7 +315,8 @@ def _whole_lines(handle):
     end = os.lseek(handle, 0, os.SEEK_END)
     while end:
         start = max(end - 2**16, 0)
-        at = os.pread(handle, end - start, start).rfind(b'\n')
+        os.lseek(handle, start, os.SEEK_SET)
+        at = os.read(handle, end - start).rfind(b'\n')
         if at >= 0:
             return start + at + 1
         end = start
@@ -321,7 +324,9 @@ def _whole_lines(handle):
 
 
 def _sync(folder):
-    """Make the names in a folder last."""
+    """Make the names in a folder last; Windows, which opens no folders, keeps them in a journal."""
+    if os.name == 'nt':
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -132,14 +132,14 @@ def test_a_partial_line_is_taken_back(tmp_path, monkeypatch):
     """As a full disk leaves it: some bytes are written, then there is no room."""
     run = folder.Folder(tmp_path, CONFIG)
     _add(run, 'ab12')
-    before, write = (tmp_path / 'manifest.jsonl').read_bytes(), os.pwrite
+    before, write = (tmp_path / 'manifest.jsonl').read_bytes(), os.write
 
-    def full(handle, data, offset):
-        if offset > len(before):
+    def full(handle, data):
+        if os.lseek(handle, 0, os.SEEK_CUR) > len(before):
             raise OSError(28, 'No space left on device')
-        return write(handle, data[:10], offset)
+        return write(handle, data[:10])
 
-    monkeypatch.setattr(os, 'pwrite', full)
+    monkeypatch.setattr(os, 'write', full)
     with pytest.raises(OSError, match='No space'):
         _add(run, 'cd34')
     monkeypatch.undo()
