@@ -6,6 +6,11 @@ import json
 import os
 import pathlib
 import shutil
+import sys
+
+# The processes that the tests start are many: none of them compiles Python anew.
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+sys.dont_write_bytecode = False
 
 # Before jax starts: tests compare numbers in float32 and need no accelerator.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')

@@ -36,37 +36,43 @@ FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['httpx', 'jaxsd.run', 'jaxsd.lab.sweep', 'jaxsd.serve.app'])
 
 
-def run_main(*arguments, cwd=ROOT, **more):
-    """-> exit code, stdout, stderr of python with these arguments, on CPU; more: environment."""
-    if arguments[0] == '-m' and not more and cwd == ROOT:
-        return _fork(*map(str, arguments[1:]))
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, text=True, capture_output=True,
-        timeout=600, env=environment(**more))
-    return done.returncode, done.stdout, done.stderr
-
-
-def _fork(module, *arguments):
+def run_main(*arguments, cwd=ROOT, fresh=False, **more):
+    """-> exit code, stdout, stderr of python with these arguments (-m or -c first), on CPU; more:
+    environment. fresh: by a new interpreter, for what is read while JAX or jaxsd is imported."""
+    if fresh:
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=cwd, text=True, capture_output=True,
+            timeout=600, env=environment(**more))
+        return done.returncode, done.stdout, done.stderr
     with tempfile.TemporaryDirectory() as folder:
         out, error = pathlib.Path(folder, 'out'), pathlib.Path(folder, 'error')
-        process = FORKS.Process(target=_run, args=(module, arguments, out, error))
+        process = FORKS.Process(target=_run, args=(
+            tuple(map(str, arguments)), cwd, environment(**more), out, error))
         process.start()
         process.join(600)
         if process.exitcode is None:
             process.kill()
+            process.join()
         return process.exitcode, out.read_text(), error.read_text()
 
 
-def _run(module, arguments, *files):
+def _run(arguments, cwd, environment, *files):
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-    os.chdir(ROOT)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name='__main__', alter_sys=True)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = ['', *filter(None, environment['PYTHONPATH'].split(os.pathsep))]
+    kind, what, *rest = arguments
+    sys.argv = [what if kind == '-m' else kind, *rest]
+    if kind == '-m':
+        runpy.run_module(what, run_name='__main__', alter_sys=True)
+    else:
+        exec(compile(what, '<string>', 'exec'), {'__name__': '__main__'})
 
 
 def run_code(code, *arguments, **more):
-    """-> stdout of a Python program, which must succeed."""
+    """-> stdout of a Python program, which must succeed; more: as of run_main."""
     status, out, error = run_main('-c', code, *arguments, **more)
     assert status == 0, error
     return out

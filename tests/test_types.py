@@ -85,7 +85,7 @@ def test_mypy(tmp_path):
 
 @pytest.mark.slow
 def test_shapes_are_those_that_signatures_say():
-    assert run_code(SHAPES) == 'refused\n'
+    assert run_code(SHAPES, fresh=True) == 'refused\n'
 
 
 def test_names_of_the_package_are_what_editors_take_them_for():

@@ -10,7 +10,6 @@ import jaxsd
 from launch import retrieval
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.usefixtures('optimised')
 FOLDER, LISTS = ROOT / 'checkpoints' / 'emoji', ROOT / 'tests' / 'data'
 
 
@@ -28,6 +27,7 @@ def test_small_and_in_float16():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('optimised')
 def test_pictures_are_found_by_their_captions(model):
     """A quarter of what launch/evaluate.py measures: 50 plain captions, at guidance 4 and 1."""
     reference = retrieval.read_reference(LISTS / 'emoji_reference.npz')

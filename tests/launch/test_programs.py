@@ -51,7 +51,7 @@ def test_the_second_start_compiles_nothing(tmp_path, more):
     for warm in (['--warm'], [], []):
         code, stdout, stderr = run_main(
             '-m', 'launch.generate', '--prompt=red apple', '--seed=7', '--config.steps=3', *more,
-            *warm, f'--out={tmp_path}/out', f'--compilation_cache={tmp_path}/programs',
+            *warm, f'--out={tmp_path}/out', f'--compilation_cache={tmp_path}/programs', fresh=True,
             JAX_COMPILATION_CACHE_DIR=None, JAX_LOG_COMPILES='1', JAX_EXPLAIN_CACHE_MISSES='0',
             JAX_DEBUG_LOG_MODULES='jax._src.compiler,jax._src.compilation_cache')
         assert code == 0, stderr

@@ -23,15 +23,22 @@ from PIL import Image
 
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
 FULL = os.environ.get('JAXSD_WHEEL') == 'full'
+FLAGS = {'XLA_FLAGS': None} if FULL else {}  # other versions of XLA may not know them
 OLDEST = [f'{name}=={version}' for lines in (
     PROJECT['project']['dependencies'], *PROJECT['project']['optional-dependencies'].values())
     for line in lines for name, version in re.findall(r'^([\w-]+)>=([\w.]+)', line)]
 
 
-def run(*command, cwd, **env):
+def run(*command, cwd):
     done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True,
-                          env=environment(**{'PYTHONPATH': '', 'XLA_FLAGS': None, **env}))
+                          env=environment(PYTHONPATH='', **FLAGS))
     return done.returncode, done.stdout, done.stderr
+
+
+def pip(binaries, *arguments):
+    """pip of this environment, in that one."""
+    return run(sys.executable, '-m', 'pip', '--python', binaries / 'python', *arguments,
+               cwd=binaries)
 
 
 @pytest.fixture(scope='module')
@@ -51,15 +58,14 @@ def wheel(tmp_path_factory):
 
 def install(folder, *requirements):
     """-> an empty folder, and the `bin` of a new environment with the requirements."""
-    code, _, stderr = run(sys.executable, '-m', 'venv', folder / 'env', cwd=folder)
+    code, _, stderr = run(sys.executable, '-m', 'venv', '--without-pip', folder / 'env', cwd=folder)
     assert code == 0, stderr
     binaries = folder / 'env' / ('Scripts' if os.name == 'nt' else 'bin')
     if not FULL:
         site, = (folder / 'env' / 'lib').glob('python*/site-packages')
         (site / 'these.pth').write_text(sysconfig.get_path('purelib'))
         requirements = ['--no-deps', *requirements]
-    code, _, stderr = run(binaries / 'python', '-m', 'pip', 'install', '--quiet', *requirements,
-                          cwd=folder)
+    code, _, stderr = pip(binaries, 'install', '--quiet', *requirements)
     assert code == 0, stderr
     (folder / 'work').mkdir()
     return folder / 'work', binaries
@@ -85,7 +91,7 @@ def test_it_lies_in_one_package(home):
     code, stdout, stderr = run(home[1] / 'python', '-c', 'import jaxsd; print(jaxsd.__file__)',
                                cwd=home[0])
     assert code == 0 and pathlib.Path(stdout.strip()).is_relative_to(home[0].parent), stderr
-    listed = run(home[1] / 'python', '-m', 'pip', 'show', '-f', 'jaxsd', cwd=home[0])[1]
+    listed = pip(home[1], 'show', '-f', 'jaxsd')[1]
     tops = {line.strip().split('/')[0] for line in listed.partition('Files:')[2].splitlines()
             if line.strip() and not line.strip().startswith('..')}
     assert {re.sub(r'-.*', '', top) for top in tops} == {'jaxsd'}
@@ -125,7 +131,7 @@ def test_the_oldest_versions_draw_what_the_newest_draw(home, oldest):
     code, _, stderr = run(oldest[1] / 'python', '-c', 'import numpy; from jaxsd import images; '
                           'images.canny(numpy.zeros((8, 8, 3), numpy.uint8))', cwd=oldest[0])
     assert code == 0, stderr
-    listed = run(oldest[1] / 'python', '-m', 'pip', 'list', '--format=freeze', cwd=oldest[0])[1]
+    listed = pip(oldest[1], 'list', '--format=freeze')[1]
     listed = {name.lower().replace('-', '_'): version
               for name, _, version in (line.partition('==') for line in listed.splitlines())}
     for name, _, version in (line.partition('==') for line in OLDEST):
@@ -183,7 +189,7 @@ def test_serve(request):
     """A picture of `jaxsd serve` is the one that `jaxsd generate` makes."""
     home = request.getfixturevalue('oldest' if FULL else 'home')
     with serving('--config=emoji', command=(home[1] / 'jaxsd', 'serve'), cwd=home[0],
-                 PYTHONPATH='', XLA_FLAGS=None) as (url, server):
+                 PYTHONPATH='', **FLAGS) as (url, server):
         answer = httpx.post(f'{url}/sdapi/v1/txt2img', timeout=120, json={
             'prompt': 'rocket', 'seed': 3, 'steps': 3, 'cfg_scale': 4.0})
         assert answer.status_code == 200, answer.text

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mains import devices as on_devices
 from mains import run_code
 
 from jaxsd import Request
@@ -240,9 +241,8 @@ if spread:
 """
 
 
-def _pictures(checkpoint, devices, how='whole'):
-    out = run_code(DEVICES, checkpoint, how,
-                   XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}')
+def _pictures(checkpoint, count, how='whole'):
+    out = run_code(DEVICES, checkpoint, how, **on_devices(count))
     lines = [line.split() for line in out.splitlines()]
     found = [np.frombuffer(bytes.fromhex(line[1]), np.uint8) for line in lines
              if line[0] == 'picture']
