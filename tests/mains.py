@@ -31,14 +31,17 @@ def devices(count):
     return {'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}'}
 
 
-# A process that has imported what mains import, and forks for each: 1 s less for each start.
+# A process that has imported what jaxsd imports, and forks for each main: 1 s less for each start.
 FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['httpx', 'jaxsd.run', 'jaxsd.lab.sweep', 'jaxsd.serve.app'])
+FORKS.set_forkserver_preload([
+    'absl.app', 'cv2', 'fastapi', 'flax.linen', 'huggingface_hub', 'jax.numpy', 'jaxtyping', 'lark',
+    'ml_collections.config_flags', 'optax', 'pebble', 'PIL.Image', 'prometheus_client',
+    'safetensors.numpy', 'scipy.integrate', 'tokenizers', 'tqdm', 'uvicorn'])
 
 
 def run_main(*arguments, cwd=ROOT, fresh=False, **more):
     """-> exit code, stdout, stderr of python with these arguments (-m or -c first), on CPU; more:
-    environment. fresh: by a new interpreter, for what is read while JAX or jaxsd is imported."""
+    environment. fresh: by a new interpreter, for what JAX reads while it is imported."""
     if fresh:
         done = subprocess.run(
             [sys.executable, *map(str, arguments)], cwd=cwd, text=True, capture_output=True,

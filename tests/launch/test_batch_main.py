@@ -44,24 +44,23 @@ def _lines(out):
 
 
 MANY = ('--prompt=red apple', '--prompt=rocket', '--prompt=alien', '--prompt=rooster',
-        '--prompt=red heart', '--seeds=0-24', '--grid=sampler=euler,euler_ancestral',
-        '--grid=steps=1,2')  # 500 pictures
+        '--prompt=red heart', '--seeds=0-9', '--grid=sampler=euler,euler_ancestral',
+        '--grid=steps=1,2')  # 200 pictures
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kills', [2, 20])
-def test_killed_again_and_again(tmp_path, kills):
+def test_killed_again_and_again(tmp_path, kills=8):
     whole = tmp_path / 'whole'
     status, _, error = _batch(whole, *MANY)
     assert status == 0, error
     expected = _hashes(whole)
-    assert len(expected) == 500
+    assert len(expected) == 200
     random_ = random.Random(0)
     broken = tmp_path / 'broken'
     for kill in range(kills):
         process = _start(f'--out={broken}', *MANY)
         if kill < 0.75 * kills:  # amid pictures, else anywhere from the start on
-            until = _lines(broken) + random_.randrange(1, 30)
+            until = _lines(broken) + random_.randrange(1, 15)
             while _lines(broken) < until and process.poll() is None:
                 time.sleep(0.002)
             time.sleep(random_.random() * 0.1)
@@ -71,14 +70,14 @@ def test_killed_again_and_again(tmp_path, kills):
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    assert 0.75 * kills <= _lines(broken) < 500
+    assert 0.75 * kills <= _lines(broken) < 200
     status, out, error = _batch(broken, *MANY)
     assert status == 0, error
     assert _hashes(broken) == expected
     files = [path for path in broken.rglob('*') if path.suffix in ('.png', '.tmp')]
-    assert len(files) == 500
+    assert len(files) == 200
     ids = [json.loads(line)['id'] for line in (broken / 'manifest.jsonl').read_text().splitlines()]
-    assert len(ids) == len(set(ids)) == 500
+    assert len(ids) == len(set(ids)) == 200
     status, out, error = _batch(broken, *MANY)
     assert status == 0 and '0 to make' in error
 
@@ -141,7 +140,7 @@ def test_interrupted_it_finishes_what_it_began(tmp_path, few):
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 143, text
-    assert len(_hashes(out)) == _lines(out) < 500 and (out / 'index.html').exists()
+    assert len(_hashes(out)) == _lines(out) < 200 and (out / 'index.html').exists()
 
 
 def test_two_processes_make_the_same_pictures(tmp_path, few):
@@ -158,10 +157,9 @@ def test_two_processes_make_the_same_pictures(tmp_path, few):
 
 
 @pytest.mark.slow
-def test_eight_devices_make_the_same_pictures(tmp_path, few):
-    status, _, error = _batch(tmp_path / 'run', *FEW,
-                              **devices(8))
-    assert status == 0 and '8 device(s)' in error
+def test_two_devices_make_the_same_pictures(tmp_path, few):
+    status, _, error = _batch(tmp_path / 'run', *FEW, **devices(2))
+    assert status == 0 and '2 device(s)' in error
     assert _hashes(tmp_path / 'run') == few[1]
 
 
@@ -238,8 +236,8 @@ def test_failures_are_recorded_and_the_run_goes_on(tmp_path, few):
 def test_dry_run(tmp_path):
     status, out, error = _batch(tmp_path / 'run', *MANY, '--dry_run')
     assert status == 0, error
-    assert '500 requests, 0 pictures are there, 500 to make' in out
-    assert re.search('500 pictures, [0-9]+ at a time; 750 model calls', out)
+    assert '200 requests, 0 pictures are there, 200 to make' in out
+    assert re.search('200 pictures, [0-9]+ at a time; 300 model calls', out)
     assert 'TFLOP' in out and 'GiB on each device' in out
     assert not (tmp_path / 'run').exists()
 
