@@ -6,12 +6,14 @@ import io
 import multiprocessing
 import os
 import pathlib
+import re
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 
 import httpx
 from PIL import Image
@@ -60,18 +62,78 @@ def run_main(*arguments, cwd=ROOT, fresh=False, **more):
 
 
 def _run(arguments, cwd, environment, *files):
-    for number, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    _enter(cwd, environment)
+    _execute(arguments, *files)
+
+
+def _enter(cwd, environment):
+    """Be a new process there."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = ['', *filter(None, environment['PYTHONPATH'].split(os.pathsep))]
+
+
+def _execute(arguments, *files):
+    """What python does with -m or -c; stdout and stderr go to the files."""
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     kind, what, *rest = arguments
     sys.argv = [what if kind == '-m' else kind, *rest]
     if kind == '-m':
         runpy.run_module(what, run_name='__main__', alter_sys=True)
     else:
         exec(compile(what, '<string>', 'exec'), {'__name__': '__main__'})
+
+
+class Session:
+    """A process in which mains run one after the other: a program is traced and compiled once."""
+
+    def __init__(self, folder, cwd, environment):
+        self.files = folder / 'out', folder / 'error'
+        self.pipe, other = FORKS.Pipe()
+        self.process = FORKS.Process(target=_session, args=(other, cwd, environment, *self.files))
+        self.process.start()
+        other.close()
+
+    def run(self, *arguments):
+        """-> exit code, stdout, stderr, as of run_main."""
+        self.pipe.send(arguments)
+        assert self.pipe.poll(600), f'no end after 10 minutes: {arguments}'
+        return self.pipe.recv(), *(file.read_text() for file in self.files)
+
+    def stop(self):
+        """End it."""
+        self.process.kill()
+        self.process.join()
+
+
+def _session(pipe, cwd, environment, *files):
+    from absl import app, flags
+    _enter(cwd, environment)
+    app.define_help_flags()
+    before = set(flags.FLAGS)
+    while True:
+        arguments, code = pipe.recv(), 0
+        try:
+            _execute(arguments, *files)
+        except SystemExit as stop:
+            code = stop.code or 0
+            if isinstance(code, str):
+                code = print(code, file=sys.stderr) or 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        mine = flags.FlagValues()
+        for name in set(flags.FLAGS) - before:  # --config.steps and the like among them
+            mine[name] = flags.FLAGS[name]
+        flags.FLAGS.remove_flag_values(mine)
+        flags.FLAGS.unparse_flags()
+        for name in [name for name in sys.modules if re.match(r'(jaxsd\.)?launch\b', name)]:
+            del sys.modules[name]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pipe.send(code)
 
 
 def run_code(code, *arguments, **more):

@@ -16,10 +16,16 @@ COMMANDS = {
     # of a training that is not run
     r'runs/mine/model': 'checkpoints/emoji',
     # less of the same
-    r'--steps=5,10,20,40 --guidance=1,4': '--steps=2,3 --reference_steps=4 --guidance=1,4',
-    r'--steps=5,10,20$': '--steps=2,3 --reference_steps=4',
-    r'--steps=4,5,6,7,8,10,12,16(.*)--reference_steps=400': r'--steps=3\1--reference_steps=4',
-    r'--steps=4,5,6,8,10,12,15,20': '--steps=4,5',
+    r'--steps=5,10,20,40 --guidance=1,4': '--steps=2,3 --reference_steps=4 --guidance=1',
+    r'--steps=5,10,20$': '--steps=2,3 --reference_steps=4 --seeds=0',
+    r'--steps=4,5,6,7,8,10,12,16(.*)--reference_steps=400': r'--steps=3\1--reference_steps=4 '
+                                                            r'--prompt=rooster',
+    r'--steps=4,5,6,8,10,12,15,20': '--steps=4,5 --seeds=0 --options="levels=20"',
+    r'--steps=5,6,8,10': '--steps=6 --seeds=0 --options="levels=20"',
+    r'--seeds=0,1 ': '--seeds=0 ',
+    r'tests/data/emoji_eval\.txt': 'prompts.txt',
+    r'--seeds=0-3': '--seeds=0',
+    r'--sample=8': '--sample=2',
     r'--method=learn --steps=6': r'--method=learn --steps=2 --seeds=0 --prompt=rooster '
                                  r'--options="updates=1, sampler=euler"',
     r'--seeds=0-49': '--seeds=0',

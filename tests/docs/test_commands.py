@@ -1,4 +1,8 @@
-"""Every shell command of the pages runs as it stands, but for what substitutes.py changes."""
+"""Every shell command of the pages runs as it stands, but for what substitutes.py changes.
+
+One that stands on several pages is run on the first of them. Mains run in one process for each
+page; those of the README, as all that needs a shell, in processes of their own.
+"""
 
 import os
 import re
@@ -12,12 +16,14 @@ import pages
 import pytest
 import substitutes
 import weights
-from mains import ROOT, environment, free_port, healthy, wait_for
+from mains import ROOT, Session, environment, free_port, healthy, wait_for
 
 from jaxsd import cli
 
 START = "-c 'import sys; from jaxsd.cli import main; sys.exit(main())'"
 PIECES = [piece for path in pages.PAGES for piece in pages.commands(path)]
+FIRST = {piece.text: piece.page for piece in reversed(PIECES)}
+MAIN = re.compile(r'(jaxsd|python -m launch\.)[^|&;<>$`]*')
 
 
 def test_the_pages_are_read():
@@ -68,6 +74,7 @@ class Copy:
 
     def __init__(self, folder, made, page):
         self.path, self.port, self.server = folder / 'jaxsd', free_port(), None
+        self.alone, self.session = page == 'README.md', None
         for name in subprocess.check_output(['git', 'ls-files'], cwd=ROOT, text=True).splitlines():
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             if (ROOT / name).exists():
@@ -101,14 +108,29 @@ class Copy:
                                            env=self.environment)
             wait_for(lambda: healthy(f'http://127.0.0.1:{self.port}', self.server), 180)
             return
-        done = subprocess.run(['bash', '-c', f'set -eo pipefail; {command}'], cwd=self.path,
-                              env=self.environment, text=True, capture_output=True, timeout=600)
-        said = f'{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}'
-        assert done.returncode <= ('--help' in command) or output, said  # absl's --help: 1
+        if MAIN.fullmatch(command) and '--plugin' not in command and not self.alone:
+            code, out, error = self.main(command)
+        else:
+            done = subprocess.run(
+                ['bash', '-c', f'set -eo pipefail; {command}'], cwd=self.path,
+                env=self.environment, text=True, capture_output=True, timeout=600)
+            code, out, error = done.returncode, done.stdout, done.stderr
+        said = f'{command}\n{out[-2000:]}{error[-4000:]}'
+        assert code <= ('--help' in command) or output, said  # absl's --help: 1
         for line in output:
             assert line in said, f'expected {line!r}, found {said}'
 
+    def main(self, command):
+        """Run `jaxsd ...` or `python -m launch. ...` in the page's process."""
+        self.session = self.session or Session(self.path.parent, self.path, self.environment)
+        program, *arguments = shlex.split(command)
+        if program == 'jaxsd':
+            arguments = [*shlex.split(START), *arguments]
+        return self.session.run(*arguments)
+
     def stop(self):
+        if self.session:
+            self.session.stop()
         if self.server:
             self.server.kill()
             self.server.wait()
@@ -136,7 +158,7 @@ def check_named(piece):
 def test_page(page, made, tmp_path):
     done, copy = set(), None
     try:
-        for piece in (piece for piece in PIECES if piece.page == page):
+        for piece in (piece for piece in PIECES if FIRST[piece.text] == piece.page == page):
             if piece.text in done:
                 continue
             done.add(piece.text)
