@@ -30,7 +30,7 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', '-1')
 PROGRAMS = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache' / 'programs'
 if 'PYTEST_XDIST_WORKER' not in os.environ and sum(
         file.stat().st_size for file in PROGRAMS.rglob('*-cache')) > 2**31:
-    shutil.rmtree(PROGRAMS)
+    shutil.rmtree(PROGRAMS, ignore_errors=True)  # another session may do it, too
 
 import launch  # noqa: E402
 
@@ -49,6 +49,13 @@ from jaxsd.config import (  # noqa: E402
 from jaxsd.models import spec  # noqa: E402
 
 collect_ignore = [] if importlib.util.find_spec('torch') else ['parity']
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: what the last process is left with is short."""
+    slow = {item.path for item in items if item.get_closest_marker('slow')}
+    items.sort(key=lambda item: item.path not in slow)
+
 
 WORDS = ['red', 'green', 'apple', 'cat', 'dog', 'a']
 END = '<|endoftext|>'

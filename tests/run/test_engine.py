@@ -50,7 +50,7 @@ ARRIVALS = st.lists(st.tuples(
 
 
 @pytest.mark.usefixtures('optimised')
-@settings(max_examples=25, deadline=None, suppress_health_check=[
+@settings(max_examples=12, deadline=None, suppress_health_check=[
     HealthCheck.function_scoped_fixture])
 @given(ARRIVALS)
 def test_a_picture_is_the_same_in_any_slot_beside_any_neighbours(engine, alone, arrivals):

@@ -92,7 +92,7 @@ def test_kinds(engine):
 def test_what_goes_with_steps_of_ones_own(engine):
     """All that changes over the steps, and pictures to start from, where the rows are known."""
     picture, ramp = np.full((64, 64, 3), 90, np.uint8), np.linspace(0, 1, 64)[None].repeat(64, 0)
-    fields = [dict(prompt='[cat:dog:2]', guidance=[1.0, 2.0, 3.0, 4.0]), dict(noise='torch'),
+    fields = [dict(prompt='[cat:dog:2]', guidance=[1.0, 2.0, 3.0, 4.0], noise='torch'),
               dict(image=picture, strength=0.5), dict(image=picture, strength=0.0),
               dict(image=picture, mask=ramp, mask_mode='strength')]
     for more in fields:
