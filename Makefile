@@ -25,7 +25,7 @@ docs: $(VENV)/.test
 test: $(VENV)/.test
 	$(RUN) -m pytest -n auto --dist worksteal --ignore=tests/parity -m 'not slow'
 
-## The same with the slow ones: killed 20 times, on 8 devices, what the shipped model draws ...
+## The same with the slow ones: killed 8 times, on 8 devices, what the shipped model draws ...
 test-all: $(VENV)/.test
 	$(RUN) -m pytest -n auto --dist worksteal --ignore=tests/parity
 
