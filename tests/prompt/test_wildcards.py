@@ -125,10 +125,10 @@ def test_two_lines_are_letters_in_tags_and_without_wildcards():
     ('__a__' * 6000, {'a': ['b'] * 10**5}, 'among more than 1000000'),
     ('{9999$$__a__}', {'a': ['b'] * 10**5}, 'among more than 1000000')])
 def test_what_would_fill_memory_or_take_long_is_refused(text, lists, message):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=message):
         expand(text, 0, lists)
-    assert time.perf_counter() - start < 10  # measured: 1
+    assert time.process_time() - start < 10  # measured: 1
 
 
 def test_any_text_expands():
@@ -149,9 +149,9 @@ def test_no_text_takes_long(piece):
     with pytest.raises(ValueError, match='characters: expected at most'):
         wildcards.expand((piece * (10**6 // len(piece) + 1))[:10**6], 0, {'a': ['b']})
     text = piece * ((grammar.LONGEST - 100) // len(piece)) + '}' * 100
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         wildcards.expand(text, 0, {'a': ['b']})
     except ValueError as error:
         assert 'unknown wildcard' in str(error) or 'choices' in str(error)
-    assert time.perf_counter() - start < 2  # measured: 0.1
+    assert time.process_time() - start < 2  # measured: 0.1
