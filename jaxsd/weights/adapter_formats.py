@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Set
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxsd.models.spec import to_jax
@@ -82,7 +83,18 @@ def weight_delta(form: Format, parts: Mapping[str, np.ndarray], name: str, shape
             delta = delta._replace(down=down, up=delta.up.T)
     if delta.dense is not None:
         delta = delta._replace(dense=to_jax(name, delta.dense.reshape(shape)))
-    return Delta(*(None if a is None else np.ascontiguousarray(a, np.float32) for a in delta))
+    return Delta(*(None if a is None else _float32(a) for a in delta))
+
+
+def _float32(array):
+    if isinstance(array, jax.Array):
+        return array.astype(np.float32)
+    return np.ascontiguousarray(array, np.float32)
+
+
+def _like(*arrays):
+    """numpy, or jax.numpy where one of the arrays is JAX's."""
+    return jax.numpy if any(isinstance(a, jax.Array) for a in arrays) else np
 
 
 def _check(delta, shape):
@@ -116,7 +128,7 @@ def _pair(a, b, core=None, upright=False):
     if core is None:
         return _matrix(a), _matrix(b)
     a = _matrix(a) if upright else _matrix(a).T
-    return a, _matrix(np.einsum('ij...,jr->ir...', core, _matrix(b)))
+    return a, _matrix(_like(core).einsum('ij...,jr->ir...', core, _matrix(b)))
 
 
 def _pair_size(a, b, core=None, upright=False):
@@ -133,8 +145,9 @@ def _loha(parts, W):
     rate = _rate(parts, len(b1))
     if len(b1) * len(b2) >= min(len(a1), b1.shape[1]):
         return Delta(dense=(a1 @ b1) * (a2 @ b2) * rate)
-    up = np.einsum('op,oq->opq', a1, a2).reshape(len(a1), -1)
-    return Delta(up=up * rate, down=np.einsum('pn,qn->pqn', b1, b2).reshape(up.shape[1], -1))
+    einsum = _like(a1).einsum
+    up = einsum('op,oq->opq', a1, a2).reshape(len(a1), -1)
+    return Delta(up=up * rate, down=einsum('pn,qn->pqn', b1, b2).reshape(up.shape[1], -1))
 
 
 def _loha_size(shapes):
@@ -147,17 +160,18 @@ def _lokr(parts, W):
     for i in (1, 2):
         if f'lokr_w{i}' in parts:
             w = _matrix(parts[f'lokr_w{i}'])
-            pairs.append((w, np.eye(w.shape[1])) if w.shape[0] > w.shape[1]
-                         else (np.eye(len(w)), w))
+            pairs.append((w, np.eye(w.shape[1], dtype=w.dtype)) if w.shape[0] > w.shape[1]
+                         else (np.eye(len(w), dtype=w.dtype), w))
         else:
             pairs.append(_pair(parts[f'lokr_w{i}_a'], parts[f'lokr_w{i}_b'],
                                parts.get('lokr_t2') if i == 2 else None))
             ranks.append(len(pairs[-1][1]))
     rate = _rate(parts, ranks[-1]) if ranks else parts.get('scalar', 1)
     (a1, b1), (a2, b2) = pairs
+    kron = _like(a1, b1, a2, b2).kron
     if len(b1) * len(b2) >= min(len(a1) * len(a2), b1.shape[1] * b2.shape[1]):
-        return Delta(dense=np.kron(a1 @ b1, a2 @ b2) * rate)
-    return Delta(up=np.kron(a1, a2) * rate, down=np.kron(b1, b2))
+        return Delta(dense=kron(a1 @ b1, a2 @ b2) * rate)
+    return Delta(up=kron(a1, a2) * rate, down=kron(b1, b2))
 
 
 def _lokr_size(shapes):
@@ -204,20 +218,28 @@ def _oft(parts, W):
 
 
 def _decomposed(delta, parts, W):
-    """DoRA: the changed weight scaled to the norm that was learned, of each output or input."""
+    """DoRA: the changed weight scaled to the norm that was learned, of each output or input.
+
+    For a gradient the weight's own norm is a constant (Liu et al. 2024, section 4.3)."""
     whole = W + (W * delta.scale[:, None] if delta.scale is not None else 0)
     whole = whole + (delta.up @ delta.down if delta.up is not None else 0)
     whole = whole + (delta.dense if delta.dense is not None else 0)
     norm = parts.get('magnitude', parts.get('dora_scale'))
     if 'magnitude' not in parts and len(norm) == 1 < len(W):
         columns = whole.reshape(len(W), norm.size, -1)
-        now = np.linalg.norm(columns, axis=(0, 2))
-        gain = norm.reshape(-1) / np.maximum(now, np.finfo(np.float32).eps)
+        gain = norm.reshape(-1) / _norm(columns, (0, 2))
         return Delta(dense=_matrix(columns * gain[:, None]) - W)
-    gain = norm.reshape(-1) / np.maximum(np.linalg.norm(whole, axis=1), np.finfo(np.float32).eps)
+    gain = norm.reshape(-1) / _norm(whole, 1)
     scale = gain - 1 if delta.scale is None else gain * (1 + delta.scale) - 1
     up, dense = (None if a is None else a * gain[:, None] for a in (delta.up, delta.dense))
     return Delta(scale, delta.down, up, dense)
+
+
+def _norm(array, axis):
+    found = _like(array).sqrt((array * array).sum(axis))
+    if isinstance(array, jax.Array):
+        found = jax.lax.stop_gradient(found)
+    return found.clip(np.finfo(np.float32).eps)
 
 
 FORMATS = (

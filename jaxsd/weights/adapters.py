@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsd.config import read_config
+from jaxsd.config import ModelConfig, read_config
 from jaxsd.models.spec import from_jax, spec
 from jaxsd.typing import Device, Params, Path
 from jaxsd.weights import adapter_formats, adapter_names, names
@@ -39,12 +39,16 @@ class Adapter:
     metadata: what the file's header says (kohya's ss_* ...). device: as of `load_adapter`.
     embeddings: {name: Embedding}, textual inversions in the file, for the prompts of requests that
         name the adapter.
+    parts: {component: {layer: {part: array}}} of one that was trained; config: of the model that it
+        was trained for. Both are for `save_adapter`.
     """
 
     deltas: dict
     metadata: dict = dataclasses.field(default_factory=dict)
     device: object = None
     embeddings: dict = dataclasses.field(default_factory=dict)
+    parts: dict = dataclasses.field(default_factory=dict)
+    config: ModelConfig | None = None
 
 
 class Description(NamedTuple):

@@ -9,11 +9,13 @@ import zlib
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxsd.config import TEXT_ENCODERS, ModelConfig
 from jaxsd.typing import Path
 from jaxsd.weights import names
-from jaxsd.weights.files import PICKLES, Reader, open_tensors, printable
+from jaxsd.weights.files import PICKLES, Reader, as_dtype, open_tensors, printable
+from jaxsd.weights.writing import finite, write_new
 
 WIDTHS = {'text_encoder': (768, 1024), 'text_encoder_2': (1280,)}  # of the released versions
 VERSIONS = {768: '1.x, SDXL', 1024: '2.x', 1280: 'SDXL'}
@@ -58,6 +60,24 @@ def load_embedding(path: Path, config: ModelConfig | None = None,
                                    f'the name of one of them{f", found {name}" if name else ""}'))
     own = name if name and len(found) > 1 else next(iter(found))
     return Embedding(name or own, _vectors(path, found[own], config))
+
+
+def save_embedding(embedding: Embedding, path: Path, dtype: DTypeLike | None = None,
+                   overwrite: bool = False) -> None:
+    """Write a textual inversion as a .safetensors file, which A1111, ComfyUI and diffusers read.
+
+    One text encoder's vectors stand under the word, <word>, as diffusers' scripts write them;
+    those of both of SDXL's as clip_l and clip_g. A1111 and `load_embedding` call it as the file.
+    dtype: of the vectors; None: float32. overwrite: replace a file that exists.
+    Raises ValueError for a path that exists, and vectors that are not finite in the dtype.
+    """
+    keys = {part: key for key, part in reversed(SDXL.items())}
+    if len(embedding.vectors) == 1:
+        keys = dict.fromkeys(embedding.vectors, f'<{embedding.name}>')
+    dtype = np.dtype(as_dtype(dtype) or np.float32)
+    arrays = {keys[part]: finite(embedding.name, vectors, dtype)
+              for part, vectors in embedding.vectors.items()}
+    write_new(pathlib.Path(path).expanduser(), arrays, {}, overwrite)
 
 
 def listed(path: pathlib.Path) -> list[tuple[str, pathlib.Path]]:

@@ -24,10 +24,16 @@ from jaxsd.models import spec
 from jaxsd.typing import Device, Path
 from jaxsd.weights import hub, names
 from jaxsd.weights.configs import write_network_config
-from jaxsd.weights.files import as_dtype, component_files, open_tensors, printable
+from jaxsd.weights.files import (
+    as_dtype,
+    component_files,
+    open_tensors,
+    printable,
+    write_tensors,
+)
 from jaxsd.weights.model import Network
 from jaxsd.weights.reading import Source, network_tensors, squeeze
-from jaxsd.weights.writing import check, replacing_folder, write_component
+from jaxsd.weights.writing import LAYOUTS, check, replacing_folder, stored, write_component
 
 
 class Kind(NamedTuple):
@@ -70,6 +76,11 @@ KINDS = {
     'depth_estimator': Kind('depth estimator', ('DPTForDepthEstimation',), lambda: [DPTConfig()],
                             ('', 'depth_model.model.')),
 }
+
+
+# The kind of a config, whose files have original names.
+ORIGINAL = {VAEConfig: 'vae', TinyVAEConfig: 'vae', ControlNetConfig: 'controlnet',
+            T2IAdapterConfig: 't2i_adapter', DPTConfig: 'depth_estimator'}
 
 
 def load_vae(path: Path, dtype: DTypeLike | None = 'float32',
@@ -125,20 +136,33 @@ def load_part(kind: str, path: Path, dtype: DTypeLike | None = 'float32',
     return Network(source.config, params[kind])
 
 
-def save_network(network: Network, folder: Path, dtype: DTypeLike | None = None) -> None:
-    """Write one network as a folder that diffusers reads: config.json and its weights.
+def save_network(network: Network, path: Path, dtype: DTypeLike | None = None,
+                 layout: str = 'diffusers') -> None:
+    """Write one network as a folder that diffusers reads, config.json and its weights, or as one
+    .safetensors file in the original names (of a ControlNet: control_model. ...).
 
-    dtype: of all weights in the file; None keeps each array's own.
+    layout: 'diffusers' or 'single-file'; a file of other sizes than the released ones needs
+        `config` to be read again. dtype: of all weights in the file; None keeps each array's own.
     Raises ValueError when the arrays are not those of the config, or it leaves something unsaid.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout {layout!r}: expected one of {LAYOUTS}')
     unsaid = [name for name, value in vars(network.config).items() if value is None]
     if unsaid:
         raise ValueError(f'the config does not say {", ".join(unsaid)}, which a config.json has '
                          'to; set them with dataclasses.replace')
-    shapes, folder = spec.names(network.config), pathlib.Path(folder).expanduser()
+    shapes, path = spec.names(network.config), pathlib.Path(path).expanduser()
     arrays = traverse_util.flatten_dict(network.params, sep='.')
     check({'network': shapes}, {'network': arrays})
-    with replacing_folder(folder) as temporary:
+    if layout == 'single-file':
+        if path.is_dir() or path.suffix != '.safetensors':
+            raise ValueError(f'{path}: expected the name of a .safetensors file')
+        kind = next(k for c, k in ORIGINAL.items() if isinstance(network.config, c))
+        prefix = 'control_model.' if kind == 'controlnet' else ''
+        table = names.network_places(kind, network.config, shapes, prefix)
+        write_tensors(path, stored(arrays, shapes, table, as_dtype(dtype)))
+        return
+    with replacing_folder(path) as temporary:
         write_network_config(network.config, temporary)
         part = 'depth_estimator' if isinstance(network.config, DPTConfig) else 'network'
         write_component(temporary, part, shapes, arrays, as_dtype(dtype))

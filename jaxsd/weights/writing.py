@@ -96,6 +96,26 @@ def stored(arrays: Mapping[str, Any], shapes: Shapes, table: Mapping[str, names.
             for stored, members in groups.items()}
 
 
+def finite(name: str, array: Any, dtype: np.dtype) -> np.ndarray:
+    """An array in a dtype; ValueError where it is not finite in that, which `name` has."""
+    with np.errstate(over='ignore'):
+        found = np.asarray(array).astype(dtype)
+    if not np.isfinite(found).all():
+        raise ValueError(f'{name}: has values that are not finite in {dtype}; write it in float32 '
+                         'or bfloat16, or train it again with a lower learning rate')
+    return found
+
+
+def write_new(path: pathlib.Path, arrays: Mapping[str, np.ndarray],
+              metadata: Mapping[str, str], overwrite: bool = False) -> None:
+    """Write arrays as a .safetensors file; ValueError where there is one, unless `overwrite`."""
+    if path.is_dir() or path.suffix != '.safetensors':
+        raise ValueError(f'{path}: expected the name of a .safetensors file')
+    if path.exists() and not overwrite:
+        raise ValueError(f'{path}: exists already; give another name, or overwrite=True')
+    write_tensors(path, _plain(arrays), metadata)
+
+
 def _plain(arrays):
     return {name: (a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
 

@@ -97,6 +97,10 @@ def test_round_trip(version, tmp_path):
     assert same(flat(again.params), flat(network.params))
     for prefix in ('', 'control_model.'):
         write(tmp_path / 'single.safetensors', as_files(network, prefix))
+        if prefix:
+            expected = load_file(tmp_path / 'single.safetensors')
+            save_network(network, tmp_path / 'single.safetensors', layout='single-file')
+            assert same(load_file(tmp_path / 'single.safetensors'), expected)
         assert any(k.startswith(f'{prefix}zero_convs.')
                    for k in load_file(tmp_path / 'single.safetensors'))
         single = load_controlnet(tmp_path / 'single.safetensors', config=network.config)
@@ -110,13 +114,24 @@ def test_adapter_round_trip(kind, tmp_path):
     cfg = T2IAdapterConfig(channels=(4, 8, 12, 12), adapter_type=kind, downscale_factor=2)
     network = Network(cfg, random_params(np.random.default_rng(0), t2i_adapter.names(cfg)))
     save_network(network, tmp_path / 'folder')
-    write(tmp_path / 'single.safetensors', as_files(network))
+    save_network(network, tmp_path / 'single.safetensors', layout='single-file')
+    assert same(load_file(tmp_path / 'single.safetensors'), as_files(network))
     assert 'body.6.block1.weight' in load_file(tmp_path / 'single.safetensors')
     assert 'body.4.in_conv.weight' in load_file(tmp_path / 'single.safetensors')
     assert load_t2i_adapter(tmp_path / 'folder').config == cfg
     for path, config in (('folder', None), ('single.safetensors', cfg)):
         again = load_t2i_adapter(tmp_path / path, config=config)
         assert same(flat(again.params), flat(network.params))
+
+
+def test_single_files_that_cannot_be(tmp_path):
+    network = tiny('sd15')
+    for path in (tmp_path, tmp_path / 'a.pth'):
+        with pytest.raises(ValueError, match='expected the name of a .safetensors file'):
+            save_network(network, path, layout='single-file')
+    with pytest.raises(ValueError, match="layout 'kohya': expected one of"):
+        save_network(network, tmp_path / 'a.safetensors', layout='kohya')
+    assert not list(tmp_path.iterdir())
 
 
 def test_adapters_are_told_apart_by_their_shapes(tmp_path):
