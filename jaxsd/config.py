@@ -15,13 +15,14 @@ VERSIONS = pathlib.Path(__file__).parent / 'versions'
 TEXT_ENCODERS = ('text_encoder', 'text_encoder_2')
 
 
-def _ranged(default, low=None, high=None, above=None):
+def ranged(default: Any, low: float | None = None, high: float | None = None,
+           above: float | None = None) -> Any:
     """A field of numbers, each from low (or above `above`) to high."""
     return dataclasses.field(default=default,
                              metadata={'low': low, 'high': high, 'above': above})
 
 
-def _choice(default, *others):
+def choice(default: str, *others: str) -> Any:
     """A field of text."""
     return dataclasses.field(default=default, metadata={'choices': (default, *others)})
 
@@ -94,17 +95,17 @@ def _check_field(field, value):
 class TextConfig(Checked):
     """A CLIP text transformer. `skip` and `final_norm` say which hidden state the version uses."""
 
-    vocab_size: int = _ranged(49408, 1, 10**7)
-    hidden_size: int = _ranged(768, 1, WIDTH)
-    intermediate_size: int = _ranged(3072, 1, WIDTH)
-    num_hidden_layers: int = _ranged(12, 1, 256)
-    num_attention_heads: int = _ranged(12, 1, WIDTH)
-    max_position_embeddings: int = _ranged(77, 3, WIDTH)
-    hidden_act: str = _choice('quick_gelu', 'gelu')  # 'gelu' is the exact one
-    layer_norm_eps: float = _ranged(1e-5, above=0, high=1)
+    vocab_size: int = ranged(49408, 1, 10**7)
+    hidden_size: int = ranged(768, 1, WIDTH)
+    intermediate_size: int = ranged(3072, 1, WIDTH)
+    num_hidden_layers: int = ranged(12, 1, 256)
+    num_attention_heads: int = ranged(12, 1, WIDTH)
+    max_position_embeddings: int = ranged(77, 3, WIDTH)
+    hidden_act: str = choice('quick_gelu', 'gelu')  # 'gelu' is the exact one
+    layer_norm_eps: float = ranged(1e-5, above=0, high=1)
     eos_token_id: int = 2  # 2 is what old config.json files say when they mean "the highest id"
-    projection_dim: int = _ranged(0, 0, WIDTH)  # 0: no text_projection
-    skip: int = _ranged(0, 0, 255)  # layers left out at the end: 1 is the "penultimate" of SDXL
+    projection_dim: int = ranged(0, 0, WIDTH)  # 0: no text_projection
+    skip: int = ranged(0, 0, 255)  # layers left out at the end: 1 is the "penultimate" of SDXL
     final_norm: bool = True  # whether the hidden state passes the final layer norm
 
     def check(self) -> None:
@@ -116,23 +117,23 @@ class TextConfig(Checked):
 class UNetConfig(Checked):
     """A U-Net. Tuples have one entry per resolution level, from the finest to the coarsest."""
 
-    in_channels: int = _ranged(4, 1, WIDTH)
-    out_channels: int = _ranged(4, 1, WIDTH)
-    block_out_channels: tuple = _ranged((320, 640, 1280, 1280), 1, WIDTH)
-    layers_per_block: int = _ranged(2, 1, DEPTH)
+    in_channels: int = ranged(4, 1, WIDTH)
+    out_channels: int = ranged(4, 1, WIDTH)
+    block_out_channels: tuple = ranged((320, 640, 1280, 1280), 1, WIDTH)
+    layers_per_block: int = ranged(2, 1, DEPTH)
     # Transformer blocks per attention; 0: no attention.
-    transformer_layers: tuple = _ranged((1, 1, 1, 0), 0, DEPTH)
-    mid_transformer_layers: int = _ranged(1, 1, DEPTH)
-    heads: tuple = _ranged((8, 8, 8, 8), 1, WIDTH)
+    transformer_layers: tuple = ranged((1, 1, 1, 0), 0, DEPTH)
+    mid_transformer_layers: int = ranged(1, 1, DEPTH)
+    heads: tuple = ranged((8, 8, 8, 8), 1, WIDTH)
     only_cross_attention: tuple = (False, False, False, False)  # not of the middle block
-    cross_attention_dim: int = _ranged(768, 1, WIDTH)
+    cross_attention_dim: int = ranged(768, 1, WIDTH)
     use_linear_projection: bool = False
-    norm_num_groups: int = _ranged(32, 1, WIDTH)
-    norm_eps: float = _ranged(1e-5, above=0, high=1)
-    num_class_embeds: int = _ranged(0, 0, 10**7)  # rows of the class embedding table; 0: none
-    added_dim: int = _ranged(0, 0, WIDTH)  # width of SDXL's `added` vector; 0: none
-    added_time_dim: int = _ranged(256, 1, WIDTH)  # sinusoids per time id inside `added`
-    sample_size: int = _ranged(64, 1, WIDTH)  # the native latent height and width
+    norm_num_groups: int = ranged(32, 1, WIDTH)
+    norm_eps: float = ranged(1e-5, above=0, high=1)
+    num_class_embeds: int = ranged(0, 0, 10**7)  # rows of the class embedding table; 0: none
+    added_dim: int = ranged(0, 0, WIDTH)  # width of SDXL's `added` vector; 0: none
+    added_time_dim: int = ranged(256, 1, WIDTH)  # sinusoids per time id inside `added`
+    sample_size: int = ranged(64, 1, WIDTH)  # the native latent height and width
 
     def check(self) -> None:
         self.same_length('block_out_channels', 'transformer_layers', 'heads',
@@ -149,8 +150,8 @@ class UNetConfig(Checked):
 class ControlNetConfig(UNetConfig):
     """A ControlNet: the first half of a U-Net, and how wide the layers are that read the hint."""
 
-    conditioning_channels: int = _ranged(3, 1, WIDTH)
-    conditioning_embedding_out_channels: tuple = _ranged((16, 32, 96, 256), 1, WIDTH)
+    conditioning_channels: int = ranged(3, 1, WIDTH)
+    conditioning_embedding_out_channels: tuple = ranged((16, 32, 96, 256), 1, WIDTH)
     global_pool_conditions: bool = False  # what it adds is averaged over the pixels (shuffle)
 
 
@@ -158,12 +159,12 @@ class ControlNetConfig(UNetConfig):
 class T2IAdapterConfig(Checked):
     """A T2I-Adapter; `channels` has one entry per feature, from the finest to the coarsest."""
 
-    in_channels: int = _ranged(3, 1, WIDTH)
-    channels: tuple = _ranged((320, 640, 1280, 1280), 1, WIDTH)
-    num_res_blocks: int = _ranged(2, 1, DEPTH)
+    in_channels: int = ranged(3, 1, WIDTH)
+    channels: tuple = ranged((320, 640, 1280, 1280), 1, WIDTH)
+    num_res_blocks: int = ranged(2, 1, DEPTH)
     # Pixels along each side of the squares that are read first.
-    downscale_factor: int = _ranged(8, 1, 256)
-    adapter_type: str = _choice('full_adapter', 'full_adapter_xl')
+    downscale_factor: int = ranged(8, 1, 256)
+    adapter_type: str = choice('full_adapter', 'full_adapter_xl')
 
     def check(self) -> None:
         self.same_length('channels')
@@ -182,18 +183,18 @@ class VAEConfig(Checked):
     latents_std`, the last two per channel (diffusers' SDXL pipelines); (): 0 and 1.
     """
 
-    in_channels: int = _ranged(3, 1, WIDTH)
-    out_channels: int = _ranged(3, 1, WIDTH)
-    latent_channels: int = _ranged(4, 1, WIDTH)
-    block_out_channels: tuple = _ranged((128, 256, 512, 512), 1, WIDTH)
-    layers_per_block: int = _ranged(2, 1, DEPTH)
-    norm_num_groups: int = _ranged(32, 1, WIDTH)
-    scaling_factor: float | None = _ranged(0.18215, above=0)
+    in_channels: int = ranged(3, 1, WIDTH)
+    out_channels: int = ranged(3, 1, WIDTH)
+    latent_channels: int = ranged(4, 1, WIDTH)
+    block_out_channels: tuple = ranged((128, 256, 512, 512), 1, WIDTH)
+    layers_per_block: int = ranged(2, 1, DEPTH)
+    norm_num_groups: int = ranged(32, 1, WIDTH)
+    scaling_factor: float | None = ranged(0.18215, above=0)
     shift_factor: float | None = 0.0
     latents_mean: tuple | None = dataclasses.field(default=(), metadata={'of': float})
     latents_std: tuple | None = dataclasses.field(default=(), metadata={'of': float, 'above': 0})
     force_upcast: bool | None = False  # float16 overflows: decode in float32 or bfloat16
-    sample_size: int | None = _ranged(512, 1, WIDTH)  # the native picture height and width
+    sample_size: int | None = ranged(512, 1, WIDTH)  # the native picture height and width
 
     def check(self) -> None:
         self.same_length('block_out_channels')
@@ -215,14 +216,14 @@ class VAEConfig(Checked):
 class TinyVAEConfig(Checked):
     """An AutoencoderTiny (TAESD), a small stand-in for a VAE; entries as in VAEConfig."""
 
-    in_channels: int = _ranged(3, 1, WIDTH)
-    out_channels: int = _ranged(3, 1, WIDTH)
-    latent_channels: int = _ranged(4, 1, WIDTH)
-    encoder_block_out_channels: tuple = _ranged((64, 64, 64, 64), 1, WIDTH)
-    decoder_block_out_channels: tuple = _ranged((64, 64, 64, 64), 1, WIDTH)
-    num_encoder_blocks: tuple = _ranged((1, 3, 3, 3), 1, DEPTH)
-    num_decoder_blocks: tuple = _ranged((3, 3, 3, 1), 1, DEPTH)
-    scaling_factor: float | None = _ranged(1.0, above=0)
+    in_channels: int = ranged(3, 1, WIDTH)
+    out_channels: int = ranged(3, 1, WIDTH)
+    latent_channels: int = ranged(4, 1, WIDTH)
+    encoder_block_out_channels: tuple = ranged((64, 64, 64, 64), 1, WIDTH)
+    decoder_block_out_channels: tuple = ranged((64, 64, 64, 64), 1, WIDTH)
+    num_encoder_blocks: tuple = ranged((1, 3, 3, 3), 1, DEPTH)
+    num_decoder_blocks: tuple = ranged((3, 3, 3, 1), 1, DEPTH)
+    scaling_factor: float | None = ranged(1.0, above=0)
     shift_factor: float | None = 0.0
     force_upcast: bool | None = False
 
@@ -246,20 +247,20 @@ class TinyVAEConfig(Checked):
 class DPTConfig(Checked):
     """The hybrid DPT that MiDaS is: a ResNet stem, a vision transformer, reassembly and fusion."""
 
-    image_size: int = _ranged(384, 1, WIDTH)
-    patch_size: int = _ranged(16, 1, WIDTH)
-    hidden_size: int = _ranged(768, 1, WIDTH)
-    intermediate_size: int = _ranged(3072, 1, WIDTH)
-    num_hidden_layers: int = _ranged(12, 1, 256)
-    num_attention_heads: int = _ranged(12, 1, WIDTH)
-    layer_norm_eps: float = _ranged(1e-12, above=0, high=1)
-    backbone_out_indices: tuple = _ranged((2, 5, 8, 11), 0, 255)
-    neck_hidden_sizes: tuple = _ranged((256, 512, 768, 768), 1, WIDTH)
-    fusion_hidden_size: int = _ranged(256, 2, WIDTH)
-    depths: tuple = _ranged((3, 4, 9), 1, DEPTH)  # of the stem, bottlenecks per stage
-    embedding_size: int = _ranged(64, 1, WIDTH)
-    hidden_sizes: tuple = _ranged((256, 512, 1024), 1, WIDTH)  # of the stem, channels per stage
-    num_groups: int = _ranged(32, 1, WIDTH)
+    image_size: int = ranged(384, 1, WIDTH)
+    patch_size: int = ranged(16, 1, WIDTH)
+    hidden_size: int = ranged(768, 1, WIDTH)
+    intermediate_size: int = ranged(3072, 1, WIDTH)
+    num_hidden_layers: int = ranged(12, 1, 256)
+    num_attention_heads: int = ranged(12, 1, WIDTH)
+    layer_norm_eps: float = ranged(1e-12, above=0, high=1)
+    backbone_out_indices: tuple = ranged((2, 5, 8, 11), 0, 255)
+    neck_hidden_sizes: tuple = ranged((256, 512, 768, 768), 1, WIDTH)
+    fusion_hidden_size: int = ranged(256, 2, WIDTH)
+    depths: tuple = ranged((3, 4, 9), 1, DEPTH)  # of the stem, bottlenecks per stage
+    embedding_size: int = ranged(64, 1, WIDTH)
+    hidden_sizes: tuple = ranged((256, 512, 1024), 1, WIDTH)  # of the stem, channels per stage
+    num_groups: int = ranged(32, 1, WIDTH)
 
     def check(self) -> None:
         self.divisible('hidden_size', [self.hidden_size], 'num_attention_heads',
@@ -278,19 +279,19 @@ class ScheduleConfig(Checked):
     sigma_min to sigma_max, timesteps of log(sigma) / 4, and no betas.
     """
 
-    num_train_timesteps: int = _ranged(1000, 2, 10**6)
-    beta_start: float = _ranged(0.00085, above=0, high=0.999)
-    beta_end: float = _ranged(0.012, above=0, high=0.999)
-    beta_schedule: str = _choice('scaled_linear', 'linear', 'squaredcos_cap_v2')
-    prediction_type: str = _choice('epsilon', 'v_prediction', 'sample')
+    num_train_timesteps: int = ranged(1000, 2, 10**6)
+    beta_start: float = ranged(0.00085, above=0, high=0.999)
+    beta_end: float = ranged(0.012, above=0, high=0.999)
+    beta_schedule: str = choice('scaled_linear', 'linear', 'squaredcos_cap_v2')
+    prediction_type: str = choice('epsilon', 'v_prediction', 'sample')
     rescale_betas_zero_snr: bool = False
     # The betas themselves, instead of beta_start, beta_end and beta_schedule.
     trained_betas: tuple | None = dataclasses.field(
         default=None, metadata={'of': float, 'above': 0, 'high': 0.999})
     edm: bool = False
-    sigma_min: float = _ranged(0.002, above=0)
-    sigma_max: float = _ranged(80.0, above=0)
-    sigma_data: float = _ranged(0.5, above=0)
+    sigma_min: float = ranged(0.002, above=0)
+    sigma_max: float = ranged(80.0, above=0)
+    sigma_data: float = ranged(0.5, above=0)
 
     def check(self) -> None:
         betas = self.trained_betas

@@ -73,12 +73,14 @@ def _family(cfg):
 def init_from_unet(unet_params: Params, cfg: ControlNetConfig, rng: np.random.Generator) -> Params:
     """Parameters to train from: the U-Net's first half copied, fresh layers for the hint, zeros.
 
-    rng: a numpy generator. As diffusers' ControlNetModel.from_unet.
+    rng: a numpy generator. As diffusers' ControlNetModel.from_unet, but that of a U-Net's input it
+    takes the first cfg.in_channels, the latents without the mask or depth beside them.
     """
     found = traverse_util.flatten_dict(unet_params, sep='.')
     table = shapes.controlnet(cfg)
     fresh = {name: shape for name, shape in table.items() if name.startswith('controlnet_')}
     arrays = {name: found[name] for name in table.keys() - fresh.keys()}
+    arrays['conv_in.weight'] = arrays['conv_in.weight'][:, :, :cfg.in_channels]
     dtype = arrays['conv_in.weight'].dtype
     for name, array in traverse_util.flatten_dict(spec.init_part(rng, fresh, dtype),
                                                   sep='.').items():

@@ -123,13 +123,15 @@ def adapted(p: Params, x: Array, y: Array, apply: Callable[[Array, Array], Array
     """A layer's output y, without its bias, and what adapters add to it (weights.adapters.attach).
 
     x: the layer's input; apply(x, w): the layer with other weights. Each image has its own weight
-    of each adapter: y + (apply(x, down) * gate) @ up + y * scale + bias (Hu et al. 2021).
+    of each adapter, but for one that is trained, which has no gate:
+    y + (apply(x, down) * gate) @ up + y * scale + bias (Hu et al. 2021).
     """
     path, out = p.get('adapter', {}), y
     if 'scale' in path:
         out = out + y * per_image(path['scale'], y)
     if 'down' in path:
-        out = out + (apply(x, path['down']) * per_image(path['gate'], y)) @ path['up']
+        low = apply(x, path['down'])
+        out = out + (low * per_image(path['gate'], y) if 'gate' in path else low) @ path['up']
     return out + per_image(path['bias'], y) if 'bias' in path else out
 
 
@@ -216,7 +218,9 @@ def attention(q: Float[Array, 'B T C'], k: Float[Array, 'B S C'], v: Float[Array
 
         def blocks(qkv):
             q, k, v = qkv  # [T,D], [S,D], [S,D]
-            return lax.map(lambda q: head(q, k, v), q.reshape(-1, block, D)).reshape(T, D)
+            # A gradient computes the scores again: all of them together are what blocks avoid.
+            return lax.map(jax.checkpoint(lambda q: head(q, k, v)),
+                           q.reshape(-1, block, D)).reshape(T, D)
 
         q, k, v = (a.reshape(B * heads, -1, D) for a in (q, k, v))
         out = lax.map(blocks, (q, k, v)).reshape(B, heads, T, D)

@@ -38,7 +38,7 @@ def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Ar
           context: Float[Array, 'B T D'] | Cache, added: Float[Array, 'B A'] | None = None,
           class_labels: Int[Array, ' B'] | None = None, hook: Hook | None = None,
           freeu: Sequence[Array] | None = None, residuals: Sequence[Array] | None = None,
-          features: Iterable[Array] = ()) -> Float[Array, 'B H W O']:
+          features: Iterable[Array] = (), remat: bool = False) -> Float[Array, 'B H W O']:
     """The network's output for x at the timesteps t; O = cfg.out_channels.
 
     context: features of the text, or their `cross_attention_cache` where they serve many times.
@@ -49,13 +49,15 @@ def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Ar
     output, or None to go on as usual. freeu: (b1, b2, s1, s2), each [] or [B]. residuals: a
     ControlNet's, added to what `encode` gives, one for one. features: a
     T2I-Adapter's, one per level, see `encode`. Both scaled, and summed over several networks.
+    remat: the gradient computes what is inside of residual and transformer blocks again, instead
+    of keeping it.
     Computes in the parameters' dtype and returns x's.
     """
     time = embed_time(params, t, added, class_labels)
-    states = encode(params, cfg, x, time, context, hook=hook, features=features)
+    states = encode(params, cfg, x, time, context, hook=hook, features=features, remat=remat)
     if residuals is not None:
         states = [s + r.astype(s.dtype) for s, r in zip(states, residuals, strict=True)]
-    return _decode(params, cfg, states, time, context, hook, freeu).astype(x.dtype)
+    return _decode(params, cfg, states, time, context, hook, freeu, remat).astype(x.dtype)
 
 
 def cross_attention_cache(params: Params, context: Float[Array, 'B T D']) -> Cache:
@@ -95,14 +97,17 @@ def embed_time(p: Params, t: Num[Array, ' B'], added: Float[Array, 'B A'] | None
 
 def encode(p: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], time: Float[Array, 'B D'],
            context: Float[Array, 'B T E'] | Cache, hint: Float[Array, 'B H W F'] | None = None,
-           hook: Hook | None = None, features: Iterable[Array] = ()) -> list[Array]:
+           hook: Hook | None = None, features: Iterable[Array] = (),
+           remat: bool = False) -> list[Array]:
     """The half that a ControlNet copies -> [skip connection, ..., the middle block's output].
 
     time: from `embed_time`; context: as of `apply`. hint: added to what the first layer gives.
     features: added after the last attention of each level, or at its end where it has none; one
-    too many is added at the very end (diffusers' down_intrablock_additional_residuals).
+    too many is added at the very end (diffusers' down_intrablock_additional_residuals). remat: as
+    of `apply`.
     """
     features = iter(features)
+    residual, transformer = _blocks(cfg, time, context, hook, remat)
 
     def adapt(x):
         feature = next(features, None)
@@ -114,10 +119,10 @@ def encode(p: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], time: Float[A
     states = [x]
     for level, block in enumerate(children(p['down_blocks'])):
         for i, layer in enumerate(children(block['resnets'])):
-            x = resnet(layer, x, cfg.norm_num_groups, cfg.norm_eps, time)
+            x = residual(layer, x)
             if 'attentions' in block:
-                x = _transformer(block['attentions'][str(i)], cfg, level, x, context, hook,
-                                 f'down_blocks.{level}.attentions.{i}')
+                x = transformer(block['attentions'][str(i)], x, level,
+                                f'down_blocks.{level}.attentions.{i}')
             states.append(x)
         if 'attentions' in block:
             x = states[-1] = adapt(x)
@@ -128,26 +133,27 @@ def encode(p: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], time: Float[A
             x = states[-1] = adapt(x)
 
     mid = p['mid_block']
-    x = resnet(mid['resnets']['0'], x, cfg.norm_num_groups, cfg.norm_eps, time)
-    x = _transformer(mid['attentions']['0'], cfg, -1, x, context, hook, 'mid_block.attentions.0',
-                     crossed=False)  # whatever the last level does, as in diffusers
-    x = resnet(mid['resnets']['1'], x, cfg.norm_num_groups, cfg.norm_eps, time)
+    x = residual(mid['resnets']['0'], x)
+    x = transformer(mid['attentions']['0'], x, -1, 'mid_block.attentions.0',
+                    crossed=False)  # whatever the last level does, as in diffusers
+    x = residual(mid['resnets']['1'], x)
     return [*states, adapt(x)]
 
 
-def _decode(p, cfg, states, time, context, hook, freeu):
+def _decode(p, cfg, states, time, context, hook, freeu, remat):
     """The other half: what `encode` gives -> the output [B,H,W,cfg.out_channels]."""
     *skips, x = states
+    residual, transformer = _blocks(cfg, time, context, hook, remat)
     for level, block in enumerate(children(p['up_blocks'])):
         for i, layer in enumerate(children(block['resnets'])):
             skip = skips.pop()
             if freeu is not None and level < 2:
                 x, skip = _freeu(x, skip, freeu[level], freeu[level + 2])
             x = jnp.concatenate([x, skip], -1)
-            x = resnet(layer, x, cfg.norm_num_groups, cfg.norm_eps, time)
+            x = residual(layer, x)
             if 'attentions' in block:
-                x = _transformer(block['attentions'][str(i)], cfg, -1 - level, x, context, hook,
-                                 f'up_blocks.{level}.attentions.{i}')
+                x = transformer(block['attentions'][str(i)], x, -1 - level,
+                                f'up_blocks.{level}.attentions.{i}')
         if 'upsamplers' in block:
             x = upsample(block['upsamplers']['0'], x, skips[-1].shape[1:3])
 
@@ -179,26 +185,46 @@ def _freeu(x, skip, b, s):
     return (jnp.where(half, b, 1) * x).astype(x.dtype), (f + (s - 1) * low).astype(skip.dtype)
 
 
-def _transformer(p, cfg, level, x, context, hook, place, crossed=None):
+def _blocks(cfg, time, context, hook, remat):
+    """residual(params, x) and transformer(params, x, level, place, crossed) for these arguments."""
+    again = jax.checkpoint if remat else lambda f: f
+
+    @again
+    def residual(p, x):
+        return resnet(p, x, cfg.norm_num_groups, cfg.norm_eps, time)
+
+    def transformer(p, x, level, place, crossed=None):
+        return _transformer(p, cfg, level, x, context, hook, place, again, crossed)
+
+    return residual, transformer
+
+
+def _transformer(p, cfg, level, x, context, hook, place, again, crossed=None):
     """Self-attention, cross-attention and a gated MLP over the pixels of x [B,H,W,C].
 
     crossed: whether what would be self-attention is cross-attention; None: as the level is.
+    again: wraps each of its blocks, for rematerialisation.
     """
     B, H, W, C = x.shape
     crossed = cfg.only_cross_attention[level] if crossed is None else crossed
+    heads = cfg.heads[level]
+
+    def layer(block, here, h):
+        n = layer_norm(block['norm1'], h)
+        watch = None if crossed or hook is None else functools.partial(hook, f'{here}.attn1')
+        keys = _keys(block['attn1'], context if crossed else n)
+        h = h + _attend(block['attn1'], heads, n, *keys, watch)
+        n, keys = layer_norm(block['norm2'], h), _keys(block['attn2'], context, f'{here}.attn2')
+        h = h + _attend(block['attn2'], heads, n, *keys)
+        n = linear(block['ff']['net']['0']['proj'], layer_norm(block['norm3'], h))
+        value, gate = jnp.split(n, 2, -1)  # GEGLU (Shazeer 2020), exact gelu
+        return h + linear(block['ff']['net']['2'], value * gelu(gate))
+
     h = group_norm(p['norm'], x, cfg.norm_num_groups, 1e-6)
     h = pointwise(p['proj_in'], h).reshape(B, H * W, C)
     for i, block in enumerate(children(p['transformer_blocks'])):
-        n = layer_norm(block['norm1'], h)
         here = f'{place}.transformer_blocks.{i}'
-        watch = None if crossed or hook is None else functools.partial(hook, f'{here}.attn1')
-        keys = _keys(block['attn1'], context if crossed else n)
-        h = h + _attend(block['attn1'], cfg.heads[level], n, *keys, watch)
-        n, keys = layer_norm(block['norm2'], h), _keys(block['attn2'], context, f'{here}.attn2')
-        h = h + _attend(block['attn2'], cfg.heads[level], n, *keys)
-        n = linear(block['ff']['net']['0']['proj'], layer_norm(block['norm3'], h))
-        value, gate = jnp.split(n, 2, -1)  # GEGLU (Shazeer 2020), exact gelu
-        h = h + linear(block['ff']['net']['2'], value * gelu(gate))
+        h = again(functools.partial(layer, block, here))(h)
     return x + pointwise(p['proj_out'], h.reshape(B, H, W, C))
 
 

@@ -78,6 +78,23 @@ def texts(tokenizers: Mapping[str, Tokenizer], variants: Variants, weighting: Se
             for name, packed in found.items()}, tables or None
 
 
+def captions(tokenizers: Mapping[str, Tokenizer], captions: Sequence[str], K: int,
+             embeddings: Embeddings | None = None) -> dict[str, np.ndarray]:
+    """B captions as they are, without weights or other syntax -> {text encoder: int32 [B,K,T]}.
+
+    Always K blocks: what is beyond them is cut off. Ids below 0: see `Texts`.
+    """
+    found, _ = texts(tokenizers, lambda name: [[[Segment(text, 1.0)]] for text in captions],
+                     ['none'] * len(captions), ['hard'] * len(captions), embeddings)
+
+    def padded(rows, empty):
+        more = np.tile(np.array(empty, np.int32), (len(rows), max(0, K - rows.shape[1]), 1))
+        return np.concatenate([rows, more], 1)[:, :K]
+
+    return {name: padded(found[name].tokens, tokenizer.row([]))
+            for name, tokenizer in tokenizers.items()}
+
+
 def count(tokenizers: Mapping[str, Tokenizer], variants: Variants, cut: Sequence[str],
           embeddings: Embeddings | None = None) -> np.ndarray:
     """The blocks that each image's longest text takes -> int [B]; arguments as of `texts`."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jaxsd.config import TEXT_ENCODERS, ModelConfig
@@ -75,9 +76,15 @@ def encode(params: Params, config: ModelConfig, texts: Mapping[str, Texts],
         pooled = jnp.where(zero[..., None], 0, pooled)
     if not config.unet.added_dim or ids is None:
         return Conditioning(context, None)
-    sinusoids = timestep_embedding(ids, config.unet.added_time_dim)  # [B,N,I,256]
-    sinusoids = sinusoids.reshape(*ids.shape[:2], -1).astype(pooled.dtype)
-    return Conditioning(context, jnp.concatenate([pooled, sinusoids], -1))
+    return Conditioning(context, with_time_ids(config, pooled, ids))
+
+
+def with_time_ids(config: ModelConfig, pooled: Float[Array, '... E'],
+                  ids: Float[Arrays, '... I']) -> Float[Array, '... A']:
+    """SDXL's `added`: the pooled text ++ sinusoids of the time ids (Podell et al. 2023)."""
+    sinusoids = timestep_embedding(ids, config.unet.added_time_dim)  # [...,I,256]
+    sinusoids = sinusoids.reshape(*ids.shape[:-1], -1).astype(pooled.dtype)
+    return jnp.concatenate([pooled, sinusoids], -1)
 
 
 def _features(params, cfg, texts, vectors, skip):
