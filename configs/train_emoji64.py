@@ -2,6 +2,8 @@
 
 import ml_collections
 
+from jaxsd.train.config import stage
+
 
 def get_config():
     c = ml_collections.ConfigDict()
@@ -9,7 +11,8 @@ def get_config():
     c.tokenizer = 'checkpoints/emoji/tokenizer'
     c.out = 'runs/emoji64'  # states, curves and sample grids; training resumes from it
     c.export = 'runs/emoji64/model'
-    c.plain_weight = 4  # how often a glyph without a skin tone comes for one with
+    c.method = 'full'
+    c.plain_repeats = 4  # how often a glyph without a skin tone comes for one with
 
     c.vae = ml_collections.ConfigDict({
         'latent_channels': 16, 'block_out_channels': (16, 32, 96, 128), 'layers_per_block': 1,
@@ -25,20 +28,22 @@ def get_config():
     c.prediction_type = 'v_prediction'
 
     c.stages = ml_collections.ConfigDict({
-        'vae': stage(steps=3200, batch_size=8, learning_rate=1.5e-3, warmup=50, ema=0.995),
-        'text': stage(steps=500, batch_size=128, learning_rate=2e-3, warmup=50, ema=0.99),
-        'unet': stage(steps=4200, batch_size=32, learning_rate=1e-3, warmup=100, ema=0.998,
-                      save_every=300),
-        'decoder': stage(steps=800, batch_size=8, learning_rate=8e-4, warmup=50, ema=0.995),
+        'vae': settings(steps=3200, batch_size=8, learning_rate=1.5e-3, warmup=50, ema=0.995),
+        'text': settings(steps=500, batch_size=128, learning_rate=2e-3, warmup=50, ema=0.99),
+        # No min-SNR weights: for v they all but remove the loss at high noise, where the text
+        # decides the picture.
+        'unet': settings(steps=4200, batch_size=32, learning_rate=1e-3, warmup=100, ema=0.998,
+                         save_every=300, caption_dropout=0.1),
+        'decoder': settings(steps=800, batch_size=8, learning_rate=8e-4, warmup=50, ema=0.995),
     })
-    c.stages.unet.caption_dropout = 0.1
-    # Off: for v it all but removes the loss at high noise, where the text decides the picture.
-    c.stages.unet.min_snr_gamma = 0.0
     return c
 
 
-def stage(**settings):
-    """Settings that every stage has; see jaxsd.train.loop.fit."""
-    return ml_collections.ConfigDict({
-        'seed': 0, 'dtype': 'float32', 'weight_decay': 0.01, 'clip': 1.0, 'b2': 0.99,
-        'save_every': 200, 'log_every': 20, **settings})
+def settings(learning_rate, warmup, caption_dropout=0.0, **train):
+    """A stage's settings, with what all have in common."""
+    train = {'save_every': 200, 'log_every': 20, **train}
+    return stage(
+        train={'sample_every': train['save_every'], **train},
+        optimizer={'learning_rate': learning_rate, 'warmup': warmup, 'schedule': 'cosine',
+                   'final': 0.02, 'b2': 0.99, 'decay_vectors': False},
+        loss={'timesteps': 'stratified'}, caption_dropout=caption_dropout)

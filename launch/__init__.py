@@ -64,6 +64,25 @@ def load_plugins():
         plugins.load_plugins(paths)
 
 
+def define_processes():
+    """Of the mains that run as several processes."""
+    flags.DEFINE_boolean('distributed', False, 'One of several processes, found by JAX: Slurm, '
+                         'Open MPI, Kubernetes, TPU pods; elsewhere give the next three too.')
+    flags.DEFINE_string('coordinator_address', None, "Process 0's host:port.")
+    flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
+    flags.DEFINE_integer('process_id', None, 'Which one this is, from 0.')
+
+
+def join_processes():
+    """Become one of several processes, where that was asked for -> which, of how many."""
+    import jax
+    c = flags.FLAGS
+    if not c.distributed and c.num_processes is None:
+        return 0, 1
+    jax.distributed.initialize(c.coordinator_address, c.num_processes, c.process_id)
+    return jax.process_index(), jax.process_count()
+
+
 def plain_errors(run):
     """`run` as an absl main: one clear line and exit code 1 for whatever the user can get wrong."""
     def main(argv):

@@ -17,7 +17,7 @@ from absl import app, flags
 
 from jaxsd.recipe import fields
 
-from . import engine, generate
+from . import define_processes, engine, generate, join_processes
 
 FLAGS = flags.FLAGS
 GALLERY_EVERY = 60  # seconds
@@ -27,11 +27,7 @@ def define_flags():
     """Not at import: other mains have flags of these names."""
     engine.define_flags()
     define_plan()
-    flags.DEFINE_boolean('distributed', False, 'One of several processes, found by JAX: Slurm, '
-                         'Open MPI, Kubernetes, TPU pods; elsewhere give the next three too.')
-    flags.DEFINE_string('coordinator_address', None, "Process 0's host:port.")
-    flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
-    flags.DEFINE_integer('process_id', None, 'Which one this is, from 0.')
+    define_processes()
 
 
 def define_plan():
@@ -54,7 +50,7 @@ def run():
     """-> exit code."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's chatter
     requests, bad, axes = plan()
-    process, processes = _join()
+    process, processes = join_processes()
     from jaxsd.batch import runner
     from jaxsd.batch.identity import fingerprint
     maker, identity, how = engine.build(engine.describe(), requests)
@@ -170,15 +166,6 @@ def _make(maker, folder, how, jobs, process):
         folder.close()
     print(f'{made} pictures made, {failed} failed', file=sys.stderr)
     return 128 + caught[0] if caught else 3 * bool(failed)
-
-
-def _join():
-    """Become one of several processes, where that was asked for -> which, of how many."""
-    import jax
-    if not FLAGS.distributed and FLAGS.num_processes is None:
-        return 0, 1
-    jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
-    return jax.process_index(), jax.process_count()
 
 
 def _barrier(name):

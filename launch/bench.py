@@ -10,6 +10,10 @@ the emoji model, the same number of model calls.
 `python -m launch.bench --parts=requests`: 256 requests for emoji, of 4 samplers and mixed steps,
 made and written as launch.batch does it, against diffusers' pipeline, which makes those of one
 sampler and number of steps together.
+
+`python -m launch.bench --parts=train_lora,train_full --pixels=256`: steps of fine-tuning a U-Net, a
+LoRA of rank 16 with AdamW, or all of it with SGD (AdamW's state of both sides would not fit beside
+it), against PEFT and diffusers.
 """
 
 import json
@@ -30,7 +34,9 @@ def define_flags():
     define_plugin_flag()
     flags.DEFINE_string('version', 'sd15', 'A released version, see jaxsd.versions().')
     flags.DEFINE_list('parts', ['text', 'unet', 'vae'], 'What to time: text, unet, vae, mixed, '
-                      'requests.')
+                      'requests, train_lora, train_full.')
+    flags.DEFINE_integer('pixels', 256, 'Height and width of the pictures that are trained on.',
+                         lower_bound=64)
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Of both sides.')
     flags.DEFINE_integer('batch', 1, 'Pictures; the U-Net sees two latents for each.',
                          lower_bound=1)
@@ -249,6 +255,93 @@ def measure_requests(count=256, few=(10, 12, 15, 18, 20, 22, 25, 30)):
     return rows
 
 
+def measure_training(part, config):
+    """One row of results: a step of training a U-Net on latents and features of text."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxsd.models import spec
+    from jaxsd.train import loop, losses, methods, optimizers
+    from jaxsd.train.config import AdapterConfig, FullConfig, OptimizerConfig, TrainConfig
+    from jaxsd.weights import Model
+    rng, u, size = np.random.default_rng(0), config.unet, FLAGS.pixels // config.vae.factor
+    batch = {'latent': rng.normal(size=(FLAGS.batch, size, size, 4)).astype(np.float32),
+             'noise': rng.normal(size=(FLAGS.batch, size, size, 4)).astype(np.float32),
+             'timesteps': rng.integers(0, 1000, FLAGS.batch),
+             'context': rng.normal(size=(FLAGS.batch, 77, u.cross_attention_dim)).astype('float32'),
+             'pooled': np.zeros((FLAGS.batch, 1), np.float32)}
+    params = spec.init_part(rng, spec.spec(config)['unet'])
+    model, c = Model(config, {'unet': params}), TrainConfig(dtype=FLAGS.dtype)
+    full = part == 'train_full'
+    method = (methods.full(model, FullConfig(), rng) if full else
+              methods.lora(model, AdapterConfig(rank=16, layers='attention'), rng))
+    optimizer = (OptimizerConfig(name='sgd', learning_rate=1e-6, b1=0.0, clip=0.0) if full else
+                 OptimizerConfig(clip=0.0))
+    tx = optimizers.optimizer(optimizer, 1000, method.trainable)
+    apply = method.apply
+    step = jax.jit(loop.make_step(lambda trainable, frozen, batch, key: losses.diffusion(
+        apply(frozen, trainable), config, batch, key), tx, c), donate_argnums=0)
+    sides = {}
+    if FLAGS.against != 'none':
+        sides['torch'] = train_peer(config, params, batch, full)
+    state, frozen = [loop.start(method.trainable, tx, c)], method.frozen
+    del params, model, method
+
+    def ours():
+        state[0], metrics = step(state[0], frozen, jax.tree.map(jnp.asarray, batch),
+                                 jax.random.key(0))
+        return float(metrics['loss'])
+
+    row, first = alternate({'jaxsd': ours, **sides})
+    if 'torch' in row:
+        row |= {'ratio': row['torch'] / row['jaxsd'],
+                'difference': abs(first['torch'] / first['jaxsd'] - 1)}
+    return row
+
+
+def train_peer(config, params, batch, full):
+    """A function of no arguments that takes a step of training with torch."""
+    import diffusers
+    import numpy as np
+    import peft
+    import torch
+    from flax import traverse_util
+
+    from jaxsd.config import VERSIONS
+    from jaxsd.models import spec
+    settings = json.loads((VERSIONS / config.version / 'unet' / 'config.json').read_text())
+    net = diffusers.UNet2DConditionModel.from_config(settings)
+    net.load_state_dict({k: torch.from_numpy(np.array(spec.from_jax(k, np.asarray(v)), order='C'))
+                         for k, v in traverse_util.flatten_dict(params, sep='.').items()},
+                        assign=True)  # a copy less
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    net = net.to(device)
+    if not full:
+        net.requires_grad_(False)
+        net.add_adapter(peft.LoraConfig(r=16, lora_alpha=16, target_modules=[
+            'to_k', 'to_q', 'to_v', 'to_out.0']))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 1e-6) if full else torch.optim.AdamW(trained, 1e-4)
+    scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012,
+                                        beta_schedule='scaled_linear')
+    a = {k: torch.tensor(v, device=device) for k, v in batch.items()}
+    x0, noise = (a[k].permute(0, 3, 1, 2).contiguous() for k in ('latent', 'noise'))
+    call = torch.compile(net) if FLAGS.against == 'compile' else net
+
+    def run():
+        x = scheduler.add_noise(x0, noise, a['timesteps'])
+        with torch.autocast(device, getattr(torch, FLAGS.dtype), FLAGS.dtype != 'float32'):
+            out = call(x, a['timesteps'], a['context']).sample
+        loss = torch.nn.functional.mse_loss(out.float(), noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return run
+
+
 def measure(component, ours, inputs, config):
     """One row of results: both sides called in turn, ours first."""
     import jax
@@ -282,7 +375,7 @@ def run():
         raise ValueError(f'--version={FLAGS.version}: expected one of {jaxsd.versions()}')
     config = jaxsd.read_config(FLAGS.version)
     found = cases(config, FLAGS.batch)
-    known = [*found, 'mixed', 'requests']
+    known = [*found, 'mixed', 'requests', 'train_lora', 'train_full']
     if unknown := set(FLAGS.parts) - set(known):
         raise ValueError(f'--parts={",".join(sorted(unknown))}: expected some of {known}')
     print(f'{FLAGS.version}, {FLAGS.dtype}, batch {FLAGS.batch} (mixed: emoji, float32, 16), '
@@ -291,7 +384,9 @@ def run():
     results = {}
     for part in FLAGS.parts:
         rows = (measure_requests() if part == 'requests' else
-                {part: measure_mixed() if part == 'mixed' else measure(*found[part], config)})
+                {part: measure_mixed() if part == 'mixed' else
+                 measure_training(part, config) if part.startswith('train_') else
+                 measure(*found[part], config)})
         results |= rows
         for name, row in rows.items():
             print(f'{name:5}' + ''.join(f'  {k} {v:.3g}' for k, v in row.items()), flush=True)

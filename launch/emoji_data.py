@@ -10,6 +10,9 @@ The .npz holds, for N emoji in CLDR order:
     plain       bool  [N], True where the emoji carries no skin tone
     heldout     bool  [N], True where training must not see it: 5 % of those that carry a skin tone;
                 the same person without the tone, and the tone on other persons, stay in
+and with --edges, for a ControlNet:
+    hints       uint8 [N,S,S,3], Canny edges
+    repeats     int   [N], how often each comes in an epoch
 
 The same input files give the same bytes. Nothing is downloaded.
 """
@@ -24,6 +27,8 @@ import unicodedata
 import numpy as np
 from absl import app, flags, logging
 from PIL import Image, ImageDraw, ImageFont, features
+
+from jaxsd.images.preprocess import canny
 
 from . import plain_errors, retrieval
 
@@ -216,13 +221,46 @@ def write_reference(folder, data):
         (folder / f'emoji_{name}.txt').write_text('\n'.join(captions) + '\n')
 
 
+def smaller(images, seed):
+    """Each picture [N,H,W,3] uint8 at 60 to 95 % of its size, somewhere on white."""
+    rng = np.random.default_rng(seed)
+    out = np.full_like(images, 255)
+    for sheet, image in zip(out, images):
+        size = round(len(image) * rng.uniform(0.6, 0.95))
+        y, x = rng.integers(0, len(image) - size + 1, 2)
+        sheet[y:y + size, x:x + size] = Image.fromarray(image).resize(
+            (size, size), Image.Resampling.LANCZOS)
+    return out
+
+
+def with_edges(data, unseen, copies=2, low=50, high=150):
+    """The data set of a ControlNet for edges: `data`, smaller copies of each picture, and hints.
+
+    unseen: captions that are held out, with their skin tones, beside those that are already.
+    A picture itself comes four times as often as each of its copies. low, high: canny's; they keep
+    the outline of white glyphs.
+    """
+    captions = data['captions'].tolist()
+    tones = tuple(f'{caption}: ' for caption in unseen)  # of the same glyph: nearly its edges
+    hidden = [text in unseen or text.startswith(tones) for text in captions]
+    data = data | {'heldout': data['heldout'] | hidden}
+    images = np.concatenate([data['images'], *(smaller(data['images'], i) for i in range(copies))])
+    again = {key: np.concatenate([column] * (1 + copies)) for key, column in data.items()}
+    return again | {
+        'images': images, 'hints': np.stack([canny(image, low, high) for image in images]),
+        'repeats': np.repeat([4, 1], [len(captions), copies * len(captions)])}
+
+
 def run():
     names = read_names(FLAGS.captions)
     if FLAGS.tokenizer:
         size = write_tokenizer(FLAGS.tokenizer, [caption for _, caption, _ in names])
         logging.info('%s: %d tokens', FLAGS.tokenizer, size)
     data, missing = build(names, load_font(FLAGS.font), FLAGS.size)
-    out = pathlib.Path(FLAGS.out or f'data/emoji{FLAGS.size}.npz')
+    if FLAGS.edges:
+        data = with_edges(data, pathlib.Path(FLAGS.edges).read_text().splitlines())
+    name = f'emoji{"_edges" if FLAGS.edges else ""}{FLAGS.size}.npz'
+    out = pathlib.Path(FLAGS.out or f'data/{name}')
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix('.partial.npz')
     np.savez_compressed(partial, **data)
@@ -244,6 +282,9 @@ def define_flags():
     flags.DEFINE_string(
         'captions', str(NAMES), 'Emoji and their names: the shipped list, or any emoji-test.txt.')
     flags.DEFINE_string('tokenizer', None, 'Also train the tokenizer into this folder.')
+    flags.DEFINE_string(
+        'edges', None, "A ControlNet's data, with edges as hints and smaller copies; the captions "
+        'in this file are held out: tests/data/emoji_eval.txt.')
     flags.DEFINE_string(
         'reference', None, 'Also write what launch.evaluate reads into this folder: pooled '
         'features and the fixed lists of captions.')

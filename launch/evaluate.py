@@ -7,11 +7,15 @@ Reported are the rates at which the right emoji is the nearest and among the fiv
 captions with the recipe's guidance and with guidance 1, and for the skin tones that training never
 saw; for plain captions beside a sketch of 16x16 pixels (image to image, strength 0.6), and beside
 the left half of the picture (inpainting); and the PSNR of the VAE over the whole data set. The last
-two need that to have been built.
+two need that to have been built. --plain measures the first row alone, and the seconds per picture:
+
+    python -m launch.evaluate --plain --lora=runs/emoji_lcm/lcm.safetensors \
+        --config.sampler=lcm --config.steps=4 --config.guidance=1
 """
 
 import json
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -24,7 +28,7 @@ from jaxsd import recipe
 from jaxsd.models import vae
 from jaxsd.run import picture
 
-from . import plain_errors, retrieval
+from . import emoji_sets, plain_errors, retrieval
 
 FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).resolve().parent.parent
@@ -67,14 +71,16 @@ def measure(draw, captions, reference):
 
 
 def judge(images, captions, reference, cells=slice(None)):
-    """Score pictures uint8 [N,H,W,3] against their captions; cells: the features that count."""
+    """Score pictures uint8 [N,H,W,3] against their captions; cells: the features that count.
+    distance: from the right emoji, root mean square of the features' differences, of 255."""
     rows = {caption: row for row, caption in enumerate(reference['captions'])}
     targets = np.array([rows[caption] for caption in captions])
     features, known = retrieval.pool(images)[:, cells], reference['features'][:, cells]
     rank = retrieval.ranks(features, targets, known)
     found = reference['captions'][retrieval.nearest(features, known)]
     wrong = {str(captions[i]): str(found[i]) for i in np.flatnonzero(rank)}
-    return {**retrieval.score(rank), 'wrong': wrong}
+    distance = np.sqrt(np.mean(np.square(features - known[targets])))
+    return {**retrieval.score(rank), 'distance': float(distance), 'wrong': wrong}
 
 
 def psnr(model, images, batch):
@@ -124,8 +130,8 @@ def wrap(text, width, length):
 
 def table(results, vae_psnr):
     """The results as lines of text."""
-    lines = [f'{"":38} {"captions":>8} {"nearest":>8} {"in top 5":>8}']
-    lines += [f'{name:38} {r["n"]:8d} {r["top1"]:8.1%} {r["top5"]:8.1%}'
+    lines = [f'{"":38} {"captions":>8} {"nearest":>8} {"in top 5":>8} {"distance":>8}']
+    lines += [f'{name:38} {r["n"]:8d} {r["top1"]:8.1%} {r["top5"]:8.1%} {r["distance"]:8.1f}'
               for name, r in results.items()]
     if vae_psnr is not None:
         lines.append(f'{"VAE alone, mean PSNR":38} {vae_psnr:.2f} dB')
@@ -137,48 +143,71 @@ def run():
     for path in filter(None, (FLAGS.out, FLAGS.grid)):
         picture.check_folder(pathlib.Path(path).parent)
     reference = retrieval.read_reference(lists / 'emoji_reference.npz')
+    if FLAGS.ink:
+        colours = reference['features'].reshape(-1, 3)
+        reference['features'] = emoji_sets.ink(colours).reshape(reference['features'].shape)
     fixed = (lists / 'emoji_eval.txt').read_text().splitlines()
     plain = fixed if FLAGS.captions == 'fixed' else reference['captions'][reference['plain']]
-    heldout = reference['captions'][reference['heldout']]
     model, _, _ = recipe.load(config, FLAGS.checkpoint)
+    if FLAGS.lora:
+        model = jaxsd.merge(model, {jaxsd.load_adapter(FLAGS.lora, model): 1.0})
 
     def scored(captions, **how):
         return measure(drawer(model, config, FLAGS.seed, FLAGS.batch, **how), captions, reference)
 
     results = {}
     results[f'plain, guidance {config.guidance:g}'], images = scored(plain)
+    if FLAGS.grid:
+        picture.write_png(FLAGS.grid, contact_sheet(images[:64], plain[:64]))
+    more = cost(model, plain) if FLAGS.plain else conditioned(
+        model, plain, reference, scored, results)
+    print(table(results, more.get('vae_psnr')))
+    report = {'config': config.to_dict(), 'seed': FLAGS.seed, **more, **results}
+    pathlib.Path(FLAGS.out).write_text(json.dumps(report, indent=2) + '\n')
+
+
+def cost(model, plain):
+    """Print and return the seconds of a picture, once all is compiled."""
+    draw, start = drawer(model, FLAGS.config, FLAGS.seed, FLAGS.batch), time.perf_counter()
+    draw(plain[:FLAGS.batch])
+    seconds = (time.perf_counter() - start) / FLAGS.batch
+    print(f'seconds per picture, {FLAGS.batch} at a time: {seconds:.3f}')
+    return {'seconds per picture': seconds}
+
+
+def conditioned(model, plain, reference, scored, results):
+    """All other rows, into `results` -> {'vae_psnr': that, or None}."""
+    config = FLAGS.config
     results['plain, guidance 1'], _ = scored(plain, guidance=1.0)
-    results[f'held out, guidance {config.guidance:g}'], _ = scored(heldout)
+    results[f'held out, guidance {config.guidance:g}'], _ = scored(
+        reference['captions'][reference['heldout']])
     sketches = {str(text): retrieval.sketch(feature, config.width) for text, feature
                 in zip(reference['captions'], reference['features'])}
     results['plain, from a 16x16 sketch, strength 0.6'], _ = scored(plain, images=sketches,
                                                                     strength=0.6)
-    if FLAGS.grid:
-        picture.write_png(FLAGS.grid, contact_sheet(images[:64], plain[:64]))
     data = pathlib.Path(FLAGS.data or f'data/emoji{config.width}.npz')
-    vae_psnr = None
-    if data.exists():
-        with np.load(data) as file:
-            whole = dict(zip(file['captions'].tolist(), file['images']))
-        right = np.zeros((config.height, config.width), bool)
-        right[:, config.width // 2:] = True
-        for name, named in ('plain, right half inpainted', True), ('  without its name', False):
-            results[name], halves = scored(plain, images=whole, named=named, mask=right)
-            results[name + ', scored alone'] = judge(halves, plain, reference,
-                                                     retrieval.right_half())
-        vae_psnr = psnr(model, np.stack(list(whole.values())), FLAGS.batch)
-    else:
+    if not data.exists():
         logging.warning('%s: no such file, so no inpainting and no PSNR; `python -m '
                         'launch.emoji_data --size=%d` builds it', data, config.width)
-    print(table(results, vae_psnr))
-    report = {'config': config.to_dict(), 'seed': FLAGS.seed, 'vae_psnr': vae_psnr, **results}
-    pathlib.Path(FLAGS.out).write_text(json.dumps(report, indent=2) + '\n')
+        return {'vae_psnr': None}
+    with np.load(data) as file:
+        whole = dict(zip(file['captions'].tolist(), file['images']))
+    right = np.zeros((config.height, config.width), bool)
+    right[:, config.width // 2:] = True
+    for name, named in ('plain, right half inpainted', True), ('  without its name', False):
+        results[name], halves = scored(plain, images=whole, named=named, mask=right)
+        results[name + ', scored alone'] = judge(halves, plain, reference, retrieval.right_half())
+    return {'vae_psnr': psnr(model, np.stack(list(whole.values())), FLAGS.batch)}
 
 
 def define_flags():
     """In a function, so that one process can import several mains."""
     config_flags.DEFINE_config_file('config', str(HERE / 'configs' / 'emoji.py'))
     flags.DEFINE_string('checkpoint', None, 'Measure this model, not the recipe\'s.')
+    flags.DEFINE_string('lora', None, 'The file of a LoRA that the model draws with.')
+    flags.DEFINE_boolean('plain', False, 'Only the first row, and the seconds per picture.')
+    flags.DEFINE_boolean('ink', False, 'Look the pictures up among all emoji in ink, see '
+                         'launch.emoji_sets.')
     flags.DEFINE_enum('captions', 'fixed', ['fixed', 'all'],
                       'The 200 fixed plain captions, or all plain ones.')
     flags.DEFINE_string('lists', str(HERE / 'tests' / 'data'),

@@ -106,7 +106,7 @@ def guarded(run):
             keep_programs(FLAGS.compilation_cache if 'compilation_cache' in FLAGS else None)
             load_plugins()
             return run()
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
             fail(error)
         except (RuntimeError, MemoryError) as error:  # XLA's: most often memory
             fail((str(error).strip() or 'out of memory').splitlines()[0])
@@ -371,21 +371,24 @@ class Bar:
                 f'decoding {self.end - self.last:.1f} s)')
 
 
-def parse(argv):
-    """absl's flags, with a recipe by default."""
+def parse(argv, training=False):
+    """absl's flags, with a recipe by default: the emoji model's, or the one of the checkpoint's
+    file; of training, where fields have no flags of their own, train_lora."""
     # First, because absl refuses --config.field before it; and not as the flag's default, because
     # absl would apply --config.field to that even beside another --config.
     if '--config' in argv[:-1]:
         at = argv.index('--config')
         argv = [*argv[:at], f'--config={argv[at + 1]}', *argv[at + 2:]]
-    argv = [argv[0], *map(_of_recipe, argv[1:])]
+    if not training:
+        argv = [argv[0], *map(_of_recipe, argv[1:])]
     recipes = [flag for flag in argv if re.match(r'--?config=', flag)]
     rest = [flag for flag in argv[1:] if flag not in recipes]
     try:
         if not recipes:
             own = any(re.match(r'--?checkpoint(=|$)', flag) for flag in argv)
-            recipes = [f'--config={recipe.__file__ if own else "emoji"}']
-        recipes = [f'--config={_recipe(flag.partition("=")[2])}' for flag in recipes]
+            name = 'train_lora' if training else 'emoji'
+            recipes = [f'--config={recipe.__file__ if own else name}']
+        recipes = [f'--config={_recipe(flag.partition("=")[2], training)}' for flag in recipes]
         argv = sys.argv[:] = [argv[0], *recipes, *rest]  # ml_collections looks at sys.argv
         return flags.FLAGS(argv)
     except AttributeError as error:
@@ -405,15 +408,15 @@ def _of_recipe(flag):
     return f'--{found[1] or ""}config.{found[2]}{found[3] or ""}'
 
 
-def _recipe(name):
-    """The file of a recipe: a path, or the name of one in configs/."""
+def _recipe(name, training):
+    """The file of a recipe: a path, or the name of one in configs/ of this kind."""
     if not re.fullmatch(r'\w+', name):
         if not re.search(r'\.py(:|$)', name):
             raise ValueError(f'--config={name}: expected a recipe, a .py file or its name; a model '
                              'is given as --checkpoint')
         return name
     known = {path.stem: path for path in sorted(CONFIGS.glob('*.py'))
-             if not path.stem.startswith('train_')}
+             if path.stem.startswith('train_') == training}
     if name not in known:
         from jaxsd.sampling.choice import unknown
         raise unknown('recipe', name, known)

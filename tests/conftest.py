@@ -157,6 +157,14 @@ def tiny_model(tokenizer_folder):
     return make
 
 
+@pytest.fixture(scope='module')
+def forgets_programs():
+    """What a module compiled goes when it ends: the programs of trainings are large."""
+    import jax
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def optimised():
     """Programs are compiled as they are for users."""

@@ -1,12 +1,17 @@
 """The shipped checkpoint: its files, and that its pictures are what their prompts say."""
 
+import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
+from mains import run_main
 from safetensors import safe_open
 
 import jaxsd
+from jaxsd.train import methods
+from jaxsd.train.config import AdapterConfig
 from launch import retrieval
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -52,3 +57,33 @@ def test_the_prompt_decides_the_picture(model):
         for prompt in ('red apple', 'red apple', 'flag: japan')])
     assert np.array_equal(first, again)
     assert np.abs(first.astype(int) - other).mean() > 20
+
+
+def test_evaluate_draws_with_a_lora_and_looks_up_in_ink(model, tmp_path):
+    """A LoRA that does nothing changes no picture, one of noise lowers the score; from emoji in
+    ink, which are all blue, coloured pictures are farther off."""
+    (tmp_path / 'emoji_eval.txt').write_text('rocket\nred apple\nalien\nclamp\n')
+    shutil.copy(LISTS / 'emoji_reference.npz', tmp_path)
+    method = methods.lora(model, AdapterConfig(rank=2), np.random.default_rng(0))
+    for name, size in ('nothing', 0.0), ('noise', 1.0):
+        jaxsd.save_adapter(method.result({part: {layer: arrays | {
+            'up': np.full_like(arrays['up'], size)} for layer, arrays in layers.items()}
+            for part, layers in method.trainable.items()}), tmp_path / f'{name}.safetensors')
+
+    def measured(*flags):
+        out = tmp_path / 'out.json'
+        code, text, error = run_main(
+            '-m', 'launch.evaluate', '--plain', f'--lists={tmp_path}', '--batch=4', f'--out={out}',
+            '--config.steps=6', *flags)
+        assert code == 0, error
+        found = json.loads(out.read_text())
+        assert found['seconds per picture'] > 0 and 'seconds per picture' in text
+        assert 'plain, guidance 1' not in found
+        return found
+
+    plain = measured()['plain, guidance 4']
+    assert plain['n'] == 4 and plain['top1'] >= 0.75
+    assert measured(f'--lora={tmp_path / "nothing.safetensors"}')['plain, guidance 4'] == plain
+    noise = measured(f'--lora={tmp_path / "noise.safetensors"}')['plain, guidance 4']
+    assert noise['top1'] < plain['top1'] and noise['distance'] > plain['distance'] + 20
+    assert measured('--ink')['plain, guidance 4']['distance'] > plain['distance'] + 10

@@ -210,3 +210,25 @@ def test_contact_sheet():
     assert (sheet[8:136, 8:136] == 200).all() and (sheet[-100:, -200:] == 255).all()
     assert sheet[136:151, 8:136].min() < 100  # the caption, in black below
     assert evaluate.wrap('one two three', 7, len) == ['one two', 'three']
+
+
+def test_a_controlnets_data_has_edges_and_hides_what_is_held_out():
+    images = np.full((6, 64, 64, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        image[8 + i:56 - i, 8:56] = 40
+    data = {'images': images, 'plain': np.arange(6) % 2 == 0, 'heldout': np.arange(6) == 5,
+            'captions': np.array(['cat', 'cat: dark', 'dog', 'dog: dark', 'catfish', 'dogfish'])}
+    found = emoji_data.with_edges(data, ['cat'])
+    assert found['images'].shape == found['hints'].shape == (18, 64, 64, 3)
+    assert found['captions'].tolist() == data['captions'].tolist() * 3
+    # The unseen caption and its tones are hidden, a longer word is not; the glyph itself comes
+    # four times as often as each of its smaller copies.
+    assert found['heldout'].tolist() == [True, True, False, False, False, True] * 3
+    assert found['repeats'].tolist() == [4] * 6 + [1] * 12
+    for image, drawn in zip(found['images'], found['hints']):
+        dark = np.argwhere(image[..., 0] < 150)
+        for line in np.argwhere(drawn[..., 0]):  # every edge lies at the border of the square
+            assert np.abs(dark - line).max(1).min() <= 1
+        assert set(np.unique(drawn)) == {0, 255} and (image[0] == 255).all()
+    assert (np.count_nonzero(found['images'][6:, ..., 0] < 150, (1, 2))
+            < np.count_nonzero(np.tile(images, (2, 1, 1, 1))[..., 0] < 150, (1, 2))).all()

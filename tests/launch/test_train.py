@@ -10,10 +10,12 @@ import sys
 import numpy as np
 import pytest
 from conftest import write_tokenizer
+from PIL import Image
+from safetensors.numpy import load_file
 
 import jaxsd
 from jaxsd.models import spec
-from launch.train import model_config
+from jaxsd.train.from_scratch import model_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RECIPE = """
@@ -30,7 +32,8 @@ def get_config():
                   heads=(2,), only_cross_attention=(False,), cross_attention_dim=32,
                   norm_num_groups=4)
     for stage in c.stages.values():
-        stage.update(steps=6, batch_size=4, save_every=2, log_every=1, warmup=1)
+        stage.train.update(steps=6, batch_size=4, save_every=2, sample_every=2, log_every=1)
+        stage.optimizer.warmup = 1
     return c
 """
 
@@ -68,10 +71,10 @@ def test_killed_and_resumed(folder):
     assert process.returncode == 0, err
     assert '"step": 1,' not in out.split('\n')[0]  # it went on, not from the beginning
     for name in ('vae', 'text', 'unet', 'decoder'):
-        assert {'state.safetensors', 'log.csv', 'curve.png'} <= {
+        assert {'checkpoints', 'log.csv', 'curve.png'} <= {
             p.name for p in (folder / 'run' / name).iterdir()}
-    assert (folder / 'run' / 'vae' / '000006.png').exists()
-    assert (folder / 'run' / 'unet' / '000006.png').exists()
+    assert (folder / 'run' / 'vae' / 'samples' / '000006.png').exists()
+    assert (folder / 'run' / 'unet' / 'samples' / '000006.png').exists()
 
     model = jaxsd.load(folder / 'model')
     assert model.config.schedule.prediction_type == 'v_prediction'
@@ -92,9 +95,10 @@ def test_missing_data_is_one_line(folder):
 
 
 @pytest.mark.parametrize('flags, said', [
-    (['--config.stages.vae.warmup=6'], 'stages.vae.warmup=6: expected less than its 6 steps'),
+    (['--config.stages.vae.optimizer.warmup=6'],
+     'stages.vae.optimizer.warmup=6: expected less than its 6 steps'),
     ([f'--config={ROOT}/configs/sd15.py'], 'expected a training recipe, such as'),
-    (['--config.export=tokenizer'], 'config.export=tokenizer: is there already')])
+    (['--config.export=tokenizer'], 'export=tokenizer: is there already')])
 def test_what_would_fail_later_is_said_first(folder, flags, said):
     process = train(folder, *flags)
     _, err = process.communicate()
@@ -104,7 +108,7 @@ def test_what_would_fail_later_is_said_first(folder, flags, said):
 
 @pytest.mark.slow
 def test_states_may_be_written_more_often_than_the_log(folder):
-    process = train(folder, *(f'--config.stages.{name}.log_every=5'
+    process = train(folder, *(f'--config.stages.{name}.train.log_every=5'
                               for name in ('vae', 'text', 'unet', 'decoder')))
     _, err = process.communicate()
     assert process.returncode == 0, err
@@ -117,3 +121,43 @@ def test_the_shipped_recipes_fit_40_megabytes_in_float16(name):
     config = model_config(recipe)
     assert 2 * spec.count(spec.spec(config)) < 39e6
     assert config.unet.sample_size * config.vae.factor == config.vae.sample_size
+
+
+@pytest.mark.slow
+def test_a_lora_killed_mid_epoch_is_the_same_file(tmp_path, checkpoint):
+    """Twice killed with SIGKILL, between and amid its epochs of five steps: the same bytes."""
+    rng = np.random.default_rng(0)
+    (tmp_path / 'pictures').mkdir()
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(
+            tmp_path / 'pictures' / f'{i}.png')
+        (tmp_path / 'pictures' / f'{i}.txt').write_text(['red apple', 'a dog'][i % 2])
+
+    def start(name):
+        flags = {'model': checkpoint, 'out': f'runs/{name}', 'export': f'{name}.safetensors',
+                 'data.sets.pictures.path': 'pictures', 'data.resolution': 64, 'data.flip': True,
+                 'data.cache': f'cache/{name}', 'lora.rank': 2, 'optimizer.warmup': 0,
+                 'train.dtype': 'float32', 'train.steps': 14, 'train.batch_size': 2,
+                 'train.save_every': 3, 'train.log_every': 1, 'train.sample_every': 0}
+        return subprocess.Popen(
+            [sys.executable, '-m', 'launch.train', f'--config={ROOT}/configs/train_lora.py',
+             *(f'--config.{field}={value}' for field, value in flags.items())], cwd=tmp_path,
+            env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    for step in (4, 8):
+        process = start('killed')
+        for line in process.stdout:
+            if f'"step": {step},' in line or f'"step": {step}}}' in line:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    for name in ('killed', 'whole'):
+        process = start(name)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    killed, whole = (load_file(tmp_path / f'{name}.safetensors') for name in ('killed', 'whole'))
+    assert killed.keys() == whole.keys() and any(a.any() for k, a in whole.items() if 'up' in k)
+    for key, array in whole.items():
+        np.testing.assert_array_equal(killed[key], array)
