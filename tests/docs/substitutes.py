@@ -36,7 +36,9 @@ COMMANDS = {
 
 # {pattern: flags at the end of such commands}: of random models small pictures, of few steps.
 SMALLER = {r'(generate|batch) .*(--checkpoint=|--config=(configs/)?sd)':
-           '--width=64 --height=64 --steps=2'}
+           '--width=64 --height=64 --steps=2',
+           r'jaxsd train --config=train_lora': '--config.data.resolution=64 '
+           '--config.train.steps=1 --config.optimizer.warmup=0 --config.lora.rank=1'}
 
 # {pattern of a whole command: why it is not run}. That its program and flags exist is tested.
 NOT_RUN = {
@@ -47,12 +49,14 @@ NOT_RUN = {
     r'apt-get .*': 'changes the machine',
     r'make (test|test-all|parity|lint)|(\S*/)?python -m pytest .*': 'runs what CI runs: .ci/run',
     r'make gallery': '2 minutes; tests/launch/test_emoji_conditions.py draws its rows',
+    r'.*-m launch\.emoji_sets': 'needs the font; tests/launch/test_emoji_sets.py',
+    r'jaxsd generate .*=runs/emoji_.*': 'needs what minutes of training write',
     r'.*-m launch\.ray_batch .*': 'needs GPUs; tests/launch/test_ray_main.py has CPUs',
-    r'.*-m launch\.bench .*(--version=|--parts=requests).*': 'minutes, beside torch and diffusers',
+    r'.*-m launch\.bench .*(--version=|--parts=(requests|train)).*': 'minutes, beside torch',
     r'.*tests/serve/load\.py .*': 'minutes of load; tests/serve does the same with few requests',
     r'.*-m launch\.emoji_data .*': 'needs the font; tests/launch/test_emoji_data.py',
-    r'.*-m launch\.train .*|.*-m launch\.train_control': 'hours; tests/launch/test_train.py, '
-                                                         'test_train_control.py',
+    r'jaxsd train .*--memory': 'compiles a network of full size; tests/train/test_finetune.py',
+    r'.*-m launch\.train .*': 'minutes to hours; tests/train, tests/launch/test_train.py',
     r'.*-m launch\.evaluate .*': 'minutes; tests/launch/test_emoji_checkpoint.py',
 }
 

@@ -41,7 +41,7 @@ def random_model(family, version):
 def write(folder):
     """files/, what lies where the pages' commands run, and hub/, a cache of Hugging Face's."""
     files, model = pathlib.Path(folder) / 'files', random_model('sd1', 'sd15')
-    for name in ('loras', 'embeddings', 'wildcards'):
+    for name in ('loras', 'embeddings', 'wildcards', 'pictures'):
         (files / name).mkdir(parents=True)
     single = files / 'model.safetensors'
     jaxsd.save(model, single, layout='single-file')
@@ -76,6 +76,8 @@ def write(folder):
     examples = ROOT / 'docs' / 'examples'
     Image.open(examples / 'apple.png').save(files / 'photo.jpg')
     shutil.copy(examples / 'mask.png', files / 'mask.png')
+    shutil.copy(examples / 'apple.png', files / 'pictures' / '0.png')
+    (files / 'pictures' / '0.txt').write_text('red apple\n')
     text = PngImagePlugin.PngInfo()
     text.add_text('parameters', PARAMETERS)
     Image.new('RGB', (64, 64)).save(files / 'picture.png', pnginfo=text)
