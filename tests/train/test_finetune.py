@@ -231,6 +231,7 @@ def test_a_bad_picture_is_named_once_or_ends_it(tmp_path, pictures, checkpoint, 
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.slow
 def test_memory_is_told_without_weights(tmp_path, pictures, checkpoint):
     """Trainable, optimiser and frozen bytes by hand; rematerialisation needs less."""
     def estimate(method, **sections):

@@ -134,6 +134,7 @@ def finished(process, out):
     return np.load(out / 'found.npy')
 
 
+@pytest.mark.slow
 def test_killed_at_random_and_resumed_ends_bit_for_bit_the_same(tmp_path):
     """A real process, killed with SIGKILL between two log lines and while it saves."""
     expected = finished(run_elsewhere(tmp_path / 'whole'), tmp_path / 'whole')
@@ -168,6 +169,7 @@ def test_sigterm_saves_and_ends(tmp_path):
     assert len(curve(tmp_path / 'run')) == 8
 
 
+@pytest.mark.slow
 def test_other_numbers_of_devices(tmp_path):
     """The same on 8 devices as on 1, and begun on 8, spread over them, it ends so on 2."""
     expected = regression(tmp_path / 'one', settings(batch_size=8))

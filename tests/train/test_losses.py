@@ -153,6 +153,7 @@ def test_the_caption_and_the_examples_weight_count():
     np.testing.assert_allclose(weighted, 0.5 * loss(batch), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_rematerialisation_and_given_noise_change_no_gradient():
     params, config, batch = tiny()
     batch = batch | {'noise': np.float32(np.random.default_rng(1).normal(size=(4, 8, 8, 4))),
@@ -228,6 +229,7 @@ def test_consistency_wants_neighbouring_levels_to_agree():
     assert still < 1e-3 < found
 
 
+@pytest.mark.slow
 def test_preference_moves_away_from_the_rejected_picture():
     params, config, batch = tiny()
     rng = np.random.default_rng(5)
