@@ -63,6 +63,11 @@ def decode(params: Params, cfg: VAEConfig | TinyVAEConfig,
     return _head(p, cfg, x).astype(jnp.float32)
 
 
+def unit(image: Array | np.ndarray) -> Array:
+    """Pixels uint8 -> float32 in [-1,1], as `encode` takes them."""
+    return jnp.asarray(image, jnp.float32) / 127.5 - 1
+
+
 def scale(cfg: VAEConfig | TinyVAEConfig, z: Float[Array, '... L']) -> Float[Array, '... L']:
     """Latents of the encoder -> as the U-Net sees them, see VAEConfig."""
     shift, factor, mean, std = _statistics(cfg)

@@ -100,14 +100,14 @@ def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioni
     x = _noise(inputs, keys, shape) * _each(inputs.sigma)
     extra, init = inputs.extra, None
     if inputs.init_image is not None:
-        init = encode_image(params, config, _unit(inputs.init_image))
+        init = encode_image(params, config, vae.unit(inputs.init_image))
         x = x + inputs.init_weight * init
     if (hidden := inputs.inpaint_mask) is not None:  # the mask, and the image around it
-        seen = jnp.zeros(()) if inputs.init_image is None else _unit(inputs.init_image)
+        seen = jnp.zeros(()) if inputs.init_image is None else vae.unit(inputs.init_image)
         seen = jnp.broadcast_to(jnp.where(hidden, 0, seen), (*hidden.shape[:3], 3))
         extra = jnp.concatenate([extra, encode_image(params, config, seen)], -1)
     if inputs.low_res is not None:
-        small, (signal, sigma) = _unit(inputs.low_res), map(_each, inputs.low_res_scale.T)
+        small, (signal, sigma) = vae.unit(inputs.low_res), map(_each, inputs.low_res_scale.T)
         extra = signal * small + sigma * sampling.draw(keys, LOW_RES, small.shape[1:])
     hints = {name: _embed(cfg, params['controlnet'][name], inputs.hints[name] / 255)
              for name, cfg in config.controlnets}
@@ -236,11 +236,6 @@ def _embed(cfg, params, hint):
     if not isinstance(cfg, T2IAdapterConfig):
         return controlnet.embed(params, hint)
     return t2i_adapter.apply(params, cfg, hint[..., :cfg.in_channels])  # if one, the hint is gray
-
-
-def _unit(image):
-    """uint8 -> float32 in [-1,1]."""
-    return image.astype(jnp.float32) / 127.5 - 1
 
 
 def _controls(nets, configs, weights, called, hints, added, labels):

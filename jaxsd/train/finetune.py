@@ -1,6 +1,7 @@
 """Fine-tuning by a recipe, from its fields to the files that it leaves."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -21,7 +22,7 @@ from jaxsd.config import ModelConfig
 from jaxsd.models import vae
 from jaxsd.prompt import blocks
 from jaxsd.recipe import options
-from jaxsd.run import depth
+from jaxsd.run import depth, picture
 from jaxsd.train import cache, data, examples, loop, losses, methods, optimizers
 from jaxsd.train.config import BaseConfig, Settings, read
 from jaxsd.train.data_config import SetConfig
@@ -69,8 +70,8 @@ def fine_tune(recipe: ConfigDict, overwrite: bool = False, strict: bool = False)
         steady = dataclasses.replace(c.data, crop='center', flip=False, caption_dropout=0.0,
                                      shuffle_tags=False, tag_dropout=0.0)
         count = -(-len(sets.heldout) // c.train.batch_size)
-        found = load(sets.heldout, steady)
-        heldout = [next(found) for _ in range(min(count, 8))]
+        with contextlib.closing(load(sets.heldout, steady)) as batches:
+            heldout = [next(batches) for _ in range(min(count, 8))]
     trained = loop.fit(
         loss, method.trainable, frozen, lambda step: load(sets.examples, c.data, step), tx,
         c.train, c.base.out, sampler(c, method), heldout,
@@ -183,9 +184,7 @@ def with_class_pictures(c: Settings, model: Model) -> Settings:
     size = dict(width=c.data.size[0], height=c.data.size[1])
     for i in tqdm.tqdm(missing, 'class pictures', disable=None):
         request = jaxsd.Request(c.prior.prompt, seed=i, **size | options(c.prior.request))
-        partial = folder / f'.{i:05d}.png'
-        _save(jaxsd.generate(model, [request])[0], partial)
-        partial.replace(folder / f'{i:05d}.png')
+        picture.write_png(folder / f'{i:05d}.png', jaxsd.generate(model, [request])[0])
     _wait_for_others('class pictures')
     prior = SetConfig(path=str(folder), kind='folder', prior=True, caption=c.prior.prompt)
     return c._replace(data=dataclasses.replace(c.data, sets=(*c.data.sets, prior)))
@@ -194,11 +193,6 @@ def with_class_pictures(c: Settings, model: Model) -> Settings:
 def _wait_for_others(what):
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
-
-
-def _save(image, path):
-    from PIL import Image
-    Image.fromarray(np.asarray(image)).save(path, format='PNG')
 
 
 def read_pictures(c: Settings) -> examples.Sets:
@@ -231,7 +225,7 @@ def fill_caches(c: Settings, model: Model, tokenize: Callable[[list[str]], Any],
     config = model.config
     if c.data.cache_latents:
         encode = jax.jit(lambda p, image: jnp.concatenate(
-            vae.encode(p, config.vae, losses.unit(image)), -1))
+            vae.encode(p, config.vae, vae.unit(image)), -1))
         part = _float32(model.params['vae']) if config.vae.force_upcast else model.params['vae']
         stores['latents'] = cache.Cache(c.data.cache, digest(part))
 
@@ -308,16 +302,6 @@ def sampler(c: Settings, method: methods.Method) -> Callable[[Any, int], np.ndar
                 for i, prompt in enumerate(c.sample.prompts)]
 
     def sample(params, step):
-        return grid(jaxsd.generate(method.model(params), requests))
+        return picture.grid(jaxsd.generate(method.model(params), requests))
 
     return sample
-
-
-def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Pictures uint8 [N,H,W,3] as one, as square as may be, or with so many columns."""
-    count, h, w, _ = images.shape
-    columns = columns or int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
-    sheet = np.full((rows * columns, h, w, 3), 255, np.uint8)
-    sheet[:count] = images
-    return sheet.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3)

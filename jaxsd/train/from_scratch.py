@@ -19,9 +19,9 @@ from jaxsd import config as jc
 from jaxsd.models import spec, vae
 from jaxsd.prompt import blocks
 from jaxsd.prompt.tokenizer import Tokenizer
+from jaxsd.run.picture import grid
 from jaxsd.train import loop, losses, optimizers
 from jaxsd.train.config import SECTIONS
-from jaxsd.train.finetune import grid
 from jaxsd.typing import Params, Path
 from jaxsd.weights import Model
 
@@ -85,7 +85,7 @@ def load_data(path: Path) -> tuple[np.ndarray, ...]:
 def train_vae(run: Callable[..., Params], config: jc.ModelConfig, params: Params, images: Images,
               repeats: np.ndarray) -> tuple[Params, Latents]:
     """The autoencoder, then the standardisation of its latents -> (its params, latents)."""
-    encode = jax.jit(lambda p, x: vae.encode(p, config.vae, losses.unit(x))[0])
+    encode = jax.jit(lambda p, x: vae.encode(p, config.vae, vae.unit(x))[0])
     decode = jax.jit(lambda p, z: vae.decode(p, config.vae, z))
     shown = images[::max(1, len(images) // 32)][:32]
 

@@ -390,10 +390,9 @@ def read_npz(one: SetConfig, config: DataConfig, report: Report) -> Iterator[Fou
         repeats = int(arrays['repeats'][i]) if 'repeats' in arrays else 1
         if 'plain' in arrays and arrays['plain'][i]:
             repeats *= one.plain_repeats
-        yield Found(source('images'), (str(arrays['captions'][i]),),
-                     repeats,
-                     source('hints') if 'hints' in arrays else None,
-                     bool(arrays['heldout'][i]) if 'heldout' in arrays else None)
+        yield Found(source('images'), (str(arrays['captions'][i]),), repeats,
+                    source('hints') if 'hints' in arrays else None,
+                    bool(arrays['heldout'][i]) if 'heldout' in arrays else None)
 
 
 READERS: dict[str, Callable[[SetConfig, DataConfig, Report], Iterable[Found]]] = {

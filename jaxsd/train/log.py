@@ -16,6 +16,7 @@ import numpy as np
 import tqdm
 from jax import Array
 
+from jaxsd.run.picture import write_png
 from jaxsd.train.config import TrainConfig
 from jaxsd.typing import Path
 
@@ -110,11 +111,10 @@ class Log:
 
     def image(self, step: int, image: Array | np.ndarray) -> None:
         """Keep a picture, uint8 [H,W,3]."""
-        from PIL import Image
         if jax.process_index() == 0:
             folder = self.folder / 'samples'
             folder.mkdir(exist_ok=True)
-            Image.fromarray(np.asarray(image)).save(folder / f'{step:06d}.png')
+            write_png(folder / f'{step:06d}.png', np.asarray(image))
             self.events.add_image('samples', np.asarray(image), step, dataformats='HWC')
 
     def draw(self) -> None:

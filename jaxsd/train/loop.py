@@ -3,11 +3,12 @@
 Nothing here knows what is trained: `fit` takes a loss, arrays to change and arrays that stay.
 """
 
+import contextlib
 import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -28,7 +29,7 @@ from jaxsd.train.optimizers import evaluated
 from jaxsd.typing import Params, Path
 
 Apply = Callable[[Params, Params, Batch, Array], Loss]  # (trainable, frozen, batch, key)
-Batches = Callable[[int], Iterator[Mapping[str, Any]]]  # from a step on: this host's part of each
+Batches = Callable[[int], Any]  # from a step on: an iterator of this host's rows, with close()
 Step = Callable[['State', Params, Batch, Array], tuple['State', dict[str, Array]]]
 
 @flax.struct.dataclass
@@ -42,7 +43,7 @@ class State:
 
 
 class Preempted(SystemExit):
-    """The training was told to end by SIGTERM, and has saved where it stands."""
+    """SIGTERM ended the training, which has saved where it stands."""
 
 
 def make_step(loss: Apply, tx: optax.GradientTransformation, c: TrainConfig) -> Step:
@@ -143,8 +144,9 @@ def fit(loss: Apply, trainable: Params, frozen: Params, batches: Batches,
                                 out_shardings=(places, None)))
     rows, evaluate = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'))), make_evaluate(loss, c)
     key, first = jax.random.key(c.seed), int(state.step)
-    log, meter, examples = Log(out, first, c.steps, about), Meter(c), batches(first)
-    with checkpoints, log, Ending() as ending:
+    log, meter = Log(out, first, c.steps, about), Meter(c)
+    # Closed at the end: a loader has threads.
+    with checkpoints, log, contextlib.closing(batches(first)) as examples, Ending() as ending:
         for i in range(first, c.steps):
             with meter.waiting():
                 batch = placed(next(examples), rows)

@@ -125,13 +125,8 @@ def encode_latents(params: Params, config: ModelConfig, batch: Batch,
     if 'moments' in batch:
         mean, logvar = jnp.split(batch['moments'].astype(jnp.float32), 2, -1)
     else:
-        mean, logvar = vae.encode(params['vae'], config.vae, unit(batch['image']))
+        mean, logvar = vae.encode(params['vae'], config.vae, vae.unit(batch['image']))
     return vae.scale(config.vae, mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape))
-
-
-def unit(image: Array) -> Array:
-    """uint8 -> float32 in [-1,1]."""
-    return image.astype(jnp.float32) / 127.5 - 1
 
 
 def text_features(params: Params, config: ModelConfig, batch: Batch) -> tuple[Array, Array]:
@@ -170,7 +165,7 @@ def autoencoder(params: Params, config: ModelConfig, batch: Batch, key: Array,
 
     batch: image uint8 [B,H,W,3]. The last metric is the PSNR in dB, for a range of 2.
     """
-    image = unit(batch['image'])
+    image = vae.unit(batch['image'])
     mean, logvar = vae.encode(params['vae'], config.vae, image)
     latent = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
     error = vae.decode(params['vae'], config.vae, latent) - image
@@ -185,7 +180,7 @@ def decoder(params: Params, config: ModelConfig, batch: Batch, key: Array) -> Lo
 
     batch: latent [B,h,w,L] as `vae.decode` takes it, image uint8 [B,H,W,3].
     """
-    error = vae.decode(params['vae'], config.vae, batch['latent']) - unit(batch['image'])
+    error = vae.decode(params['vae'], config.vae, batch['latent']) - vae.unit(batch['image'])
     absolute, squared = jnp.abs(error).mean(), jnp.square(error).mean()
     return absolute + squared, {'absolute': absolute, 'psnr': 10 * jnp.log10(4 / squared)}
 
@@ -226,7 +221,7 @@ def predict(params: Params, config: ModelConfig, batch: Batch, x: Float[Array, '
                 labels if cfg.num_class_embeds else None)
     if inpaints(config):
         small = jax.image.resize(batch['mask'], (*x.shape[:3], 1), 'nearest')
-        around = jnp.where(batch['mask'] > 0.5, 0, unit(batch['image']))
+        around = jnp.where(batch['mask'] > 0.5, 0, vae.unit(batch['image']))
         mean, _ = vae.encode(params['vae'], config.vae, around)
         x = jnp.concatenate([x, small, vae.scale(config.vae, mean)], -1)
     if 'depth' in batch:

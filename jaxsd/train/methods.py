@@ -34,6 +34,7 @@ from jaxsd.weights import (
     load_t2i_adapter,
     merge,
 )
+from jaxsd.weights.adapters import own_matrix
 
 
 class Method(NamedTuple):
@@ -102,7 +103,8 @@ def lora(model: Model, c: AdapterConfig, rng: np.random.Generator) -> Method:
             if rank:
                 parts = KINDS[c.kind](rng, shape, rank, c)
                 if c.kind == 'dora':
-                    parts['magnitude'] = jnp.linalg.norm(_matrix(model.params[part], name), axis=1)
+                    weight = own_matrix(model.params[part], name)
+                    parts['magnitude'] = jnp.linalg.norm(weight, axis=1)
                 trainable.setdefault(part, {})[layer] = parts
                 fixed.setdefault(part, {})[layer] = {'alpha': np.float32(alpha or rank)}
         if part not in trainable:
@@ -115,7 +117,7 @@ def lora(model: Model, c: AdapterConfig, rng: np.random.Generator) -> Method:
         return {part: {f'{layer}.weight': adapter_formats.weight_delta(
             adapter_formats.kind(arrays.keys()), arrays | fixed[part][layer], f'{layer}.weight',
             shapes[part][f'{layer}.weight'],
-            lambda part=part, layer=layer: _matrix(params[part], f'{layer}.weight'))
+            lambda part=part, layer=layer: own_matrix(params[part], f'{layer}.weight'))
             for layer, arrays in layers.items()} for part, layers in trainable.items()}
 
     def apply(frozen, trainable):
@@ -263,18 +265,6 @@ def _components(model, names):
             raise ValueError(f'components: this model has no {name!r} to train; expected some of '
                              f'{", ".join(known)}')
     return [part for part in known if part in names]
-
-
-def _get(params, name):
-    for key in name.split('.'):
-        params = params[key]
-    return params
-
-
-def _matrix(params, name):
-    """A weight as [O,N] in torch's order, float32."""
-    weight = spec.from_jax(name, _get(params, name))
-    return weight.reshape(len(weight), -1).astype(np.float32)
 
 
 def _float32(tree):

@@ -125,7 +125,7 @@ def load_adapter(path: Path, model: Model, device: 'Device | None' = None,
         if form:
             name = f'{target}.weight'
             shape = shapes[component][name]
-            get = functools.partial(_own_matrix, model, component, name)
+            get = functools.partial(own_matrix, model.params[component], name, np)
             try:
                 found[name] = adapter_formats.weight_delta(form, parts, name, shape, get)
             except ValueError as error:  # numpy's, or of a Delta of another shape
@@ -323,9 +323,11 @@ def _where(array):
     return array.sharding if array.committed else None
 
 
-def _own_matrix(model, component, name):
-    weight = np.asarray(_own(model.params[component], name), np.float32)
-    return from_jax(name, weight).reshape(weight.shape[-1] if weight.ndim > 1 else len(weight), -1)
+def own_matrix(params: Params, name: str, module: Any = jnp) -> Any:
+    """A component's weight by its dotted name -> [O,N] in torch's order, float32, an array of
+    jax.numpy, traced ones too, or of numpy."""
+    weight = from_jax(name, module.asarray(_own(params, name), np.float32))
+    return weight.reshape(len(weight), -1)
 
 
 def _weight(weight, component):

@@ -237,7 +237,7 @@ class Theirs:
                     p.copy_(torch.tensor(value.copy()).reshape(p.shape))
 
     def text(self):
-        """The features of the captions, and of SDXL what else it is told."""
+        """The features of the captions, and of SDXL its pooled text and time ids."""
         hidden, pooled, xl = [], None, 'text_encoder_2' in self.modules
         for part, tokens in self.tokens.items():
             blocks = [self.modules[part](block, output_hidden_states=True)

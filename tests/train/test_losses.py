@@ -203,14 +203,14 @@ def test_a_fresh_controlnet_has_the_models_own_loss():
 
 
 def test_it_learns_what_the_hint_says():
-    """Told that every picture is the other one, it is wrong: it reads the hint."""
+    """With the hints of the other pictures it is wrong: it reads them."""
     net, batch, step = controlled()
     state = TX.init(net)
     for i in range(60):
         net, state, _ = step(net, state, batch, jax.random.key(i))
     other = batch | {'hint': batch['hint'][::-1]}
-    told, lied = (step(net, state, b, jax.random.key(99))[2] for b in (batch, other))
-    assert told < 0.8 * lied, (told, lied)
+    own, wrong = (step(net, state, b, jax.random.key(99))[2] for b in (batch, other))
+    assert own < 0.8 * wrong, (own, wrong)
 
 
 def test_consistency_wants_neighbouring_levels_to_agree():
