@@ -67,9 +67,10 @@ def place(config: 'DataConfig', sizes: list[Size], width: int, height: int) -> P
 
 
 def _shrunk(config, width, height):
-    """The size, or one of the same proportions whose area is the resolution's or a little less.
+    """The size, or one of the same proportions whose area is at most about the resolution's.
 
-    One side is brought to whole steps, whichever keeps the proportions of the bucket better.
+    One side is brought to whole steps, whichever keeps the proportions of the bucket better. It is
+    rounded to a pixel first, as kohya does, so that the area can be larger by half a pixel of it.
     """
     area, aspect = config.size[0] * config.size[1], width / height
     if width * height <= area:
