@@ -262,6 +262,7 @@ def measure_training(part, config):
     import numpy as np
 
     from jaxsd.models import spec
+    from jaxsd.run.pipeline import once
     from jaxsd.train import loop, losses, methods, optimizers
     from jaxsd.train.config import AdapterConfig, FullConfig, OptimizerConfig, TrainConfig
     from jaxsd.weights import Model
@@ -281,11 +282,11 @@ def measure_training(part, config):
     tx = optimizers.optimizer(optimizer, 1000, method.trainable)
     apply = method.apply
     step = jax.jit(loop.make_step(lambda trainable, frozen, batch, key: losses.diffusion(
-        apply(frozen, trainable), config, batch, key), tx, c), donate_argnums=0)
+        once(apply(frozen, trainable)), config, batch, key), tx, c), donate_argnums=0)
     sides = {}
     if FLAGS.against != 'none':
         sides['torch'] = train_peer(config, params, batch, full)
-    state, frozen = [loop.start(method.trainable, tx, c)], method.frozen
+    state, frozen = [loop.start(method.trainable, tx, c)], jax.jit(once)(method.frozen)
     del params, model, method
 
     def ours():

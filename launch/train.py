@@ -6,6 +6,8 @@ from its folder, `out`; `export`, where the result goes, is never written over u
 it or --overwrite says so. SIGTERM saves and ends with exit code 143.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib.util
@@ -71,11 +73,25 @@ def print_memory(c):
         print(f'{name:9} {getattr(found, name) / 2**30:7.2f} GiB')
 
 
+def keep_freed_memory():
+    """On Linux, leave freed memory with this process; to be called before JAX is imported.
+
+    A step on CPU takes gigabytes and frees them. Given back, each of their pages is made anew in
+    the next step: a quarter of the time, where all weights are trained.
+    """
+    if sys.platform == 'linux':
+        with contextlib.suppress(OSError, AttributeError):  # musl has none
+            # No mappings, which are given back; no trimming; and one arena, as others map.
+            for option, value in ((-4, 0), (-1, -1), (-8, 1)):
+                ctypes.CDLL(None).mallopt(option, value)
+
+
 def run():
     """Train the recipe."""
     c = flags.FLAGS.config
     check(c, flags.FLAGS.overwrite)
     logging.set_verbosity(logging.WARNING)  # orbax has twenty lines to say of each checkpoint
+    keep_freed_memory()
     join_processes()
     from jaxsd.train import finetune, from_scratch, loop
     try:

@@ -23,6 +23,7 @@ from jaxsd.models import vae
 from jaxsd.prompt import blocks
 from jaxsd.recipe import options
 from jaxsd.run import depth, picture
+from jaxsd.run.pipeline import once
 from jaxsd.train import cache, data, examples, loop, losses, methods, optimizers
 from jaxsd.train.config import BaseConfig, Settings, read
 from jaxsd.train.data_config import SetConfig
@@ -273,6 +274,7 @@ def make_loss(c: Settings, method: methods.Method) -> tuple[loop.Apply, Any]:
     keep = ('vae',) if method.config.vae.force_upcast else ()
     frozen = {part: _float32(tree) if part in keep else jax.tree.map(
         lambda a: a.astype(c.train.dtype), tree) for part, tree in frozen.items()}
+    frozen = jax.jit(once)(frozen)
 
     objective = losses.OBJECTIVES[c.loss.objective]
     if c.loss.objective != 'diffusion' and c.base.method == 'full':
@@ -287,8 +289,8 @@ def make_loss(c: Settings, method: methods.Method) -> tuple[loop.Apply, Any]:
                          'expected cache_latents=False')
 
     def loss(trainable, frozen, batch, key):
-        return objective(method.apply(frozen, trainable), method.config, batch, key, c.loss,
-                         c.train.remat, teacher=frozen)
+        return objective(once(method.apply(frozen, trainable)), method.config, batch, key,
+                         c.loss, c.train.remat, teacher=frozen)
 
     return loss, frozen
 

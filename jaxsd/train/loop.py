@@ -25,7 +25,7 @@ from jaxsd.run import sharded
 from jaxsd.train.config import TrainConfig
 from jaxsd.train.log import Log, Meter
 from jaxsd.train.losses import Batch, Loss
-from jaxsd.train.optimizers import evaluated
+from jaxsd.train.optimizers import evaluated, global_norm
 from jaxsd.typing import Params, Path
 
 Apply = Callable[[Params, Params, Batch, Array], Loss]  # (trainable, frozen, batch, key)
@@ -78,7 +78,7 @@ def make_step(loss: Apply, tx: optax.GradientTransformation, c: TrainConfig) -> 
         decay = jnp.minimum(c.ema, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema,
                            params if c.ema else {})
-        metrics = {'loss': value, 'grad_norm': optax.tree.norm(grads), **metrics}
+        metrics = {'loss': value, 'grad_norm': global_norm(grads), **metrics}
         return State(state.step + 1, params, ema, opt), metrics
 
     return step

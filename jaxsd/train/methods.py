@@ -250,6 +250,7 @@ def _with_deltas(params, deltas):
         layer = name.removesuffix('.weight')
         if delta.dense is not None:
             flat[name] = flat[name] + delta.dense.astype(flat[name].dtype)
+            flat.pop(f'{layer}.tiles', None)  # of the weight before
         for part in ('down', 'up'):
             if getattr(delta, part) is not None:
                 flat[f'{layer}.adapter.{part}'] = getattr(delta, part).astype(flat[name].dtype)

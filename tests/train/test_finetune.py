@@ -4,6 +4,7 @@ import pathlib
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import TINY
@@ -12,8 +13,9 @@ from safetensors.numpy import load_file
 
 import jaxsd
 from jaxsd.config import T2IAdapterConfig
-from jaxsd.models import spec
-from jaxsd.train import config, finetune, memory
+from jaxsd.models import spec, unet
+from jaxsd.run.pipeline import once
+from jaxsd.train import config, finetune, memory, methods
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / 'weights'))
 from tiny import random_model  # noqa: E402
@@ -91,6 +93,29 @@ def test_kin_of_a_lora(tmp_path, pictures, checkpoint, kind):
     ours, loaded = (draw(jaxsd.merge(model, {a: 1.0}), seed=0)
                     for a in (found, jaxsd.load_adapter(c.export, model)))
     assert np.abs(ours - loaded).max() <= 1 and np.abs(ours - draw(model, seed=0)).max() > 1
+
+
+@pytest.mark.parametrize('kind, rank', [('lora', 2), ('loha', 16)])
+def test_convolutions_that_are_prepared_once_are_trained_too(kind, rank):
+    """Tiles of a frozen weight stay, unless a change is added to it, as of a large LoHa."""
+    model, rng = jaxsd.load('emoji'), np.random.default_rng(0)
+    method = methods.lora(model, config.AdapterConfig(kind=kind, layers='resnets', conv_rank=rank),
+                          rng)
+    trainable = jax.tree.map(lambda a: a + rng.normal(0, 0.1, a.shape).astype('f'),
+                             method.trainable)
+    frozen = {'unet': jax.tree.map(lambda a: a.astype('float32'), method.frozen['unet'])}
+    prepared = once(frozen)
+    assert 'tiles' in prepared['unet']['mid_block']['resnets']['0']['conv1']
+    x = rng.normal(size=(1, 8, 8, 16)).astype('float32')
+    context = rng.normal(size=(1, 77, 192)).astype('float32')
+
+    def predict(params):
+        return unet.apply(params['unet'], model.config.unet, x, np.array([500.0]), context)
+
+    plain, ours = predict(method.apply(frozen, trainable)), predict(
+        once(method.apply(prepared, trainable)))
+    np.testing.assert_allclose(ours, plain, atol=1e-4 * np.std(plain))
+    assert np.abs(predict(frozen) - plain).max() > 0.1 * np.std(plain)
 
 
 @pytest.mark.slow

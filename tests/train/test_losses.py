@@ -45,6 +45,19 @@ def test_optimisers_and_methods_are_named_too():
     assert set(kinds) == set(methods.KINDS)
 
 
+@pytest.mark.parametrize('most', [0.5, 1e3])
+def test_gradients_are_clipped_as_by_optax(most):
+    rng = np.random.default_rng(0)
+    grads = {str(shape): jnp.asarray(rng.normal(size=shape), 'float32')
+             for shape in [(), (7,), (5, 3), (64, 8), (3, 3, 32, 8)]}
+    norm = np.sqrt(sum(np.square(np.asarray(a, float)).sum() for a in grads.values()))
+    np.testing.assert_allclose(jax.jit(optimizers.global_norm)(grads), norm, rtol=1e-6)
+    (ours, _), (theirs, _) = (tx.update(grads, tx.init(grads)) for tx in (
+        optimizers.clip_by_global_norm(most), optax.clip_by_global_norm(most)))
+    for name, a in ours.items():
+        np.testing.assert_allclose(a, theirs[name], rtol=1e-6)
+
+
 def test_noise_takes_over():
     x0, noise = pair()
     x = losses.add_noise(x0, noise, ABAR, T)
