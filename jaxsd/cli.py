@@ -7,7 +7,7 @@ import pathlib
 import runpy
 import sys
 
-CHECKOUT = ('emoji_data', 'evaluate', 'gallery')  # need the data of the repository
+CHECKOUT = ('emoji_data', 'emoji_sets', 'evaluate', 'gallery')  # need the data of the repository
 
 
 def commands() -> dict[str, str]:

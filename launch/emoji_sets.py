@@ -3,9 +3,11 @@
     data/ink/        20 emoji as washes of blue ink, for a LoRA that learns the style
     data/star/       5 pictures of a thing that the model never saw, for DreamBooth and textual
                      inversion: a turquoise star with a face
+    data/preferred/  with --pairs=300: that many captions drawn twice by the emoji model. Of each,
+    data/others/     the picture that is nearer to the emoji, and the other, for Diffusion-DPO
 
-Each is a folder of pictures. Those in ink have captions beside them; recipes say what the star is
-called. The same font gives the same files.
+Each is a folder of pictures. Those in ink and the preferred ones have captions beside them; recipes
+say what the star is called. The same font gives the same files.
 """
 
 import pathlib
@@ -68,6 +70,29 @@ def write(folder, pictures):
     print(f'{folder}: {len(pictures)} pictures')
 
 
+def pairs(count):
+    """Captions that launch.evaluate does not count, drawn from two seeds -> {caption: (the nearer
+    picture to that emoji, the other)}, uint8 [H,W,3], by the colours that launch.retrieval sees."""
+    from jaxsd.recipe import load, recipe
+
+    from . import evaluate, retrieval
+    lists = evaluate.HERE / 'tests' / 'data'
+    reference = retrieval.read_reference(lists / 'emoji_reference.npz')
+    plain, counted = reference['captions'][reference['plain']], set(
+        (lists / 'emoji_eval.txt').read_text().splitlines())
+    captions = [str(caption) for caption in plain if caption not in counted]
+    captions = list(np.random.default_rng(0).permutation(captions)[:count])
+    config = recipe('emoji', size=64, dtype='float32', steps=20, guidance=4.0)
+    model, _, _ = load(config)
+    right = dict(zip(reference['captions'], reference['features'].astype(np.float32)))
+    drawn = [evaluate.drawer(model, config, seed, min(count, 50))(captions) for seed in (1, 2)]
+    found = {}
+    for caption, *images in zip(captions, *drawn):
+        distances = np.abs(retrieval.pool(np.stack(images)) - right[caption]).mean(1)
+        found[caption] = tuple(images[i] for i in np.argsort(distances))
+    return found
+
+
 def run():
     out, size = pathlib.Path(FLAGS.out), FLAGS.size
     font = emoji_data.load_font(FLAGS.font)
@@ -77,12 +102,19 @@ def run():
         for caption in INKED})
     write(out / 'star', {f'star{i}': (star(*place, size), None)
                          for i, place in enumerate(STARS)})
+    if FLAGS.pairs:
+        found = pairs(FLAGS.pairs).items()
+        names = [f'{i:03}' for i in range(len(found))]
+        write(out / 'preferred', {name: (better, caption) for name, (caption, (better, _))
+                                  in zip(names, found)})
+        write(out / 'others', {name: (worse, None) for name, (_, (_, worse)) in zip(names, found)})
 
 
 def define_flags():
     """In a function, so that one process can import several mains."""
     flags.DEFINE_string('out', 'data', 'The folder to write into.')
     flags.DEFINE_integer('size', 64, 'Height and width of the pictures in pixels.', lower_bound=8)
+    flags.DEFINE_integer('pairs', 0, 'Captions to draw twice, for preferences.', lower_bound=0)
     flags.DEFINE_string('font', emoji_data.FONT, 'The Noto Color Emoji font.')
 
 

@@ -49,7 +49,7 @@ NOT_RUN = {
     r'apt-get .*': 'changes the machine',
     r'make (test|test-all|parity|lint)|(\S*/)?python -m pytest .*': 'runs what CI runs: .ci/run',
     r'make gallery': '2 minutes; tests/launch/test_emoji_conditions.py draws its rows',
-    r'.*-m launch\.emoji_sets': 'needs the font; tests/launch/test_emoji_sets.py',
+    r'.*-m launch\.emoji_sets.*': 'needs the font; tests/launch/test_emoji_sets.py',
     r'jaxsd generate .*=runs/emoji_.*': 'needs what minutes of training write',
     r'.*-m launch\.ray_batch .*': 'needs GPUs; tests/launch/test_ray_main.py has CPUs',
     r'.*-m launch\.bench .*(--version=|--parts=(requests|train)).*': 'minutes, beside torch',

@@ -5,7 +5,7 @@ from mains import run_main
 from PIL import Image
 from test_emoji_data import LISTS, needs_font
 
-from launch import emoji_sets
+from launch import emoji_sets, retrieval
 
 
 def test_ink_is_linear_in_darkness():
@@ -31,3 +31,15 @@ def test_pictures_and_captions(tmp_path):
     for star in stars:
         body = np.abs(star.astype(int) - emoji_sets.BODY).max(-1) < 8
         assert 0.1 < body.mean() < 0.5
+
+
+def test_the_nearer_of_two_draws_is_preferred():
+    reference = retrieval.read_reference(LISTS / 'emoji_reference.npz')
+    found = emoji_sets.pairs(3)
+    assert len(found) == 3
+    assert not found.keys() & set((LISTS / 'emoji_eval.txt').read_text().splitlines())
+    for caption, images in found.items():
+        row = list(reference['captions']).index(caption)
+        nearer, other = np.abs(retrieval.pool(np.stack(images)) - reference['features'][row]
+                               ).mean(1)
+        assert nearer < other < 60  # of 255
