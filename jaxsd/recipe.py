@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import os
 import pathlib
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 LONGEST = 2**16  # characters of options
 NO_LITERAL = (SyntaxError, ValueError, RecursionError, MemoryError)  # the last: nested too deeply
 
+MODELS = ('--checkpoints', '--vaes', '--controlnet')  # flags of which a folder may be one model
 
 # Fields of a recipe: their default, or their type where the model or the file decides; and what
 # they are.
@@ -33,6 +36,8 @@ FIELDS = {
     'sampler_options': ('', '"order=3, solver_type=heun", written like arguments in Python'),
     'schedule_options': ('', 'the same for the schedule'),
     'guidance_options': ('', 'the same for guidance: "rescale=0.7, interval=(0.1, 0.8)"'),
+    'hires': ('', '"scale=2, upscaler=lanczos, strength=0.5": a second pass at a larger size, see '
+              'jaxsd.Hires'),
     'aspect': (str, 'SDXL: 16:9 and the like, instead of width and height'),
     'dtype': ('auto', 'float32, bfloat16 or float16; auto: float32 on CPU, else bfloat16'),
     'prediction': (str, 'epsilon or v_prediction, whatever the file says'),
@@ -80,6 +85,8 @@ def fields(config: ConfigDict, only: Collection[str] | None = None) -> dict[str,
         'sampler', 'schedule', 'steps', 'guidance', 'eta', 'aspect', *size)}
     found |= {name: options(config[name]) for name in (
         'sampler_options', 'schedule_options', 'guidance_options')}
+    if config.hires:
+        found['hires'] = options(config.hires)
     if only is not None:
         found = {name: value for name, value in found.items() if name in only}
     return {**found, **more}
@@ -99,34 +106,60 @@ def load(config: ConfigDict, checkpoint: str | None = None, device: Device | Non
         dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     model = jaxsd.load(source, dtype=dtype, prediction_type=config.prediction, device=device,
                        ema=config.ema, base=config.base, strays=strays)
+    return model, model_name(source), dtype
+
+
+def model_name(source: str) -> str:
+    """What a checkpoint is called: as its file or folder, or its id on the Hub."""
     name = source.removesuffix('.safetensors').rstrip('/')
-    return model, pathlib.Path(name).name if os.path.exists(source) else name, dtype
+    return pathlib.Path(name).name if os.path.exists(source) else name
 
 
 def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
              loras: Mapping[str, Path], embeddings: Mapping[str, Path],
-             device: Device | None = None,
-             strays: bool = False) -> tuple[Model, dict[str, list[str]]]:
+             device: Device | None = None, strays: bool = False,
+             controlnets: Mapping[str, Path] = MappingProxyType({}), fitting: bool = False,
+             ) -> tuple[Model, dict[str, list[str]]]:
     """The model with what resolved requests name -> it, and what a picture's record says of that.
 
     requests: None: whatever is there counts as named. loras, embeddings: {name: path}, see `files`;
-    ControlNets are named by their paths. strays: see `jaxsd.load_adapter`.
+    ControlNets that requests name are named by their paths, `controlnets` {name: path} are there
+    beside them. strays: see `jaxsd.load_adapter`. fitting: leave out LoRAs and embeddings that are
+    not for this model, with a warning.
     """
     import jaxsd
+    from jaxsd.run.hires import passes
     from jaxsd.run.request import PROMPTS
     from jaxsd.run.text_conditioning import parse_prompts
     nets = sorted({control.net for request in requests or () for control in request.controls})
     if requests is not None:
-        asked = {name for request in requests for name in parse_prompts(request).adapters}
-        words = ' '.join({getattr(r, name) or '' for r in requests for name in PROMPTS}).lower()
+        drawn = [one for request in requests for one in passes(request)]
+        asked = {name for request in drawn for name in parse_prompts(request).adapters}
+        words = ' '.join({getattr(r, name) or '' for r in drawn for name in PROMPTS}).lower()
         loras = {name: path for name, path in loras.items() if name in asked}
         embeddings = {name: path for name, path in embeddings.items() if name.lower() in words}
     model = model.replace(
-        controlnets={n: jaxsd.load_controlnet(n, dtype, device=device) for n in nets},
-        adapters={n: jaxsd.load_adapter(p, model, device, strays) for n, p in loras.items()},
-        embeddings={n: jaxsd.load_embedding(p, model.config, n) for n, p in embeddings.items()})
+        controlnets={n: jaxsd.load_controlnet(p, dtype, device=device)
+                     for n, p in {**{n: n for n in nets}, **controlnets}.items()},
+        adapters=_loaded(loras, fitting, lambda n, p: jaxsd.load_adapter(
+            p, model, device, strays)),
+        embeddings=_loaded(embeddings, fitting, lambda n, p: jaxsd.load_embedding(
+            p, model.config, n)))
     return model, {flag: [f'{name}={path}' for name, path in found.items()]
                    for flag, found in (('lora', loras), ('embeddings', embeddings))}
+
+
+def _loaded(paths, fitting, load):
+    """{name: load(name, path)}; fitting: without those that raise ValueError."""
+    found = {}
+    for name, path in paths.items():
+        try:
+            found[name] = load(name, path)
+        except ValueError as error:
+            if not fitting:
+                raise
+            warnings.warn(f'{name} is left out: {error}', stacklevel=3)
+    return found
 
 
 def options(text: str) -> dict[str, Any]:
@@ -177,27 +210,36 @@ def words(flag: str, text: str) -> dict[str, Any]:
     return found
 
 
+def _is_model(flag, path):
+    """Whether this is a folder of diffusers, of the kind that a flag takes."""
+    return (path / ('model_index' if flag == '--checkpoints' else 'config')
+            ).with_suffix('.json').is_file()
+
+
 def files(flag: str, texts: Iterable[str]) -> dict[str, str]:
     """[name=]PATH, of a file or of a folder of files -> {name: path}; without a name the file's,
-    or of --embeddings those in it.
+    or of --embeddings those in it. For MODELS a folder of diffusers is as good as a file.
 
     Raises FileNotFoundError, and ValueError for two files of one name.
     """
     from jaxsd.weights import embeddings
     from jaxsd.weights.files import PICKLES
-    inside = flag == '--embeddings'
+    inside, models = flag == '--embeddings', flag in MODELS
     endings, found = embeddings.ENDINGS if inside else ('.safetensors', *PICKLES), {}
     for text in texts:
         name, equals, path = text.partition('=')
         path = pathlib.Path(text if os.path.exists(text) or not equals else path)
         if not path.exists():
             raise FileNotFoundError(f'{flag}={text}: no such file or folder: {path}')
-        if path.is_file() and str(path) != text:
+        if (path.is_file() or models and _is_model(flag, path)) and str(path) != text:
             named = [(name, path)]
         elif inside:
             named = embeddings.listed(path)
+        elif models and _is_model(flag, path):
+            named = [(path.resolve().name, path)]
         elif path.is_dir():
-            named = [(p.stem, p) for p in sorted(path.iterdir()) if p.suffix in endings]
+            named = [(p.stem if p.is_file() else p.name, p) for p in sorted(path.iterdir())
+                     if p.suffix in endings or models and _is_model(flag, p)]
         else:
             named = [(path.stem, path)]
         if not named:

@@ -56,8 +56,10 @@ def build(how, requests=None, devices=None, lone=False):
     if how.get('vae'):
         model = model.with_vae(jaxsd.load_vae(how['vae'], dtype))
     refiner = load(recipe, how['refiner'], strays=strays)[0] if how.get('refiner') else None
-    adapters, embeddings = (files(f'--{flag}', how[flag]) for flag in ('lora', 'embeddings'))
-    model, named = complete(model, requests, dtype, adapters, embeddings, strays=strays)
+    adapters, embeddings, controlnets = (files(f'--{flag}', how.get(flag, ())) for flag in (
+        'lora', 'embeddings', 'controlnet'))
+    model, named = complete(model, requests, dtype, adapters, embeddings, strays=strays,
+                            controlnets=controlnets, fitting=how.get('fitting', False))
     tile = how['tile'] or None
     spread = how['weights'] == 'sharded' or how['weights'] == 'auto' and not _fits(model, refiner)
     engine = Engine(model, refiner, how['slots'], tile, devices, spread, lone=lone)

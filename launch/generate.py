@@ -385,7 +385,7 @@ def parse(argv, training=False):
     rest = [flag for flag in argv[1:] if flag not in recipes]
     try:
         if not recipes:
-            own = any(re.match(r'--?checkpoint(=|$)', flag) for flag in argv)
+            own = any(re.match(r'--?checkpoints?(=|$)', flag) for flag in argv)
             name = 'train_lora' if training else 'emoji'
             recipes = [f'--config={recipe.__file__ if own else name}']
         recipes = [f'--config={_recipe(flag.partition("=")[2], training)}' for flag in recipes]

@@ -14,7 +14,7 @@ import sys
 
 from absl import app, flags
 
-from jaxsd.recipe import fields
+from jaxsd.recipe import fields, files, model_name
 
 from . import engine, generate
 
@@ -24,6 +24,12 @@ FLAGS = flags.FLAGS
 def define_flags():
     """Not at import: other mains have flags of these names."""
     engine.define_flags()
+    for name, what in (('checkpoints', 'Checkpoints that clients may load'), (
+            'vaes', 'VAEs that they may load'), ('controlnet', 'ControlNets for their units')):
+        flags.DEFINE_multi_string(name, [], f'{what}, "[name=]PATH", or a folder of them; repeat '
+                                  'for several.')
+    flags.DEFINE_string('preview', None, 'A small VAE (TAESD: folder, files or Hub id) that shows '
+                        'the pictures come; else the model\'s own does, or what it taught.')
     flags.DEFINE_string('wildcards', None, 'A folder of NAME.txt, for __NAME__ in prompts.')
     flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at; another than this machine\'s '
                         'own needs --api_key or --insecure.')
@@ -44,8 +50,9 @@ def define_flags():
     flags.DEFINE_integer('max_body', 2**24, 'Bytes of a request\'s body.', 1)
 
 
-def run():
-    """Listen, load, serve until SIGTERM or SIGINT."""
+def run(extend=None):
+    """Listen, load, serve until SIGTERM or SIGINT. extend: as of `jaxsd.serve.app.build`, called
+    when the imports are done; pages do not wait for the first picture."""
     recipe = FLAGS.config
     key = FLAGS.api_key or os.environ.get('JAXSD_API_KEY')
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's chatter
@@ -56,6 +63,7 @@ def run():
         raise ImportError(f'{error.name} is missing: pip install "jaxsd[serve]"') from None
     from jaxsd.serve.a1111 import Limits
     from jaxsd.serve.app import Service, Settings
+    from jaxsd.serve.choices import Choices
     from jaxsd.serve.metrics import Metrics
     local = FLAGS.host in LOOPBACK
     if not local and not (key or FLAGS.insecure):
@@ -76,8 +84,12 @@ def run():
         body=FLAGS.max_body, timeout=FLAGS.timeout, read=FLAGS.read_timeout,
         hosts=hosts, addresses=not local, connections=FLAGS.queue + 64)
     metrics = Metrics()
-    service = Service(settings, metrics, lambda: _load(metrics))
-    server = Server(service, FLAGS.host, FLAGS.port)
+    choices = Choices(_files)
+    if not (FLAGS.checkpoint or recipe.checkpoint or choices.all('checkpoints')):
+        raise ValueError('--checkpoints: expected at least one')
+    service = Service(settings, metrics, lambda *chosen: _load(metrics, choices, *chosen), choices,
+                      early=extend is not None)
+    server = Server(service, FLAGS.host, FLAGS.port, extend)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it is done
     code = 0
     try:
@@ -94,15 +106,35 @@ def run():
     os._exit(code)  # a thread may still load or compile: nobody waits for it
 
 
-def _load(metrics):
-    """The model and all that requests may name, on all devices -> Loaded."""
+def _files():
+    """What clients may load and name, for Choices; the checkpoint of the start is among it."""
+    from jaxsd.serve.choices import KINDS
+    found = {kind: files(f'--{kind}', FLAGS[kind].value or ()) for kind in KINDS}
+    if start := FLAGS.checkpoint or FLAGS.config.checkpoint:
+        found['checkpoints'] = {model_name(start): start} | found['checkpoints']
+    return found
+
+
+def _load(metrics, choices, checkpoint=None, vae=None):
+    """The model and all that requests may name, on all devices -> Loaded. checkpoint, vae: Weights,
+    or None: those of the flags."""
+    import jaxsd
     from jaxsd.serve.app import Loaded
     from jaxsd.serve.queue import Queue
-    maker, identity, how = engine.build(engine.describe(), lone=FLAGS.slots is None)
-    print(f'{how["model"]} at http://{FLAGS.host}:{FLAGS.port}', flush=True)
-    names = {flag: pathlib.Path(FLAGS[flag].value or '').stem for flag in ('vae', 'refiner')}
-    kept = {name: how[name] for name in ('model', 'dtype', 'tile', 'settings')}  # no path of here
-    return Loaded(Queue(maker, identity, metrics, FLAGS.queue), how['model'], **names, run=kept)
+    several = len(choices.all('checkpoints')) > 1  # of which not all may take every LoRA
+    how = engine.describe() | {'controlnet': FLAGS.controlnet, 'fitting': several}
+    if checkpoint is None and not how['checkpoint']:
+        checkpoint = choices.all('checkpoints')[0]
+    how |= {kind: one.path for kind, one in (('checkpoint', checkpoint), ('vae', vae)) if one}
+    maker, identity, how = engine.build(how, lone=FLAGS.slots is None)
+    preview = jaxsd.load_vae(FLAGS.preview, how['dtype']) if FLAGS.preview else None
+    queue = Queue(maker, identity, metrics, FLAGS.queue, preview)
+    name = checkpoint.name if checkpoint else how['model']
+    print(f'{name} at http://{FLAGS.host}:{FLAGS.port}', flush=True)
+    names = {'vae': vae.name if vae else pathlib.Path(FLAGS.vae or '').stem,
+             'refiner': pathlib.Path(FLAGS.refiner or '').stem}
+    kept = {key: how[key] for key in ('dtype', 'tile', 'settings')}  # no path of here
+    return Loaded(queue, name, **names, run=kept | {'model': name})
 
 
 if __name__ == '__main__':

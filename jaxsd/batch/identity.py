@@ -105,7 +105,8 @@ class Identity:
         fields = json.loads(json.dumps(vars(request) | {'wildcards': None},
                                        default=picture.describe))
         fields = jax.tree.map(lambda value: hashes.get(value, value), fields)  # by content
-        cells = request.height * request.width // self.model.config.vae.factor ** 2
+        width, height = request.final_size
+        cells = height * width // self.model.config.vae.factor ** 2
         slots = slots or self.settings['slots'] or slots_for(jax.default_backend(), cells)
         whole = json.dumps([self.settings | {'slots': slots}, used, fields], sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:32]

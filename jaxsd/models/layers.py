@@ -86,6 +86,7 @@ def _few(x):
     return x.shape[1] * x.shape[2] <= 64 * 64
 
 
+@jax.jit  # so that equal ones are traced once
 def _winograd(x, tiles):
     """A padded 3x3 convolution of x [B,H,W,I] by 16 products for 2x2 pixels instead of 36; where
     there are tiles [3,3,I,O] alone, of x doubled in height and width, by 9."""

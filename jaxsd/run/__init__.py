@@ -15,8 +15,8 @@ from jaxsd.run.pipeline import (
     pipeline,
     start,
 )
-from jaxsd.run.request import Control, Request, resolve
+from jaxsd.run.request import Control, Hires, Request, resolve
 
-__all__ = ['Control', 'Encoded', 'Engine', 'Inputs', 'Preview', 'Request', 'advance', 'decode',
-           'denoiser', 'encode', 'encode_image', 'encode_text', 'generate', 'inputs', 'latents',
-           'lengthened', 'networks', 'pipeline', 'resolve', 'start']
+__all__ = ['Control', 'Encoded', 'Engine', 'Hires', 'Inputs', 'Preview', 'Request', 'advance',
+           'decode', 'denoiser', 'encode', 'encode_image', 'encode_text', 'generate', 'inputs',
+           'latents', 'lengthened', 'networks', 'pipeline', 'resolve', 'start']

@@ -22,7 +22,7 @@ from jax.sharding import AxisType
 from jaxsd import sampling
 from jaxsd.config import ModelConfig, TinyVAEConfig, VAEConfig
 from jaxsd.images.reading import Picture
-from jaxsd.run import image_conditioning, sharded
+from jaxsd.run import hires, image_conditioning, sharded
 from jaxsd.run.image_conditioning import InitImage
 from jaxsd.run.inputs import inputs, program
 from jaxsd.run.replica import Kind, Replica, Stage, look
@@ -48,16 +48,21 @@ class Task:
     future: uint8 [H,W,3], or the error that it came to. done, total: model calls. watch(task,
     look): called by a thread of the engine as they are done, after `every` rows of the table or
     sooner (None: when it suits); look(vae) -> what the picture is by now, uint8 [H',W',3], by a
-    small VAE (a Network).
+    small VAE (a Network). denoised: what it is by now, latents [1,h,w,L] on the device, None before
+    the first rows are done; decode(denoised) -> uint8 [1,H,W,3] and finite, by the model's own VAE.
     """
 
     def __init__(self, request: Request, stages: Sequence[Stage], init_image: InitImage,
                  watch: Watch | None = None, every: int | None = None) -> None:
-        self.request, self.stages, self.init_image = request, stages, init_image
+        self.request, self.stages, self.init_image = request, list(stages), init_image
         self.watch, self.every = watch, every
         self.future = concurrent.futures.Future()
         self.number, self.latents = 0, None  # of the stage, and what the one before came to
         self.arrived, self.begun = time.monotonic(), None
+        self.denoised: jax.Array | None = None
+        self.decode: Callable | None = None
+        self.preview: Picture | None = None  # this and the next: see serve.previews
+        self.wanted = False
         self.turn = 0  # those of lower ones are begun first, and of the same the oldest
         self.done, self.total = 0, sum(int(stage.calls[-1]) for stage in stages)
 
@@ -162,6 +167,8 @@ class Engine:
                 noise: np.ndarray | None = None) -> tuple[list[Stage], InitImage]:
         """A resolved request -> its Stages and its InitImage. Raises ValueError for what the model
         cannot make, and ValueError or OSError for files that cannot be read."""
+        if request.hires is not None:
+            return self._prepare_hires(request, noise)
         init_image = image_conditioning.load(request, self.config)
         if len(self.nets) == 1:
             found = [inputs(self.nets[0], [request], noise, [init_image])]
@@ -179,10 +186,27 @@ class Engine:
                            slots), data._replace(factors=None))
                 for i, data in enumerate(found)], init_image
 
+    def _prepare_hires(self, request, noise):
+        """The stages of both passes."""
+        first, second = hires.passes(request)
+        stages, init_image = self.prepare(first, noise)
+        more, _ = self.prepare(second)
+        upscaler, vae = request.hires.upscaler, self.config.vae
+        nothing = np.zeros((1, first.height // vae.factor, first.width // vae.factor,
+                            vae.latent_channels), np.float32)
+        if not hires.in_latents(upscaler):
+            nothing = np.zeros((first.height, first.width, 3), np.uint8)
+        data = hires.second(more[0].inputs, upscaler, nothing)
+        kind = more[0].kind._replace(shapes=program(data))
+        stages += [Stage(kind, data, upscaler), *more[1:]]
+        slots = self.slots_of(request)  # of both, as a picture has one number of them
+        return [s._replace(kind=s.kind._replace(slots=slots)) for s in stages], init_image
+
     def slots_of(self, request: Request) -> int:
         """The slots of a device in the programs for a resolved request."""
-        return self.slots or slots_for(self.devices[0].platform, request.height * request.width
-                                       // self.config.vae.factor ** 2)
+        width, height = request.final_size
+        return self.slots or slots_for(self.devices[0].platform,
+                                       height * width // self.config.vae.factor ** 2)
 
     def _nothing(self, request):
         """In the place of the latents that a refiner will start from."""
@@ -240,6 +264,11 @@ class Engine:
         with self._changed:
             return len(self._waiting), sum(len(lane.tasks()) for lane in self.lanes)
 
+    def compiles(self, task: Task) -> bool:
+        """Whether a picture waits for its programs to be compiled."""
+        with self._changed:
+            return task.stage.kind in self._compiling and task in self._waiting
+
     def drop_waiting(self) -> None:
         """Take back all pictures that have no slot yet."""
         with self._changed:
@@ -247,10 +276,15 @@ class Engine:
         for task in tasks:
             task.cancel()
 
-    def warm(self, requests: Iterable[Request]) -> None:
-        """Compile what resolved requests need, on all devices."""
-        for stage in {stage.kind: stage for request in requests
-                      for stage in self.prepare(request)[0]}.values():
+    def warm(self, requests: Iterable[Request], slots: int | None = None) -> None:
+        """Compile what resolved requests need, on all devices; slots: of the programs, None: those
+        of `slots_of`."""
+        found = {}
+        for request in requests:
+            for stage in self.prepare(request)[0]:
+                kind = stage.kind._replace(slots=slots or stage.kind.slots)
+                found[kind] = stage._replace(kind=kind)
+        for stage in found.values():
             self.compile(stage)
 
     def compile(self, stage: Stage) -> None:
@@ -266,16 +300,24 @@ class Engine:
                 continue
             self._choose_slots(task)
             kind = task.stage.kind
-            if not all(replica.ready(kind) for replica in self.replicas):
-                if kind not in self._compiling:
-                    self._compiling.add(kind)
-                    self._compilers.submit(self._have_ready, task.stage)
-            elif lanes := [lane for lane in self.lanes if lane.takes(kind)]:
+            ready = [self._ready(stage) for stage in task.stages[task.number:]]
+            if not ready[0]:
+                continue
+            if lanes := [lane for lane in self.lanes if lane.takes(kind)]:
                 self._waiting.remove(task)
                 min(lanes, key=lambda lane: len(lane.tasks())).take(task)
             elif not any(kind in lane.groups for lane in self.lanes):
                 break  # until a lane is done with another kind: none may overtake it
         self._changed.notify_all()
+
+    def _ready(self, stage):
+        """Whether a stage's programs are there; else their compilation begins. The lock is held."""
+        if all(replica.ready(stage.kind) for replica in self.replicas):
+            return True
+        if stage.kind not in self._compiling:
+            self._compiling.add(stage.kind)
+            self._compilers.submit(self._have_ready, stage)
+        return False
 
     def _choose_slots(self, task):
         """With `lone`, choose the slots of a picture that has not begun. The lock is held."""
@@ -294,7 +336,8 @@ class Engine:
             problem = error
         with self._changed:
             self._compiling.discard(stage.kind)
-            failed = [t for t in self._waiting if problem and t.stage.kind == stage.kind]
+            failed = [t for t in self._waiting if problem and any(
+                one.kind == stage.kind for one in t.stages[t.number:])]
             self._waiting = [task for task in self._waiting if task not in failed]
             self._admit()
         for task in failed:
@@ -303,6 +346,8 @@ class Engine:
     def _go_on(self, task, latents):
         """A picture goes to the next model, before those that have not begun."""
         with self._changed:
+            if self._closed:
+                task.cancel()
             task.number, task.latents, task.turn = task.number + 1, latents, -1
             self._waiting.insert(0, task)
             self._admit()
@@ -378,6 +423,7 @@ class Lane(threading.Thread):
         programs = self.replica.programs(first.task.stage)
         for slot in live:
             if slot.state is None:
+                slot.task.decode = programs.decode
                 self._begin(slot)
         left = [len(slot.calls) - slot.row for slot in live]
         every = [slot.task.every for slot in live if slot.task.every]
@@ -416,6 +462,7 @@ class Lane(threading.Thread):
                 self._show(task, state.denoised)
 
     def _show(self, task, latents):
+        task.denoised = latents
         if task.watch is None:
             return
         try:
@@ -424,11 +471,26 @@ class Lane(threading.Thread):
             task.settle(error)
 
     def _end(self, slot, programs):
-        task = slot.task
-        if task.number < len(task.stages) - 1:
-            self.engine._go_on(task, slot.state.x)
+        task, latents = slot.task, slot.state.x
+        following = task.stages[task.number + 1:]
+        if following and following[0].upscaler:
+            pixels = not hires.in_latents(following[0].upscaler)
+            self._finisher.submit(self._enlarge, task, programs.decode(latents)[0][0] if pixels
+                                  else latents)
+        elif following:
+            self.engine._go_on(task, latents)
         else:
             self._finisher.submit(self._finish, task, slot.state, programs.decode(slot.state.x))
+
+    def _enlarge(self, task, found):
+        """Give the next stage what the one before came to."""
+        try:
+            stage = task.stages[task.number + 1]
+            data = hires.second(stage.inputs, stage.upscaler, np.asarray(found))
+            task.stages[task.number + 1] = stage._replace(inputs=data)
+            self.engine._go_on(task, None)
+        except Exception as error:
+            task.settle(error)
 
     def _finish(self, task, state, found):
         try:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from jaxsd import images
 from jaxsd.images.reading import Picture
 from jaxsd.run.engine import MOST_SLOTS, Engine, check_latents
 from jaxsd.run.request import Request, resolve
@@ -61,9 +62,8 @@ def generate(model: Model, requests: str | Request | Sequence[str | Request],
             raise ValueError(f'noise {noise.shape}: expected one for each of {len(requests)} '
                              'requests')
     with Engine(model, refiner, slots or slots_for_requests(len(requests)), tile) as engine:
-        images = engine.make(requests, _watch(on_step, preview), noise,
-                             preview and preview.every)
-    return np.stack(images) if len({image.shape for image in images}) == 1 else images
+        found = engine.make(requests, _watch(on_step, preview), noise, preview and preview.every)
+    return np.stack(found) if len({image.shape for image in found}) == 1 else found
 
 
 def slots_for_requests(count: int) -> int:
@@ -91,8 +91,10 @@ def _watch(on_step, preview):
             seen[0] = max(done, seen[0])
             if image is not None:
                 shown[i] = tasks[i].done // preview.every, image
-                gray = np.full_like(image, 128)
-                preview.show(done, total, np.stack([
-                    shown[k][1] if k in shown else gray for k in range(len(tasks))]))
+                height, width, _ = max((one.shape for _, one in shown.values()))
+                gray = np.full((height, width, 3), 128, np.uint8)
+                preview.show(done, total, np.stack([  # first passes are smaller
+                    images.fit(shown[k][1] if k in shown else gray, width, height)
+                    for k in range(len(tasks))]))
 
     return watch

@@ -59,11 +59,15 @@ def read(path: Path) -> Metadata:
     that stable-diffusion-webui (A1111) writes. Raises ValueError where there is neither, and for a
     record with values that no request and no command line takes.
     """
-    texts = _texts(path)
+    return from_texts(path, _texts(path))
+
+
+def from_texts(name: Path, texts: Mapping[str, str]) -> Metadata:
+    """`read` of a picture's texts, {keyword: text}; name: what errors call it."""
     if 'jaxsd' in texts:
-        return _recorded(path, texts['jaxsd'])
+        return _recorded(name, texts['jaxsd'])
     if not texts.get('parameters'):
-        raise ValueError(f'{path} does not say how it was made: expected the text that this '
+        raise ValueError(f'{name} does not say how it was made: expected the text that this '
                          'program or stable-diffusion-webui writes into its pictures')
     return foreign(texts['parameters'])
 
@@ -247,6 +251,19 @@ FIELDS = {  # of A1111's keys that are fields of a Request: what they become
     'Mask blur': lambda v: {'mask_blur': float(v)},
     'Refiner switch at': lambda v: {'switch': float(v)},
 }
+HIRES_UPSCALERS = {theirs: ours for ours, theirs in picture.UPSCALERS.items()} | {
+    'Latent (antialiased)': 'latent', 'None': 'lanczos'}
+HIRES = {  # of A1111's keys that are fields of Hires: what they become
+    'Hires upscale': lambda v: {'scale': float(v)},
+    'Hires resize': lambda v: dict(zip(('width', 'height'), map(int, v.split('x')), strict=True)),
+    'Hires steps': lambda v: {'steps': int(v)},
+    'Hires upscaler': lambda v: {'upscaler': HIRES_UPSCALERS[v]},
+    'Hires sampler': lambda v: _hires_sampler(v),
+    'Hires schedule type': lambda v: {'schedule': _schedule(v)},
+    'Hires CFG Scale': lambda v: {'guidance': float(v)},
+    'Hires prompt': lambda v: {'prompt': v},
+    'Hires negative prompt': lambda v: {'negative_prompt': v},
+}
 KEYS = {key.lower(): key for key in (*FIELDS, 'Sampler', 'Schedule type', 'Version')} | {
     'scheduler': 'Schedule type'}  # as ComfyUI's savers write it
 SCHEDULE_OPTIONS = {'Schedule max sigma': ('sigma_max', float), 'Schedule rho': ('rho', float),
@@ -342,17 +359,18 @@ def foreign(text: str) -> Metadata:
     version = pairs.get('Version', '')
     program = next((name for name in SOFTWARE if version.startswith(name)), 'A1111')
     run = {name.lower(): pairs.pop(name) for name in ('Model', 'VAE', 'Refiner') if name in pairs}
-    hires = [key for key in pairs if key.startswith('Hires')]
-    if hires:
-        notes.append('Hires fix is left out: the picture comes in the size of its first pass')
-        pairs = {key: pairs[key] for key in pairs if key not in (*hires, 'Denoising strength')}
     fields: dict[str, Any] = {'prompt': prompt, 'negative_prompt': negative,
                               'noise': SOFTWARE[program]}
+    hires = _hires(pairs, notes)
     if program == 'ComfyUI':
         fields['weighting'] = 'comfy'
     for key in [key for key in FIELDS if key in pairs]:
         fields |= _value(FIELDS[key], key, pairs.pop(key), notes) or {}
     fields |= _sampling(pairs, program, notes)
+    if hires:
+        fields['hires'] = hires
+        if program == 'A1111':  # as many steps in the second pass as it says
+            fields['schedule_options'] = {**fields['schedule_options'], 'convention': 'comfyui'}
     if 'strength' in fields:
         notes.append('the picture that it was made from is not in the text: give it as --image')
         if program == 'A1111':
@@ -362,6 +380,34 @@ def foreign(text: str) -> Metadata:
     notes += [f'{key}: {value} is not honoured' for key, value in pairs.items()
               if key not in HARMLESS]
     return Metadata(fields, {'model': run['model']} if 'model' in run else {}, notes)
+
+
+def _hires(pairs, notes):
+    """A1111's second pass -> fields of Hires, None where there is none; takes it out of the pairs.
+    """
+    found = {key: pairs.pop(key) for key in list(pairs) if key.lower().startswith('hires')}
+    if not found:
+        return None
+    strength = pairs.pop('Denoising strength', None)
+    if found.get('Hires upscaler', 'Latent') not in HIRES_UPSCALERS:
+        notes.append(f'Hires fix is left out: there is no upscaler {found["Hires upscaler"]} here; '
+                     'the picture comes in the size of its first pass')
+        return None
+    fields = {} if strength is None else (
+        _value(lambda v: {'strength': float(v)}, 'Denoising strength', strength, notes) or {})
+    for key, value in found.items():
+        if key in HIRES:
+            fields |= _value(HIRES[key], key, value, notes) or {}
+        elif key not in ('Hires Module 1', 'Hires VAE/TE'):
+            notes.append(f'{key}: {value} is not honoured')
+    return {name: value for name, value in fields.items() if value}
+
+
+def _hires_sampler(text):
+    sampler, schedule, _ = find_sampler(text)
+    if sampler is None:
+        raise ValueError
+    return {'sampler': sampler} | ({'schedule': schedule} if schedule else {})
 
 
 def _value(convert, key, text, notes):

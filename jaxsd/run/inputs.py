@@ -44,6 +44,7 @@ class Inputs(NamedTuple):
     given: np.ndarray | None = None  # bool [B]: whose noise holds, also the steps'; None: all
     labels: np.ndarray | None = None  # int32 [B,P] classes
     init_image: np.ndarray | None = None  # uint8 [B,H,W,3], to start from
+    init_latents: np.ndarray | None = None  # [B,h,w,L], to start from in the image's place
     init_weight: np.ndarray | None = None  # [B,h,w,1]: weight of its latent at the start
     inpaint_mask: np.ndarray | None = None  # bool [B,H,W,1]: hidden
     extra: np.ndarray | None = None  # [B,h,w,E]: channels beside the latent: a mask, or depth
@@ -221,24 +222,25 @@ def _text(model, requests, parsed, sigmas, rows, stage):
                              f'{size}; the tokenizer belongs to another model')
     factors, weights = (None, None) if stage == 'refiner' else adapters_of(model, parsed)
     skip = np.array([r.clip_skip - 1 for r in requests], np.int32)
+    check_clip_skip(config, skip.max() + 1)
     empty = [config.zero_negative and not (r.negative_prompt or r.negative_prompt_2)
              for r in requests]
     return {
         'tokens': tokens, 'embeddings': embeddings, 'adapters': weights, 'factors': factors,
-        'skip': _skips(config, skip) if skip.any() else None,
+        'skip': skip if skip.any() else None,
         'ids': _ids(config, requests, found),
         'zero': np.array([[e and role == 'negative' for role, _ in row]
                           for e, row in zip(empty, found)]),
     }, index, prompts
 
 
-def _skips(config, skip):
+def check_clip_skip(config: ModelConfig, clip_skip: int) -> None:
+    """ValueError where a text encoder has fewer layers."""
     for name in TEXT_ENCODERS:
         text = getattr(config, name)
-        if text is not None and skip.max() + text.skip >= text.num_hidden_layers:
-            raise ValueError(f'clip_skip={skip.max() + 1}: expected at most '
+        if text is not None and clip_skip > 1 and clip_skip + text.skip > text.num_hidden_layers:
+            raise ValueError(f'clip_skip={clip_skip}: expected at most '
                              f'{text.num_hidden_layers - text.skip}, the layers of {name}')
-    return skip
 
 
 def _ids(config, requests, found):

@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 import jaxsd
 from jaxsd import images
 from jaxsd.images.reading import Picture
-from jaxsd.run.request import Request
+from jaxsd.run.request import Hires, Request
 from jaxsd.sampling import plugins
 from jaxsd.sampling.names import A1111_SAMPLERS, A1111_SCHEDULES
 from jaxsd.typing import Path
@@ -29,6 +29,10 @@ from jaxsd.typing import Path
 WEIGHTINGS = {'no_norm': 'No norm', 'none': 'None', 'comfy': 'comfy',
               'compel': 'compel', 'plain': 'plain'}  # a1111: the default there
 NOISES = {'torch': 'CPU', 'philox': 'NV'}
+UPSCALERS = {'latent': 'Latent', 'latent_bicubic': 'Latent (bicubic)',
+             'latent_bicubic_antialiased': 'Latent (bicubic antialiased)',
+             'latent_nearest': 'Latent (nearest-exact)', 'latent_nearest_floor': 'Latent (nearest)',
+             'lanczos': 'Lanczos', 'nearest': 'Nearest'}
 
 
 def parameters(request: Request, model: str = '', vae: str = '', refiner: str = '') -> str:
@@ -38,19 +42,20 @@ def parameters(request: Request, model: str = '', vae: str = '', refiner: str = 
     stand in the prompt. A guidance for each step is told by its first: `record` has them all.
     model, vae, refiner: their names.
     """
-    schedule: Any = request.schedule
-    if not isinstance(schedule, str):  # the noise levels themselves
-        schedule = ','.join(map(_short, schedule))
+    strength = None if request.image is None else request.strength
+    if isinstance(request.hires, Hires):
+        strength = request.hires.strength
     pairs = {
         'Steps': request.steps,
         'Sampler': A1111_SAMPLERS.get(request.sampler, request.sampler),
-        'Schedule type': A1111_SCHEDULES.get(schedule, schedule),
+        'Schedule type': _schedule(request.schedule),
         'CFG scale': '' if request.guidance is None else _short(np.ravel(request.guidance)[0]),
         'Seed': request.seed,
         'Size': f'{request.width}x{request.height}',
         'Model': model,
         'VAE': vae,
-        'Denoising strength': '' if request.image is None else _short(request.strength),
+        'Denoising strength': '' if strength is None else _short(strength),
+        **(_hires(request.hires) if isinstance(request.hires, Hires) else {}),
         'Mask blur': _short(request.mask_blur) if request.mask_blur else '',
         'Clip skip': request.clip_skip if request.clip_skip > 1 else '',
         'RNG': NOISES.get(request.noise, ''),
@@ -67,6 +72,28 @@ def parameters(request: Request, model: str = '', vae: str = '', refiner: str = 
         lines.append(f'Negative prompt: {request.negative_prompt}')
     lines.append(', '.join(f'{k}: {_quote(v)}' for k, v in pairs.items() if v != ''))
     return '\n'.join(lines)
+
+
+def _schedule(schedule: Any) -> str:
+    """A schedule as A1111 calls it."""
+    if not isinstance(schedule, str):  # the noise levels themselves
+        schedule = ','.join(map(_short, schedule))
+    return A1111_SCHEDULES.get(schedule, schedule)
+
+
+def _hires(hires):
+    """A1111's pairs for a second pass."""
+    size = hires.width, hires.height
+    return {
+        'Hires upscale': _short(hires.scale) if size == (None, None) else '',
+        'Hires resize': '' if size == (None, None) else '{}x{}'.format(*(n or 0 for n in size)),
+        'Hires steps': hires.steps or '',
+        'Hires upscaler': UPSCALERS[hires.upscaler],
+        'Hires sampler': A1111_SAMPLERS.get(hires.sampler, hires.sampler) or '',
+        'Hires schedule type': '' if hires.schedule is None else _schedule(hires.schedule),
+        'Hires CFG Scale': '' if hires.guidance is None else _short(hires.guidance),
+        'Hires prompt': hires.prompt or '',
+        'Hires negative prompt': hires.negative_prompt or ''}
 
 
 def _short(value):

@@ -102,6 +102,8 @@ def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioni
     if inputs.init_image is not None:
         init = encode_image(params, config, vae.unit(inputs.init_image))
         x = x + inputs.init_weight * init
+    elif inputs.init_latents is not None:
+        x = x + inputs.init_weight * inputs.init_latents
     if (hidden := inputs.inpaint_mask) is not None:  # the mask, and the image around it
         seen = jnp.zeros(()) if inputs.init_image is None else vae.unit(inputs.init_image)
         seen = jnp.broadcast_to(jnp.where(hidden, 0, seen), (*hidden.shape[:3], 3))

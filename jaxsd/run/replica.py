@@ -41,10 +41,13 @@ class Kind(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A picture's way through one model; inputs: of this picture alone."""
+    """A picture's way through one model; inputs: of this picture alone. upscaler: it starts from
+    what the stage before came to, enlarged so, see run.hires; None: from its latents as they are,
+    or from the inputs alone."""
 
     kind: Kind
     inputs: Inputs
+    upscaler: str | None = None
 
     @property
     def calls(self) -> np.ndarray:

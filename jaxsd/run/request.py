@@ -8,7 +8,7 @@ import random
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jaxsd import images
 from jaxsd.config import ModelConfig
@@ -28,6 +28,9 @@ MAX_PIXELS = 2**26  # 8192x8192
 MAX_DRAWN = 2**32  # pixels times steps times noise_batch's size, of which noise is drawn at once
 
 
+# Of Hires: of latents, as torch interpolates them ('latent': linearly), and of pixels.
+UPSCALERS = ('latent', 'latent_bicubic', 'latent_bicubic_antialiased', 'latent_nearest',
+             'latent_nearest_floor', 'lanczos', 'nearest')
 RESIZE = ('crop', 'pad', 'stretch')
 FILLS = ('original', 'edge', 'noise', 'latent')
 MASK_MODES = ('blend', 'strength')
@@ -72,6 +75,49 @@ class Control:
 
 
 @dataclasses.dataclass(frozen=True)
+class Hires:
+    """A second pass at a larger size, image to image from the first one ("hires fix").
+
+    scale: times the first pass's sides, in whole 8 pixels; or width and height, of which one makes
+    the other; what is too much of the proportions is cut off. upscaler: how the first pass is
+    enlarged, one of UPSCALERS, in latents (at a strength below about 0.5 they stay blurred) or in
+    pixels. strength: as of an image to start from. steps, sampler, schedule, guidance, prompts:
+    None: those of the first pass.
+    """
+
+    scale: float = 2.0
+    width: int | None = None
+    height: int | None = None
+    upscaler: str = 'latent'
+    strength: float = 0.7
+    steps: int | None = None
+    sampler: str | None = None
+    schedule: ScheduleLike | None = None
+    guidance: float | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
+
+    def __post_init__(self):
+        check_number('hires scale', self.scale, 1, 16)
+        for name in ('width', 'height'):
+            if getattr(self, name) is not None:
+                _integer(f'hires {name}', getattr(self, name), 8, MAX_SIDE)
+        one_of('hires upscaler', self.upscaler, UPSCALERS)
+        check_number('hires strength', self.strength, 0, 1)
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """The (width, height) after a first pass of these."""
+        across, down = self.width, self.height
+        if across is None and down is None:
+            across, down = width * self.scale, height * self.scale
+        elif across is None:
+            across = down * width / height
+        elif down is None:
+            down = across * height / width
+        return int(across) // 8 * 8, int(down) // 8 * 8
+
+
+@dataclasses.dataclass(frozen=True)
 class Request:
     """One picture. Everything except its size is data: no field but width and height recompiles.
     What compiles is a kind that the last batch did not have: of guidance, an image to start from, a
@@ -105,6 +151,7 @@ class Request:
     outpaint: Sequence[int] | None = None  # pixels to add: (left, top, right, bottom)
     depth: 'ImageLike | None' = None  # depth models: near is white; None: estimated from the image
     controls: Sequence[Control] = ()
+    hires: 'Hires | Mapping[str, Any] | None' = None  # a second, larger pass, or its fields
     class_label: int | None = None  # class-conditional models; upscaler: noise level, None: 20
     negative_class_label: int | None = None  # None: the last class; upscaler: the same level
     prompt_2: str | None = None  # SDXL: for its second text encoder; None: the same prompt
@@ -236,6 +283,30 @@ class Request:
             raise ValueError(f'controls: {names} names a ControlNet twice; give it a second name '
                              'in model.controlnets')
         object.__setattr__(self, 'controls', tuple(self.controls))
+        self._check_hires()
+
+    def _check_hires(self):
+        if self.hires is None:
+            return
+        if isinstance(self.hires, Mapping):
+            for name in self.hires:
+                one_of('field of hires', name, Hires.__dataclass_fields__)
+            object.__setattr__(self, 'hires', Hires(**self.hires))
+        elif not isinstance(self.hires, Hires):
+            raise ValueError(f'hires={self.hires!r}: expected jaxsd.Hires or a mapping of its '
+                             'fields')
+        for name in ('mask', 'outpaint'):
+            if getattr(self, name) is not None:
+                raise ValueError(f'hires and {name}: expected one of them')
+        own = {name: getattr(self.hires, name) for name in (
+            'steps', 'sampler', 'schedule', 'guidance', 'prompt', 'negative_prompt')}
+        Request(**{name: value for name, value in own.items() if value is not None})
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """The (width, height) of a resolved request's picture before it is pasted anywhere."""
+        size = self.width, self.height
+        return self.hires.size(*size) if isinstance(self.hires, Hires) else size
 
     def _check_memory(self, width, height):
         """What sides, steps and the noise of a batch come to together."""
@@ -287,15 +358,35 @@ def resolve(requests: Sequence[Request], config: ModelConfig) -> list[Request]:
                 raise ValueError(f'{name}={value}: expected a multiple of {factor} pixels, '
                                  f'for example {near}')
         _check_size(request, config, native, **size)
+        if request.hires is not None:
+            _check_hires(request, config, **size)
         seed = random_seed() if request.seed == -1 else int(request.seed)
         prompts = {name: expand(getattr(request, name), seed, request.wildcards)
                    for name in PROMPTS
                    if getattr(request, name) is not None and request.weighting != 'plain'}
+        hires = request.hires
+        if isinstance(hires, Hires) and request.weighting != 'plain':
+            own = {name: expand(getattr(hires, name), seed, request.wildcards)
+                   for name in PROMPTS[:2] if getattr(hires, name) is not None}
+            hires = dataclasses.replace(hires, **cast(dict[str, Any], own))
         guidance = (GUIDANCE.get(config.version, GUIDANCE['']) if request.guidance is None
                     else request.guidance)
         resolved.append(request.replace(seed=seed, strength=_strength(request, config),
-                                        guidance=guidance, **size, **prompts))
+                                        guidance=guidance, hires=hires, **size,
+                                        **prompts))
     return resolved
+
+
+def _check_hires(request, config, width, height):
+    """ValueError for a second pass that the model cannot make."""
+    if config.task:
+        raise ValueError(f'hires: expected a model from text alone, found one for {config.task}')
+    across, down = request.hires.size(width, height)
+    if across < width or down < height:
+        raise ValueError(f'hires: {across}x{down}, expected at least the {width}x{height} of the '
+                         'first pass')
+    request.replace(hires=None, width=across, height=down,
+                    steps=request.hires.steps or request.steps)  # too much: says so
 
 
 def _check_size(request, config, native, width, height):

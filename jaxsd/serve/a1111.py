@@ -8,7 +8,7 @@ import binascii
 import difflib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from inspect import signature
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,16 +16,21 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from jaxsd import images
+from jaxsd.images.reading import Picture
 from jaxsd.run import infotext
-from jaxsd.run.request import MAX_SEED, Request, random_seed
-from jaxsd.sampling import SAMPLERS, SCHEDULES
+from jaxsd.run.request import MAX_SEED, Control, Hires, Request, random_seed
+from jaxsd.sampling import SAMPLERS
 from jaxsd.sampling.choice import choose, one_of, unknown
-from jaxsd.sampling.names import A1111_SAMPLERS, A1111_SCHEDULES, SCHEDULE_NAMES, find_sampler
-from jaxsd.serve.schemas import Body, Img2Img, Neutral
+from jaxsd.sampling.names import A1111_SAMPLERS, SCHEDULE_NAMES, find_sampler
+from jaxsd.serve.schemas import Body, ControlUnit, Img2Img, Neutral, Txt2Img
 
 AUTOMATIC = infotext.AUTOMATIC | dict.fromkeys(infotext.BY_TIMESTEPS, 'ddim_uniform')
 RESIZE = ('stretch', 'crop', 'pad')  # by resize_mode
 FILLS = ('edge', 'original', 'latent', 'latent')  # by inpainting_fill: there noise and nothing
+MODULES = {  # of sd-webui-controlnet: the preprocessor here, and what its thresholds are
+    'none': ('none', ()), 'canny': ('canny', ('low', 'high')), 'scribble': (
+        'scribble', ('threshold',)), 'tile': ('tile', ('factor',)), 'tile_resample': (
+        'tile', ('factor',))}
 CHURN = {'s_churn': 0, 's_tmin': 0, 's_tmax': 0, 's_noise': 1}  # A1111's defaults, left to samplers
 
 LEAST = 1e-6  # denoising_strength 0 is one step too in A1111
@@ -41,10 +46,12 @@ class Limits(NamedTuple):
     batch: int = 16
 
 
-def parse(model: type[Schema], data: bytes) -> Schema:
-    """JSON as bytes -> an instance of the model. Raises ValueError, in one line."""
+def parse(model: type[Schema], data: Any) -> Schema:
+    """JSON as bytes, or what it says -> an instance of the model. Raises ValueError, in one line.
+    """
     try:
-        return model.model_validate_json(data)
+        return (model.model_validate_json if isinstance(data, bytes) else model.model_validate)(
+            data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
     name = '.'.join(map(str, first['loc'])) or 'the body'
@@ -63,14 +70,15 @@ def brief(value: object) -> str:
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 
-def requests(body: Body, defaults: Mapping[str, Any], limits: Limits, model: str = '',
-             vae: str = '', refiner: str = '',
-             read: Callable[..., np.ndarray] = images.read_bytes) -> list[Request]:
+def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
+             model: str | Sequence[str] = '', vae: str = '', refiner: str = '',
+             read: Callable[..., np.ndarray] = images.read_bytes,
+             controlnets: Collection[str] = ()) -> list[Request]:
     """A Body -> its Requests, with seeds that count up.
 
     defaults: arguments of Request, for what the body leaves open. model, vae, refiner: the names
-    of what is loaded. read: decodes pictures, as images.read_bytes does. Raises ValueError for what
-    is wrong or too much.
+    of what is loaded; the model may have several. read: decodes pictures, as images.read_bytes
+    does. controlnets: names of those there are. Raises ValueError for what is wrong or too much.
     """
     given = {**defaults, 'prompt': body.prompt or '', 'negative_prompt': body.negative_prompt or ''}
     given |= {ours: getattr(body, theirs) for ours, theirs in (
@@ -91,6 +99,12 @@ def requests(body: Body, defaults: Mapping[str, Any], limits: Limits, model: str
     if isinstance(body, Img2Img):
         given |= _pictures(body, limits, read)
         given['schedule_options'] = {'convention': 'a1111', **(given.get('schedule_options') or {})}
+    elif isinstance(body, Txt2Img) and body.enable_hr:
+        given['hires'] = _hires(body, limits, (model,) if isinstance(model, str) else model)
+        # There the second pass makes as many steps as it is given.
+        given['schedule_options'] = {'convention': 'comfyui', **(given.get('schedule_options') or
+                                                                 {})}
+    given |= _scripts(body, given, limits, read, controlnets)
     seed = -1 if body.seed is None else body.seed
     seed = random_seed() if seed == -1 else seed % (MAX_SEED + 1)  # as torch has negative ones
     first = Request(**given)
@@ -136,7 +150,8 @@ def _sampler(name):
 
 def _settings(settings, model, vae):
     """override_settings -> arguments of Request. Raises ValueError for what it cannot honour."""
-    only = {'sd_model_checkpoint': (model,), 'sd_vae': (vae or 'Automatic', 'Automatic', 'None'),
+    only = {'sd_model_checkpoint': (model,) if isinstance(model, str) else model,
+            'sd_vae': (vae or 'Automatic', 'Automatic', 'None'),
             'eta_noise_seed_delta': (0,), 'samples_format': ('png',)}
     honoured = {'CLIP_stop_at_last_layers': lambda v: {'clip_skip': v},
                 'randn_source': lambda v: {'noise': choose('randn_source', v, infotext.NOISES)},
@@ -150,7 +165,8 @@ def _settings(settings, model, vae):
             found |= honoured[name](value)
         elif value not in only[name]:
             raise ValueError(f'override_settings.{name}={brief(value)}: expected '
-                             f'{" or ".join(map(repr, dict.fromkeys(only[name])))}')
+                             f'{" or ".join(map(repr, dict.fromkeys(only[name])))}; '
+                             'POST /sdapi/v1/options loads another for all')
     return found
 
 
@@ -160,6 +176,37 @@ def _refiner(body, refiner):
         return {'switch': 1.0} if refiner else {}
     one_of('refiner_checkpoint', body.refiner_checkpoint, [refiner] if refiner else [])
     return {} if body.refiner_switch_at is None else {'switch': body.refiner_switch_at}
+
+
+def _hires(body, limits, models):
+    """enable_hr and its fields -> Hires."""
+    for name in ('firstphase_width', 'firstphase_height'):
+        if getattr(body, name):
+            raise ValueError(f'{name}={getattr(body, name)}: expected width and height, those of '
+                             'the first pass')
+    one_of('hr_checkpoint_name', body.hr_checkpoint_name or 'Use same checkpoint', [
+        'Use same checkpoint', *models])
+    found = {'upscaler': choose('hr_upscaler', body.hr_upscaler or 'Latent',
+                                infotext.HIRES_UPSCALERS),
+             'scale': 2.0 if body.hr_scale is None else body.hr_scale,
+             'strength': 0.75 if body.denoising_strength is None else body.denoising_strength,
+             'width': body.hr_resize_x or None, 'height': body.hr_resize_y or None,
+             'steps': body.hr_second_pass_steps or None, 'prompt': body.hr_prompt or None,
+             'negative_prompt': body.hr_negative_prompt or None}
+    if (body.hr_second_pass_steps or 0) > limits.steps:
+        raise ValueError(f'hr_second_pass_steps={body.hr_second_pass_steps}: expected at most '
+                         f'{limits.steps}')
+    if body.hr_sampler_name and body.hr_sampler_name != 'Use same sampler':
+        found['sampler'], schedule, options = _sampler(body.hr_sampler_name)
+        if options:
+            raise ValueError(f'hr_sampler_name={brief(body.hr_sampler_name)}: expected a sampler '
+                             'without options')
+        found['schedule'] = schedule or AUTOMATIC.get(found['sampler'], 'normal')
+    if (name := body.hr_scheduler) and name.lower() not in ('automatic', 'use same scheduler'):
+        found['schedule'] = choose('hr_scheduler', name.lower(), SCHEDULE_NAMES)
+    elif name and name.lower() == 'use same scheduler':
+        found['schedule'] = None
+    return Hires(**found)
 
 
 def _pictures(body, limits, read):
@@ -181,6 +228,71 @@ def _pictures(body, limits, read):
         'mask': np.float32(1) - mask if body.inpainting_mask_invert else mask, 'mask_blur': blur,
         'only_masked': None if body.inpaint_full_res is False else
         body.inpaint_full_res_padding or 0, 'fill': FILLS[body.inpainting_fill or 0]}
+
+
+def _scripts(body, given, limits, read, controlnets):
+    """alwayson_scripts -> arguments of Request."""
+    controls = []
+    for name, script in (body.alwayson_scripts or {}).items():
+        if name.lower() != 'controlnet':
+            raise ValueError(f'alwayson_scripts.{name}: there is no such script, only ControlNet')
+        for i, args in enumerate(script.args):
+            unit = parse(ControlUnit, args)
+            if unit.enabled is False:
+                continue
+            where = f'alwayson_scripts.{name}.args.{i}'
+            image = unit.image.get('image') if isinstance(unit.image, dict) else unit.image
+            if isinstance(unit.image, dict) and unit.image.get('mask'):
+                raise ValueError(f'{where}.image.mask: this is not supported here')
+            if image or unit.input_image:
+                image = read(decode(image or unit.input_image, f'{where}.image'), f'{where}.image',
+                             4 * limits.pixels)
+            elif (image := given.get('image')) is None:
+                raise ValueError(f'{where}.image: expected the hint')
+            controls.append(_control(unit, image, given, controlnets))
+    return {'controls': controls} if controls else {}
+
+
+def _control(unit, image, given, controlnets):
+    """A ControlUnit and its picture -> Control."""
+    net = one_of('ControlNet', (unit.model or '').partition(' [')[0], controlnets)
+    mode = unit.control_mode or 0
+    guess = {0: None, 'Balanced': None, 2: 'original', 'ControlNet is more important': 'original'}
+    if mode not in guess:
+        raise ValueError(f'control_mode={brief(mode)}: expected Balanced or ControlNet is more '
+                         'important; My prompt is more important is not supported here')
+    width, height = given.get('width'), given.get('height')
+    if width and height and 'hires' in given:
+        width, height = given['hires'].size(width, height)
+    resize = {None: 'crop', **dict(enumerate(RESIZE)), 'Just Resize': 'stretch',
+              'Crop and Resize': 'crop', 'Resize and Fill': 'pad'}
+    if unit.resize_mode not in resize:
+        raise ValueError(f'resize_mode={brief(unit.resize_mode)}: expected 0, 1 or 2')
+    if width and height and unit.pixel_perfect:
+        image = images.fit(image, width, height, resize[unit.resize_mode])
+    image = detect(unit.module or 'none', image, None if unit.pixel_perfect else unit.processor_res,
+                   unit.threshold_a, unit.threshold_b)
+    if width and height and image.shape[1] * height != image.shape[0] * width:
+        image = images.fit(image, width, height, resize[unit.resize_mode])
+    return Control(net, image, 1.0 if unit.weight is None else unit.weight,
+                   unit.guidance_start or 0.0,
+                   1.0 if unit.guidance_end is None else unit.guidance_end, guess[mode])
+
+
+def detect(module: str, image: Picture, resolution: int | None = None, a: float | None = None,
+           b: float | None = None) -> Picture:
+    """The hint of one of MODULES. resolution: pixels of the picture's shorter side, in steps of 64
+    for both, at which it is looked at, as sd-webui-controlnet does; None, or less than 64: as it
+    is. a, b: the module's thresholds. Raises ValueError."""
+    kind, names = choose('module', module, MODULES)
+    if kind != 'none' and resolution is not None and resolution >= 64:
+        height, width = image.shape[:2]
+        height, width = (max(64, round(n * resolution / min(image.shape[:2]) / 64) * 64)
+                         for n in (height, width))
+        image = images.fit(image, width, height, 'stretch')
+    options: dict[str, Any] = {name: value for name, value in zip(names, (a, b))
+                               if value not in (None, -1)}
+    return images.hint(kind, image, **options)
 
 
 def decode(text: str, name: str) -> bytes:
@@ -213,7 +325,8 @@ def answer(body: Body, found: Sequence[tuple[Request, bytes]], texts: Sequence[s
         'batch_size': body.batch_size or 1, 'restore_faces': False, 'face_restoration_model': None,
         'sd_model_name': model, 'sd_model_hash': None, 'sd_vae_name': None, 'sd_vae_hash': None,
         'seed_resize_from_w': -1, 'seed_resize_from_h': -1,
-        'denoising_strength': None if first.image is None else first.strength,
+        'denoising_strength': first.hires.strength if isinstance(first.hires, Hires) else
+        None if first.image is None else first.strength,
         'extra_generation_params': {}, 'index_of_first_image': 0, 'infotexts': texts, 'styles': [],
         'job_timestamp': '0', 'clip_skip': first.clip_skip,
         'is_using_inpainting_conditioning': False, 'version': texts[0].rpartition('Version: ')[2]}
@@ -237,18 +350,3 @@ def png_info(text: str, limits: Limits,
     info = items.pop('parameters', '')
     prompt, negative, pairs = infotext.parse(info) if info else ('', '', {})
     return info, items, {'Prompt': prompt, 'Negative prompt': negative, **pairs} if info else {}
-
-
-def samplers() -> list[dict[str, Any]]:
-    """GET /sdapi/v1/samplers: A1111's names, ours where it has none."""
-    return [{'name': A1111_SAMPLERS.get(name, name), 'aliases': [name], 'options': {}}
-            for name in SAMPLERS]
-
-
-def schedulers() -> list[dict[str, Any]]:
-    """GET /sdapi/v1/schedulers."""
-    names = {'automatic': 'Automatic', **{name: A1111_SCHEDULES.get(name, name)
-                                          for name in SCHEDULES}}
-    return [{'name': name, 'label': label, 'aliases': None, 'default_rho':
-             7.0 if name == 'karras' else None, 'need_inner_model': False}
-            for name, label in names.items()]

@@ -1,6 +1,7 @@
 """The server's HTTP: routes, limits, keys, time-outs. One process, one model."""
 
 import asyncio
+import base64
 import concurrent.futures
 import functools
 import json
@@ -19,9 +20,11 @@ from starlette.exceptions import HTTPException
 
 from jaxsd import images
 from jaxsd.run import picture
+from jaxsd.run.hires import passes
 from jaxsd.run.request import Request
 from jaxsd.run.text_conditioning import arrange_texts, count_blocks, parse_prompts
-from jaxsd.serve import a1111, schemas
+from jaxsd.serve import a1111, lists, schemas
+from jaxsd.serve.choices import KINDS, Choices, Weights
 from jaxsd.serve.metrics import Metrics
 from jaxsd.serve.middleware import (
     LOOPBACK,
@@ -31,7 +34,7 @@ from jaxsd.serve.middleware import (
     error_response,
     read_body,
 )
-from jaxsd.serve.queue import Busy, Job, Queue, Stopped
+from jaxsd.serve.queue import Busy, Interrupted, Job, Queue, Result, Stopped
 
 PARTS = 8  # prompts joined by AND, the negative one too: each is one more picture for the U-Net
 TEXTS = 128  # blocks of 75 tokens that a picture's text encoders read, of all texts of all steps
@@ -73,38 +76,116 @@ class Loaded(NamedTuple):
 class Service:
     """What the routes share.
 
-    load() -> Loaded, called in a thread of its own. failed: what it, or the first picture, raised.
+    load(checkpoint, vae) -> Loaded, called in a thread of its own; both are Weights of `choices`
+    or None, those of the start; a VAE without a path is the checkpoint's own. failed: what the
+    first call of it, or the first picture, raised. early: requests are taken before the first
+    picture is there, as soon as the model is.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, load: Callable[[], Loaded]) -> None:
-        self.settings, self.metrics = settings, metrics
+    def __init__(self, settings: Settings, metrics: Metrics, load: Callable[..., Loaded],
+                 choices: Choices | None = None, early: bool = False) -> None:
+        self.settings, self.metrics, self.early = settings, metrics, early
+        self.defaults = dict(settings.defaults)  # of requests; POST /sdapi/v1/options changes them
+        self.choices = choices or Choices(dict)
         self.loaded: Loaded | None = None
         self.failed: Exception | None = None
-        self.tasks = {}  # {force_task_id: Job}
+        self.tasks: dict[str | Job, Job] = {}  # of requests: {force_task_id, or itself: Job}
+        self._load, self._chosen = load, ()  # its arguments
+        self._changing = threading.Lock()  # held while what is loaded changes
         # Requests with pictures have threads of their own, and pictures are decoded in processes
         # that end when the time is up: made-up ones keep nobody else waiting.
         self.pool = concurrent.futures.ThreadPoolExecutor(4, 'prepare')
         self.picture_pool = concurrent.futures.ThreadPoolExecutor(4, 'pictures')
         self.decoders = pebble.ProcessPool(2, context=multiprocessing.get_context('spawn'))
-        threading.Thread(target=self._load, args=[load], daemon=True).start()
+        threading.Thread(target=self._begin, daemon=True).start()
 
-    def _load(self, load):
+    def _begin(self):
+        with self._changing:
+            try:
+                self._load_now()
+            except Exception as error:
+                self.failed = error
+
+    def _load_now(self, *chosen):
+        """Load, and draw the first picture."""
+        loaded = self._load(*chosen)
+        engine = loaded.queue.engine
+        needs = engine.config.task in ('depth', 'upscaler')
+        image = np.full((64, 64, 3), 127, np.uint8) if needs else None
         try:
-            loaded = load()
-            engine = loaded.queue.engine
-            needs = engine.config.task in ('depth', 'upscaler')
-            image = np.full((64, 64, 3), 127, np.uint8) if needs else None
-            [first] = engine.resolve([Request(**self.settings.defaults, image=image)])
-            loaded.queue.warm(first)
-            self.loaded = loaded
-        except Exception as error:
-            self.failed = error
+            [first] = engine.resolve([Request(**self.defaults, image=image)])
+            if self.early:
+                self.loaded = loaded
+            loaded.queue.warm(first, draw=not self.early)
+        except Exception:
+            self.loaded = None
+            engine.close()
+            raise
+        self.loaded, self._chosen = loaded, chosen
+
+    def models(self) -> list[Weights]:
+        """The checkpoints that `switch` takes, the one that is loaded among them."""
+        found = self.choices.all('checkpoints')
+        loaded = self.loaded
+        if loaded is not None and loaded.model not in (one.name for one in found):
+            found.append(Weights(loaded.model, ''))
+        return found
+
+    def current(self) -> Weights:
+        """The checkpoint that is loaded. Raises Stopped."""
+        name = self.ready().model
+        return next((one for one in self.models() if one.name == name), Weights(name, ''))
+
+    def switch(self, name: str | None = None, vae: str | None = None) -> None:
+        """Load the checkpoint of this name, title, file name or hash (None: the same again), with
+        the VAE of this name ('None': the checkpoint's own; 'Automatic': that of the start; None:
+        the same). Blocks until the first picture is drawn; before it begins, what was asked for is
+        made. Meanwhile requests get 503. Raises ValueError for names that there are not, and
+        HTTPError where loading failed; then the one before is loaded again."""
+        chosen: list[Weights | None] = [None, None]
+        if name is not None:
+            chosen[0] = self.choices.find('checkpoints', 'sd_model_checkpoint', name)
+        if vae == 'None':
+            chosen[1] = Weights('', '')
+        elif vae not in (None, 'Automatic'):
+            chosen[1] = self.choices.find('vaes', 'sd_vae', vae)
+        with self._changing:
+            before = self._chosen or (None, None)
+            if name is None:
+                chosen[0] = before[0]
+            if vae is None:
+                chosen[1] = before[1]
+            self._unload()
+            try:
+                self._load_now(*chosen)
+            except Exception as error:
+                text = str(error).strip().partition('\n')[0]
+                for kind in KINDS:
+                    for one in self.choices.all(kind):
+                        text = text.replace(one.path, one.filename)
+                try:
+                    self._load_now(*before)
+                except Exception as worse:
+                    self.failed = worse
+                raise HTTPError(500, 'failed', f'what was there before is loaded again: {text}'
+                                ) from error
+
+    def unload(self) -> None:
+        """Make what was asked for, and give the memory back; until `switch` requests get 503."""
+        with self._changing:
+            self._unload()
+
+    def _unload(self):
+        loaded, self.loaded = self.loaded, None
+        if loaded is not None:
+            loaded.queue.finish('another model is being loaded')
+            loaded.queue.engine.close()
 
     def ready(self) -> Loaded:
         """-> Loaded. Raises Stopped before there is a first picture, and when there come no more.
         """
         if self.loaded is None:
-            raise Stopped('the model is being loaded')
+            raise Stopped('no model is loaded now: it is being loaded, or was unloaded')
         self.loaded.queue.check(0)
         return self.loaded
 
@@ -133,47 +214,114 @@ class Service:
         """A body's bytes -> it, its Requests, and their Job. Milliseconds: off the event loop."""
         settings, queue = self.settings, loaded.queue
         body = a1111.parse(model, data)
-        requests = queue.engine.resolve(a1111.requests(
-            body, settings.defaults, settings.limits, loaded.model, loaded.vae, loaded.refiner,
-            functools.partial(self.decode, images.read_bytes)))
-        requests = [r.replace(wildcards=None) for r in requests]  # they have had their say
-        for request in requests:
-            _check(request, settings.limits, queue.engine.nets[0])
-        job = queue.submit(requests)
+        requests, job = self.submit(loaded, a1111.requests(
+            body, self.defaults, settings.limits, (loaded.model, *self.current().aliases),
+            loaded.vae, loaded.refiner, functools.partial(self.decode, images.read_bytes),
+            queue.engine.nets[0].controlnets))
+        job.batch = body.batch_size or 1
         name = body.force_task_id
-        if name is not None and self.tasks.setdefault(name, job) is not job:
+        if self.tasks.setdefault(job if name is None else name, job) is not job:
             queue.cancel(job)
             raise ValueError(f'force_task_id={a1111.brief(name)}: expected one that is not in use')
         return body, requests, job
+
+    def resolve(self, loaded: Loaded, requests: Sequence[Request]) -> list[Request]:
+        """Requests -> them as they are made. Raises ValueError for what is wrong or too much."""
+        resolved = [request.replace(wildcards=None)  # they have had their say
+                    for request in loaded.queue.engine.resolve(requests)]
+        for request in resolved:
+            _check(request, self.settings.limits, loaded.queue.engine.nets[0])
+        return resolved
+
+    def submit(self, loaded: Loaded, requests: Sequence[Request]) -> tuple[list[Request], Job]:
+        """Requests -> `resolve`'s, and their Job. Raises as it, and Busy and Stopped."""
+        resolved = self.resolve(loaded, requests)
+        return resolved, loaded.queue.submit(resolved)
+
+    def detect(self, data: bytes) -> dict[str, Any]:
+        """POST /controlnet/detect: a body's bytes -> the hints of its pictures."""
+        body, found = a1111.parse(schemas.DetectBody, data), []
+        for i, text in enumerate(body.controlnet_input_images or body.controlnet_images or ()):
+            name = f'controlnet_input_images.{i}'
+            image = self.decode(images.read_bytes, a1111.decode(text, name), name,
+                                4 * self.settings.limits.pixels)
+            hint = a1111.detect(body.controlnet_module, image, body.controlnet_processor_res,
+                                body.controlnet_threshold_a, body.controlnet_threshold_b)
+            found.append(base64.b64encode(picture.png(hint)).decode())
+        return {'images': found, 'info': 'Success'}
 
     def drop(self, prepared: Future) -> None:
         """A request is over, however: what it still wanted is not made. prepared: a future."""
         if not prepared.cancelled() and not prepared.exception():
             body, _, job = prepared.result()
-            self.loaded.queue.cancel(job)
-            if self.tasks.get(body.force_task_id) is job:
-                del self.tasks[body.force_task_id]
+            job.queue.cancel(job)
+            name = job if body.force_task_id is None else body.force_task_id
+            if self.tasks.get(name) is job:
+                del self.tasks[name]
+
+    def interrupt(self, name: str | None, skip: bool = False) -> None:
+        """End the request of this force_task_id, or all, with the pictures that are done; skip:
+        take back one batch of it, the first that is not done. Raises HTTPError for a name that
+        there is not."""
+        jobs = list(self.tasks.values()) if name is None else [
+            job for key, job in list(self.tasks.items()) if key == name]
+        if not sum(job.queue.interrupt(job, job.batch if skip else None) for job in jobs) and (
+                name is not None):
+            raise HTTPError(404, 'not_found', f'force_task_id={a1111.brief(name)}: no such task')
+
+    def progress(self, image: bool = True) -> schemas.Progress:
+        """How far all pictures are; image: with what those of the oldest request are by now."""
+        queue = self.ready().queue
+        waiting, running, done, seconds = queue.counts()
+        count = waiting + running and waiting + running + done
+        jobs = [job for job in list(self.tasks.values()) if not job.future.done()]
+        found = schemas.Progress(
+            progress=queue.progress(), eta_relative=seconds, textinfo='', state=schemas.State(
+                job=f'{running} running, {waiting} waiting' if count else '',
+                job_count=count, job_no=done if count else 0))
+        if any(job.state() == 'compiling' for job in jobs):
+            found.textinfo = ('compiling the programs for this size and kind of picture, once: '
+                              'seconds to minutes')
+        if jobs:
+            found.state.sampling_step, found.state.sampling_steps = jobs[0].progress()
+            seen = [one for one in jobs[0].previews() if one is not None] if image else []
+            seen = [one for one in seen if one.shape == seen[-1].shape]
+            if seen:
+                file = picture.png(seen[0] if len(seen) == 1 else picture.grid(np.stack(seen)))
+                found.current_image = base64.b64encode(file).decode()
+        return found
+
+    def file(self, loaded: Loaded, request: Request, made: Result) -> tuple[str, bytes]:
+        """A picture -> the `parameters` in its file, and the PNG file."""
+        line = picture.parameters(request, loaded.model, loaded.vae,
+                                  loaded.refiner if request.switch < 1 else '')
+        return line, picture.png(made.image, {'parameters': line, 'jaxsd': picture.record(
+            request, id=made.id, slots=made.slots, **loaded.run)})
 
     def answer(self, loaded: Loaded, body: schemas.Body, requests: Sequence[Request],
                found: Sequence[Any]) -> bytes:
         """-> the answer's JSON as bytes. PNG files take their time: off the event loop."""
         _raise_failed(found)
-        names = {'vae': loaded.vae, 'refiner': loaded.refiner}
-        lines = [picture.parameters(r, loaded.model, **names if r.switch < 1 else
-                                    names | {'refiner': ''}) for r in requests]
-        files = [picture.png(made.image, {
-            'parameters': line, 'jaxsd': picture.record(
-                request, id=made.id, slots=made.slots, **loaded.run)})
-            for made, line, request in zip(found, lines, requests)]
+        requests = [r for r, one in zip(requests, found) if not isinstance(one, Interrupted)]
+        found = [one for one in found if not isinstance(one, Interrupted)]
+        if not found:
+            raise HTTPError(409, 'interrupted', 'the request was interrupted before a picture was '
+                            'done')
+        lines, files = zip(*(self.file(loaded, *one) for one in zip(requests, found)))
         return json.dumps(a1111.answer(body, list(zip(requests, files)), lines, loaded.model),
                           allow_nan=False).encode()
 
 
 def _check(request, limits, model):
     """ValueError for a resolved request that is too much."""
-    if request.width * request.height > limits.pixels:
-        raise ValueError(f'{request.width}x{request.height}: expected at most {limits.pixels} '
-                         'pixels')
+    width, height = request.final_size
+    if width * height > limits.pixels:
+        raise ValueError(f'{width}x{height}: expected at most {limits.pixels} pixels')
+    for one in passes(request):
+        _check_text(one, model)
+
+
+def _check_text(request, model):
     parsed = parse_prompts(request)
     if (parts := sum(map(len, parsed.roles.values()))) > PARTS:
         raise ValueError(f'prompt: {parts} parts: expected at most {PARTS}, the negative prompt '
@@ -189,13 +337,15 @@ def _raise_failed(found):
     for error in found:
         if isinstance(error, (ValueError, Stopped)):  # ValueError: not finite
             raise error
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, Interrupted):
             line = str(error).strip().partition('\n')[0] or type(error).__name__
             raise HTTPError(500, 'failed', f'the picture could not be made: {line}')
 
 
-def build(service: Service) -> Middleware:
-    """A Service -> its ASGI application."""
+def build(service: Service,
+          extend: Callable[[fastapi.FastAPI, Service], object] | None = None) -> Middleware:
+    """A Service -> its ASGI application. extend(app, service) adds routes, behind the same
+    Middleware."""
     app = fastapi.FastAPI(title='jaxsd', docs_url=None, redoc_url=None)
     for kind in (HTTPError, Disconnected, Stopped, Busy, ValueError, RecursionError,
                  RequestValidationError, HTTPException, Exception):
@@ -206,9 +356,9 @@ def build(service: Service) -> Middleware:
         return {code: {'model': schemas.Error} for code in (
             401, 403, *codes, *([408, 413, 415, 422] if 413 in codes else []))}
 
-    def reads(model):
-        return {'requestBody': {'required': True, 'content': {
-            'application/json': {'schema': model.model_json_schema()}}}}
+    def reads(model, required=True):
+        return {'requestBody': {'required': required, 'content': {
+            'application/json': {'schema': schemas.whole(model)}}}}
 
     async def pictures(request, model):
         loop, loaded = asyncio.get_running_loop(), service.ready()
@@ -250,42 +400,27 @@ def build(service: Service) -> Middleware:
         found = await asyncio.get_running_loop().run_in_executor(service.picture_pool, read, data)
         return dict(zip(schemas.PngInfo.model_fields, found))
 
-    @app.post('/sdapi/v1/interrupt', responses=errors(404, 413),
-              openapi_extra=reads(schemas.InterruptBody))
+    async def task_id(request):
+        data = await read_body(request, settings, needed=False)
+        return a1111.parse(schemas.InterruptBody, data or b'{}').force_task_id
+
+    ends = {'responses': errors(404, 413), 'openapi_extra': reads(schemas.InterruptBody, False)}
+
+    @app.post('/sdapi/v1/interrupt', **ends)
     async def interrupt(request: fastapi.Request) -> dict[str, str]:
-        name = a1111.parse(schemas.InterruptBody, await read_body(request, settings)).force_task_id
-        job = service.tasks.get(name)
-        if job is None or not service.loaded.queue.cancel(job):
-            raise HTTPError(404, 'not_found', f'force_task_id={a1111.brief(name)}: no such task')
+        service.interrupt(await task_id(request))
+        return {}
+
+    @app.post('/sdapi/v1/skip', **ends)
+    async def skip(request: fastapi.Request) -> dict[str, str]:
+        service.interrupt(await task_id(request), skip=True)
         return {}
 
     @app.get('/sdapi/v1/progress', responses=errors(422, 503))
     async def progress(skip_current_image: bool = False) -> schemas.Progress:
-        waiting, running, done, seconds = service.ready().queue.counts()
-        count = waiting + running and waiting + running + done
-        return schemas.Progress(
-            progress=done / count if count else 0, eta_relative=seconds, textinfo='',
-            state=schemas.State(job=f'{running} running, {waiting} waiting' if count else '',
-                        job_count=count, job_no=done if count else 0))
+        return await asyncio.to_thread(service.progress, not skip_current_image)
 
-    @app.get('/sdapi/v1/samplers', responses=errors())
-    async def samplers() -> list[schemas.Sampler]:
-        return [schemas.Sampler(**one) for one in a1111.samplers()]
-
-    @app.get('/sdapi/v1/schedulers', responses=errors())
-    async def schedulers() -> list[schemas.Scheduler]:
-        return [schemas.Scheduler(**one) for one in a1111.schedulers()]
-
-    @app.get('/sdapi/v1/sd-models', responses=errors(503))
-    async def sd_models() -> list[schemas.SDModel]:
-        name = service.ready().model
-        return [schemas.SDModel(title=name, model_name=name, filename=name)]
-
-    @app.get('/sdapi/v1/options', responses=errors(503))
-    async def options() -> schemas.Options:
-        loaded = service.ready()
-        return schemas.Options(sd_model_checkpoint=loaded.model, sd_vae=loaded.vae or 'Automatic',
-                       CLIP_stop_at_last_layers=settings.defaults.get('clip_skip', 1))
+    lists.add(app, service, errors, reads)
 
     @app.get('/healthz', responses={403: {'model': schemas.Error}, 503: {'model': schemas.Error}})
     async def healthz() -> schemas.Health:
@@ -297,6 +432,8 @@ def build(service: Service) -> Middleware:
         return fastapi.Response(prometheus_client.generate_latest(service.metrics.registry),
                                 media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
+    if extend is not None:
+        extend(app, service)
     return Middleware(app, service)
 
 

@@ -32,9 +32,17 @@ class Disconnected(Exception):
     """The client has hung up."""
 
 
-async def read_body(request: fastapi.Request, settings: Any) -> bytes:
-    """The body's bytes, counted as they come, whatever the head says of their number."""
+async def read_body(request: fastapi.Request, settings: Any, needed: bool = True) -> bytes:
+    """The body's bytes, counted as they come, whatever the head says of their number. needed:
+    without one it is an error; else b''."""
     kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
+    if not needed and not kind and request.headers.get('content-length', '0') == '0' and (
+            'transfer-encoding' not in request.headers):
+        origin = request.headers.get('origin')  # browsers name the page that sends such a request
+        if origin is not None and origin.partition('://')[2] != request.headers.get('host'):
+            raise HTTPError(403, 'forbidden', f'origin {brief(origin)}: expected a page of this '
+                            'server')
+        return b''
     if kind != 'application/json':  # which no web page can send to another host unasked
         raise HTTPError(415, 'unsupported', f'content-type {brief(kind)}: expected '
                       'application/json')

@@ -9,9 +9,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxsd.batch.identity import Identity
+from jaxsd.images.reading import Picture
 from jaxsd.run.engine import Engine, Task
+from jaxsd.run.image_conditioning import InitImage
+from jaxsd.run.replica import Stage
 from jaxsd.run.request import Request
 from jaxsd.serve.metrics import Metrics
+from jaxsd.serve.previews import Previews
+from jaxsd.weights.model import Network
+
+PAUSE = 5
 
 
 class Busy(Exception):
@@ -26,6 +33,10 @@ class Stopped(Exception):
     """The server stops, or cannot go on."""
 
 
+class Interrupted(Exception):
+    """A picture was taken back before it was done."""
+
+
 class Result(NamedTuple):
     """image: uint8 [H,W,3]; id: 32 hex digits, see Identity; slots: of the program that made it."""
 
@@ -37,33 +48,64 @@ class Result(NamedTuple):
 class Job:
     """Pictures asked for together. future: a list of Result, or of what went wrong."""
 
-    def __init__(self, ids: Sequence[str]) -> None:
-        self.ids, self.future = ids, concurrent.futures.Future()
+    def __init__(self, queue: 'Queue', ids: Sequence[str], tasks: Sequence[Task]) -> None:
+        self.queue, self.ids, self.tasks = queue, ids, tasks
+        self.future = concurrent.futures.Future()
+        self.left_out: set[str] = set()  # ids that were interrupted
+        self.batch = 1  # pictures that a client thinks are made at once
+
+    def progress(self) -> tuple[int, int]:
+        """-> model calls that are done, and all that there will be, over all of its pictures."""
+        return sum(t.done for t in self.tasks), sum(t.total for t in self.tasks)
+
+    def previews(self) -> list[Picture | None]:
+        """What each of its pictures is by now -> uint8 [h,w,3], or None before there is anything
+        to see, see Previews.of."""
+        return [self.queue.looks.of(task) for task in self.tasks]
+
+    def state(self) -> str:
+        """-> 'done', or, by the picture that is furthest, 'running', 'compiling' or 'waiting'."""
+        if self.future.done():
+            return 'done'
+        if any(task.done or task.future.done() for task in self.tasks):
+            return 'running'
+        if any(self.queue.engine.compiles(task) for task in self.tasks):
+            return 'compiling'
+        return 'running' if any(task.begun for task in self.tasks) else 'waiting'
 
 
 class Queue:
-    """Takes jobs for an Engine. most: pictures that may wait.
+    """Takes jobs for an Engine. most: pictures that may wait. preview: a small VAE, see Previews.
 
     A short picture passes a longer one that was asked for earlier where fewer pictures came
     between them than it takes fewer model calls.
     """
 
-    def __init__(self, engine: Engine, identity: Identity, metrics: Metrics,
-                 most: int = 64) -> None:
+    def __init__(self, engine: Engine, identity: Identity, metrics: Metrics, most: int = 64,
+                 preview: Network | None = None) -> None:
         if most < 1:
             raise ValueError(f'queue={most}: expected 1 or more')
         self.engine, self.identity, self.metrics, self.most = engine, identity, metrics, most
+        self.looks = Previews(engine, preview)
         self._lock = threading.RLock()  # guards everything below
         self._tasks, self._jobs = {}, {}  # {id: its run.engine.Task}, {id: [Job that wants it]}
         self._found = {}  # {id: what it came to}, as long as a job wants it
         self._asked = 0  # pictures ever
         self._done = 0  # pictures since there were none
         self._each, self._last = 1.0, None  # s for a picture, a running mean; when one was done
-        self._stopping = False
+        self._stopping = ''  # why nothing more is taken
 
-    def warm(self, request: Request) -> None:
-        """Make a resolved request's picture, so that its kind is compiled, for one and for many."""
-        self.engine.make([request])
+    def warm(self, request: Request, draw: bool = True) -> None:
+        """Have a resolved request's kind compiled, for one picture and for many; draw: with its
+        picture, so that it is known to work. Else somebody may wait for a first one already: it has
+        PAUSE seconds before the programs for many are made beside it."""
+        if draw:
+            task = self.engine.submit(request)
+            task.future.result()
+            self.looks.learn(task)
+        else:
+            self.engine.warm([request], 1 if self.engine.lone else None)
+            time.sleep(PAUSE)
         self.engine.warm([request])
 
     @property
@@ -78,6 +120,13 @@ class Queue:
         with self._lock:
             return waiting, running, self._done, (waiting + running) * self._each
 
+    def progress(self) -> float:
+        """-> the part of all pictures that is done, since there were none; 0 where there are none.
+        """
+        with self._lock:
+            parts = [task.done / max(task.total, 1) for task in self._tasks.values()]
+            return (self._done + sum(parts)) / (self._done + len(parts)) if parts else 0.0
+
     def check(self, count: int) -> None:
         """Raise Busy or Stopped where a job of so many new pictures has no chance now."""
         if not self.alive:
@@ -87,7 +136,7 @@ class Queue:
             raise Busy(max(1, math.ceil(waiting * self._each)))
 
     def _why(self):
-        return 'the server is stopping' if self._stopping else (
+        return self._stopping or (
             'the server cannot make pictures any more and must be restarted')
 
     def submit(self, requests: Sequence[Request]) -> Job:
@@ -96,12 +145,15 @@ class Queue:
         Raises Busy, Stopped, and ValueError for what the model cannot make.
         """
         ids = [self.identity.of(r) for r in requests]
-        asked, stages = dict(zip(ids, requests)), {}
+        asked = dict(zip(ids, requests))
+        stages: dict[str, tuple[list[Stage], InitImage]] = {}
         while True:  # what is on its way now may be done, and forgotten, when the others are ready
             with self._lock:
                 new = [key for key in asked if key not in self._tasks]
                 if all(key in stages for key in new):
-                    job = self._begin(ids, [(key, Task(asked[key], *stages[key])) for key in new])
+                    watch = self.looks.watch
+                    job = self._begin(ids, [(key, Task(asked[key], *stages[key], watch))
+                                            for key in new])
                     break
             stages |= {key: self.engine.prepare(asked[key]) for key in new if key not in stages}
         self._gauge()
@@ -113,11 +165,11 @@ class Queue:
         self.check(len(new))
         if not self._tasks:
             self._done, self._last = 0, time.monotonic()
-        job = Job(ids)
+        self._tasks |= new
+        job = Job(self, ids, [self._tasks[key] for key in ids])
         for key in dict.fromkeys(ids):
             self._jobs.setdefault(key, []).append(job)
         for key, task in new:
-            self._tasks[key] = task
             self._asked += 1
             task.turn = self._asked + task.total
             task.future.add_done_callback(lambda future, key=key: self._settle(key, future))
@@ -138,16 +190,47 @@ class Queue:
         self._gauge()
         return True
 
+    def interrupt(self, job: Job, most: int | None = None) -> bool:
+        """End a job with the pictures that are done -> whether it was still open; the others are
+        Interrupted. most: take back only so many of them, the first, and go on with the rest."""
+        with self._lock:
+            if job.future.done():
+                return False
+            open_keys = [key for key in dict.fromkeys(job.ids)
+                         if key not in self._found and key not in job.left_out]
+            for key in open_keys[:most]:
+                job.left_out.add(key)
+                self._jobs[key].remove(job)
+                if not self._jobs[key]:
+                    self._tasks[key].cancel()
+            self._conclude([job])
+        self._gauge()
+        return True
+
+    def _conclude(self, jobs):
+        """Those of which nothing is left to make are done. The lock is held."""
+        for job in jobs:
+            known = {key: self._found.get(key, Interrupted()) for key in job.ids
+                     if key in self._found or key in job.left_out}
+            if not job.future.done() and len(known) == len(set(job.ids)):
+                job.future.set_result([known[key] for key in job.ids])
+
     def stop(self) -> None:
         """Take no more, give up jobs of which nothing has begun, finish the others."""
         with self._lock:
-            self._stopping = True
+            self._stopping = 'the server is stopping'
             begun = self._found.keys() | {key for key, task in self._tasks.items() if task.begun}
             kept = {key for some in self._jobs.values() for job in some for key in job.ids
                     if not begun.isdisjoint(job.ids)}
             for key, task in list(self._tasks.items()):
                 if key not in kept:
                     task.cancel()
+        self.finish(self._stopping)
+
+    def finish(self, why: str) -> None:
+        """Take no more, as errors then say why, and make all that was asked for."""
+        with self._lock:
+            self._stopping = why
             left = [task.future for task in self._tasks.values()]
         concurrent.futures.wait(left)
 
@@ -163,6 +246,7 @@ class Queue:
             own = key if task.slots == self.engine.slots_of(task.request) else (
                 self.identity.of(task.request, task.slots))
             outcome, what = Result(future.result(), own, task.slots), 'made'
+            self.looks.learn(task)
         with self._lock:
             self._tasks.pop(key)
             jobs = self._jobs.pop(key)
@@ -176,9 +260,7 @@ class Queue:
             self._count(what)
             if jobs:  # else it was taken back, and an earlier one may have been made
                 self._found[key] = outcome
-            for job in jobs:
-                if not job.future.done() and all(k in self._found for k in job.ids):
-                    job.future.set_result([self._found[k] for k in job.ids])
+            self._conclude(jobs)
             wanted = {k for some in self._jobs.values() for job in some for k in job.ids}
             self._found = {k: found for k, found in self._found.items() if k in wanted}
         self._gauge()

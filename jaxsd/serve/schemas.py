@@ -28,7 +28,6 @@ class Neutral(BaseModel):
     styles: list[Literal['', 'None']] | None = None
     script_name: Literal[''] | None = None
     script_args: Nothing | None = None
-    alwayson_scripts: NoScripts | None = None
     comments: NoScripts | None = None
     infotext: Literal[''] | None = None
     save_images: No | None = False  # nothing is ever written on the server
@@ -41,7 +40,55 @@ class Neutral(BaseModel):
     token_merging_ratio_hr: Zero | None = None
     seed_resize_from_h: Unset | None = None
     seed_resize_from_w: Unset | None = None
-    enable_hr: No | None = None
+
+
+class ControlUnit(BaseModel):
+    """One ControlNet, as sd-webui-controlnet takes it; null is as good as absent."""
+
+    model_config = STRICT
+
+    enabled: bool | None = True
+    model: Name | None = None
+    image: Base64 | dict[str, Base64 | None] | None = None
+    input_image: Base64 | None = None
+    module: Name | None = 'none'
+    weight: float | None = 1.0
+    guidance_start: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    guidance_end: Annotated[float, Field(ge=0, le=1)] | None = 1.0
+    control_mode: int | Name | None = 0
+    resize_mode: int | Name | None = 1
+    pixel_perfect: bool | None = False
+    processor_res: Annotated[int, Field(ge=-1, le=2048)] | None = 512
+    threshold_a: float | None = None
+    threshold_b: float | None = None
+    hr_option: Literal['Both', 'HiResFixOption.BOTH'] | None = 'Both'
+    mask: Literal[''] | None = None
+    mask_image: Literal[''] | None = None
+
+    # Nothing that changes a picture:
+    low_vram: bool | None = None
+    lowvram: bool | None = None
+    save_detected_map: bool | None = None
+
+
+class DetectBody(BaseModel):
+    """POST /controlnet/detect."""
+
+    model_config = STRICT
+
+    controlnet_module: Name = 'none'
+    controlnet_input_images: Annotated[list[Base64], Field(max_length=16)] | None = None
+    controlnet_images: Annotated[list[Base64], Field(max_length=16)] | None = None  # webuiapi's
+    controlnet_processor_res: Annotated[int, Field(ge=-1, le=2048)] | None = 512
+    controlnet_threshold_a: float | None = None
+    controlnet_threshold_b: float | None = None
+
+
+class Script(BaseModel):
+    """What a script is given."""
+
+    model_config = STRICT
+    args: Annotated[list[Any], Field(max_length=64)] = []
 
 
 class Body(Neutral):
@@ -69,6 +116,7 @@ class Body(Neutral):
     refiner_switch_at: Annotated[float, Field(ge=0, le=1)] | None = None
     send_images: bool | None = True
     force_task_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    alwayson_scripts: dict[Name, Script] | None = None  # {'controlnet': {'args': [ControlUnit]}}
 
     # Without a meaning here:
     subseed: int | None = None
@@ -77,20 +125,38 @@ class Body(Neutral):
     override_settings_restore_afterwards: bool | None = None
 
 
+def whole(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's JSON schema without references, to stand anywhere in an OpenAPI document."""
+    schema = model.model_json_schema()
+    parts = schema.pop('$defs', {})
+
+    def resolved(node):
+        if isinstance(node, list):
+            return [resolved(each) for each in node]
+        if not isinstance(node, dict):
+            return node
+        if '$ref' in node:
+            return resolved(parts[node['$ref'].rpartition('/')[2]])
+        return {key: resolved(value) for key, value in node.items()}
+
+    return resolved(schema)
+
+
 class Txt2Img(Body):
     """POST /sdapi/v1/txt2img."""
 
-    denoising_strength: float | None = None  # these belong to enable_hr
+    enable_hr: bool | None = None
+    denoising_strength: float | None = None  # this and the next belong to enable_hr
     hr_scale: float | None = None
-    hr_upscaler: str | None = None
+    hr_upscaler: Name | None = None
     hr_second_pass_steps: int | None = None
     hr_resize_x: int | None = None
     hr_resize_y: int | None = None
-    hr_checkpoint_name: str | None = None
-    hr_sampler_name: str | None = None
-    hr_scheduler: str | None = None
-    hr_prompt: str | None = None
-    hr_negative_prompt: str | None = None
+    hr_checkpoint_name: Name | None = None
+    hr_sampler_name: Name | None = None
+    hr_scheduler: Name | None = None
+    hr_prompt: Prompt | None = None
+    hr_negative_prompt: Prompt | None = None
     firstphase_width: int | None = None
     firstphase_height: int | None = None
     firstpass_image: None = None
@@ -113,6 +179,7 @@ class Img2Img(Body):
     include_init_images: bool | None = False
     image_cfg_scale: float | None = None  # of instruct-pix2pix
     initial_noise_multiplier: Annotated[float, Field(ge=1, le=1)] | None = None
+    enable_hr: No | None = None
     latent_mask: None = None
     mask_round: bool | None = None
 
@@ -149,10 +216,10 @@ class PngInfoBody(BaseModel):
 
 
 class InterruptBody(BaseModel):
-    """POST /sdapi/v1/interrupt."""
+    """POST /sdapi/v1/interrupt, skip: of one request; without it, of all."""
 
     model_config = STRICT
-    force_task_id: str = Field(min_length=1, max_length=128)
+    force_task_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
 
 class State(BaseModel):
@@ -171,7 +238,7 @@ class Progress(BaseModel):
     progress: float
     eta_relative: float
     state: State
-    current_image: None = None
+    current_image: str | None = None
     textinfo: str
 
 
@@ -202,10 +269,23 @@ class SDModel(BaseModel):
 
 class Options(BaseModel):
     sd_model_checkpoint: str
+    sd_checkpoint_hash: str
     sd_vae: str
     CLIP_stop_at_last_layers: int
     eta_noise_seed_delta: int = 0
     samples_format: str = 'png'
+
+
+class OptionsBody(BaseModel):
+    """POST /sdapi/v1/options: for all requests from then on; null leaves it as it is."""
+
+    model_config = STRICT
+    sd_model_checkpoint: Annotated[str, Field(max_length=512)] | None = None
+    sd_checkpoint_hash: Annotated[str, Field(max_length=64)] | None = None
+    sd_vae: Name | None = None
+    CLIP_stop_at_last_layers: Annotated[int, Field(ge=1, le=100)] | None = None
+    eta_noise_seed_delta: Annotated[int, Field(ge=0, le=0)] | None = None
+    samples_format: Literal['png'] | None = None
 
 
 class Health(BaseModel):

@@ -2,8 +2,10 @@
 
 import asyncio
 import socket
+from collections.abc import Callable
 from typing import Any
 
+import fastapi
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -50,14 +52,17 @@ class Patient(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Stops when the model cannot be loaded; on a signal, when what runs is done."""
+    """Stops when the model cannot be loaded; on a signal, when what runs is done.
+    extend: as of `build`."""
 
-    def __init__(self, service: Service, host: str, port: int) -> None:
+    def __init__(self, service: Service, host: str, port: int,
+                 extend: Callable[[fastapi.FastAPI, Service], object] | None = None) -> None:
         settings: Any = service.settings
         self.service = service
         super().__init__(uvicorn.Config(
-            build(service), host, port, http=type('Http', (Patient,), {'read': settings.read}),
-            loop='asyncio', ws='none', lifespan='off', log_level='warning', access_log=False,
+            build(service, extend), host, port,
+            http=type('Http', (Patient,), {'read': settings.read}), loop='asyncio', ws='none',
+            lifespan='off', log_level='warning', access_log=False,
             timeout_keep_alive=min(KEEP_ALIVE, settings.read / 2),
             limit_concurrency=settings.connections,
             timeout_graceful_shutdown=int(settings.timeout)))

@@ -12,7 +12,7 @@ from mains import ROOT
 from PIL import Image
 
 from jaxsd.run import infotext, picture
-from jaxsd.run.request import WEIGHTINGS, Control, Request
+from jaxsd.run.request import WEIGHTINGS, Control, Hires, Request
 from jaxsd.sampling.names import SAMPLER_NAMES, SCHEDULE_NAMES
 
 BLANK = np.zeros((8, 8, 3), np.uint8)
@@ -98,8 +98,12 @@ def test_what_a1111_does_otherwise():
 def test_pictures_made_in_two_passes_or_from_pictures():
     hires = infotext.foreign('x\nSteps: 20, Sampler: Euler, Seed: 1, Denoising strength: 0.4, '
                              'Hires upscale: 2, Hires upscaler: Latent')
-    assert 'strength' not in hires.fields and len(hires.notes) == 1
-    assert hires.notes[0].startswith('Hires fix is left out')
+    assert 'strength' not in hires.fields and not hires.notes
+    assert hires.fields['hires'] == {'strength': 0.4, 'scale': 2.0, 'upscaler': 'latent'}
+    assert hires.fields['schedule_options'] == {'convention': 'comfyui'}
+    unknown = infotext.foreign('x\nSteps: 20, Sampler: Euler, Seed: 1, Denoising strength: 0.4, '
+                               'Hires upscale: 2, Hires upscaler: R-ESRGAN 4x+')
+    assert 'hires' not in unknown.fields and 'R-ESRGAN 4x+' in unknown.notes[0]
     image = infotext.foreign('x\nSteps: 20, Sampler: Euler, Seed: 1, Denoising strength: 0.4, '
                              'Mask blur: 4')
     assert image.fields['schedule_options'] == {'convention': 'a1111'}
@@ -305,6 +309,7 @@ STYLES = {
                               'Size: {width}x{height}, Model: m.safetensors, '
                               'Hashes: {{"model": "1"}}',
 }
+HIRES = {'prompt': 'a\nb, c: d'}
 WORDS = st.lists(st.sampled_from([
     'cat', 'a red', '(blue:1.2)', '<lora:x:0.5>,', ', ', 'on: it', '[a|b]', '{c', '"', '\n', '\n\n',
     'in 20 steps: no', 'size']), max_size=8).map(lambda words: re.sub(
@@ -336,8 +341,9 @@ def test_styles_of_other_programs(style, prompt, negative, steps, seed, guidance
     assert past.fields == dict(
         prompt=prompt, negative_prompt=negative, steps=steps, seed=seed, guidance=float(guidance),
         width=width, height=512, sampler='dpmpp_2m', schedule='karras', sampler_options={},
-        schedule_options={}, noise='torch' if comfy else 'philox',
-        **{'weighting': 'comfy'} if comfy else {})
+        schedule_options={'convention': 'comfyui'} if 'Hires' in text else {},
+        noise='torch' if comfy else 'philox', **{'weighting': 'comfy'} if comfy else {},
+        **{'hires': HIRES} if 'Hires' in text else {})
     Request(**past.fields)
 
 
@@ -379,3 +385,19 @@ def test_a_record_of_before_images_and_controls():
     assert not past.notes and 'controls' in Request.__dataclass_fields__
     request = Request(**past.fields)
     assert (request.prompt, request.seed, request.controls) == ('red apple', 7, ())
+
+
+def test_a_second_pass_is_told_and_read_back():
+    hires = Hires(width=128, height=96, upscaler='lanczos', strength=0.5, steps=8,
+                  sampler='euler_ancestral', schedule='normal', guidance=5.0,
+                  prompt='a cat, sharp', negative_prompt='blur')
+    request = Request('cat', seed=1, width=64, height=48, guidance=4, hires=hires)
+    text = picture.parameters(request)
+    assert ('Denoising strength: 0.5, Hires resize: 128x96, Hires steps: 8, '
+            'Hires upscaler: Lanczos, Hires sampler: Euler a, Hires schedule type: Normal, '
+            'Hires CFG Scale: 5, '
+            'Hires prompt: "a cat, sharp", Hires negative prompt: blur') in text
+    found = infotext.foreign(text)
+    assert not found.notes and Request(**found.fields).hires == hires
+    scaled = picture.parameters(request.replace(hires=Hires(scale=1.5)))
+    assert 'Denoising strength: 0.7, Hires upscale: 1.5, Hires upscaler: Latent, ' in scaled

@@ -73,8 +73,10 @@ def service(engine, identity, queue=16, load=None, **settings):
     """A Service of them, loaded."""
     metrics = Metrics()
 
-    def loaded():
-        return Loaded(Queue(engine, identity, metrics, queue), 'emoji', '', '', {'model': 'emoji'})
+    def loaded(checkpoint=None, vae=None):
+        made = engine if engine.alive else gated()[0]  # it was unloaded
+        return Loaded(Queue(made, identity, metrics, queue), 'emoji', '', '', {'model': 'emoji'})
+
     found = Service(Settings(DEFAULTS, **settings), metrics, load or loaded)
     until = time.monotonic() + 60
     while load is None and not found.loaded:

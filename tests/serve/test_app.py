@@ -26,7 +26,10 @@ from test_a1111 import png
 
 import jaxsd
 from jaxsd.serve.a1111 import Limits
-from jaxsd.serve.app import build
+from jaxsd.serve.app import Loaded, Service, Settings, build
+from jaxsd.serve.choices import Choices
+from jaxsd.serve.metrics import Metrics
+from jaxsd.serve.queue import Queue
 
 READ = 1.5  # s
 KEY = 'secr\u00e9t'
@@ -120,7 +123,7 @@ def test_what_can_be_read(url):
     ('img2img', {'init_images': ['/etc/passwd']}, 'no file and no address'),
     ('img2img', {'init_images': [png()], 'mask': png(np.zeros((64, 48, 3), np.uint8))}, 'black'),
     ('img2img', {'init_images': [png()], 'mask': png(np.zeros((9, 9, 3), np.uint8))}, '9x9'),
-    ('png-info', {}, 'image: Field required'), ('interrupt', {}, 'force_task_id: Field required')])
+    ('png-info', {}, 'image: Field required'), ('interrupt', {}, "unknown field 'prompt'")])
 def test_bad_requests_are_422(url, engine, route, fields, message):
     refused(ask(url, route, **fields), 422, 'invalid', message)
     assert engine.started == []
@@ -161,6 +164,7 @@ def test_overload_is_429_with_a_time(url, engine):
 def hold(engine, url, pool):
     """Keep the device busy -> the answer that will come."""
     engine.gate.clear()
+    engine.started.clear()
     first = pool.submit(ask, url, seed=200)
     wait_for(lambda: engine.started == [200])
     return first
@@ -190,7 +194,6 @@ def test_interrupt_takes_back_one_task(url, engine):
         assert state['state']['job_count'] == 2 and state['eta_relative'] > 0
         refused(ask(url, seed=2, force_task_id='mine'), 422, 'invalid', 'not in use')
         refused(interrupt('other'), 404, 'not_found')
-        refused(httpx.post(f'{url}/sdapi/v1/interrupt', json={}), 422, 'invalid', 'force_task_id')
         assert interrupt('mine').json() == {}
         refused(second.result(), 409, 'interrupted')
         refused(interrupt('mine'), 404, 'not_found')
@@ -198,6 +201,33 @@ def test_interrupt_takes_back_one_task(url, engine):
         assert first.result().status_code == 200
     assert engine.started == [200]
     assert ask(url, seed=1, force_task_id='mine').status_code == 200  # free again
+
+
+def test_interrupt_and_skip_without_a_name(url, engine):
+    """Of all requests; those that have pictures by then are answered with them."""
+    def post(route, **headers):
+        return httpx.post(f'{url}/sdapi/v1/{route}', headers=headers)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = hold(engine, url, pool)
+        second = pool.submit(ask, url, seed=300, n_iter=3)
+        wait_for(lambda: counted(url, 'jaxsd_queue_pictures') == 3)
+        refused(post('skip', origin='http://evil.example'), 403, 'forbidden', 'origin')
+        refused(httpx.post(f'{url}/sdapi/v1/skip', content=b'{}'), 415, 'unsupported')
+        assert post('skip', origin=url).json() == {}  # one of each
+        refused(first.result(), 409, 'interrupted')
+        wait_for(lambda: engine.started == [200, 301])
+        engine.gate.set()
+        assert [int(np.asarray(opened(text))[0, 0, 0]) for text in second.result().json()['images']
+                ] == [301 % 251, 302 % 251]
+        assert json.loads(second.result().json()['info'])['all_seeds'] == [301, 302]
+        first = hold(engine, url, pool)
+        second = pool.submit(ask, url, seed=400, n_iter=2)
+        wait_for(lambda: counted(url, 'jaxsd_queue_pictures') == 2)
+        assert post('interrupt').json() == {}
+        refused(first.result(), 409, 'interrupted')
+        refused(second.result(), 409, 'interrupted')
+        engine.gate.set()
+    assert 400 not in engine.started
 
 
 def test_time_out_is_504(parts, engine):
@@ -231,6 +261,41 @@ def test_a_dead_worker_makes_it_unhealthy(monkeypatch):
         wait_for(lambda: not engine.alive)
         refused(ask(url), 503, 'unavailable', 'cannot make pictures any more')
         refused(httpx.get(f'{url}/healthz'), 503, 'unavailable', 'restarted')
+
+
+def test_another_model_waits_for_what_was_asked_for(parts, engine):
+    """And a model that cannot be loaded leaves the one before."""
+    metrics, loads = Metrics(), []
+
+    def load(checkpoint=None, vae=None):
+        loads.append((checkpoint and checkpoint.name, vae and vae.name))
+        if vae and vae.name == 'bad':
+            raise ValueError('/secret/bad is no VAE')
+        return Loaded(Queue(*gated(), metrics), checkpoint.name if checkpoint else 'a', '', '', {})
+
+    found = Service(Settings(DEFAULTS), metrics, load, Choices(lambda: {
+        'checkpoints': {'a': '/secret/a', 'b': '/secret/b'}, 'vaes': {'bad': '/secret/bad'}}))
+    wait_for(lambda: found.loaded)
+    first_engine = found.loaded.queue.engine
+    with listening(found) as url, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first_engine.gate.clear()
+        first = pool.submit(ask, url, seed=200)
+        wait_for(lambda: 200 in first_engine.started)
+        switched = pool.submit(found.switch, 'b')
+        wait_for(lambda: found.loaded is None)
+        refused(ask(url, seed=201), 503, 'unavailable', 'no model is loaded now')
+        assert not switched.done()
+        first_engine.gate.set()
+        assert json.loads(first.result().json()['info'])['sd_model_name'] == 'a'
+        switched.result(30)
+        assert not first_engine.alive and found.current().name == 'b'
+        assert json.loads(ask(url, seed=201).json()['info'])['sd_model_name'] == 'b'
+        answer = httpx.post(f'{url}/sdapi/v1/options', json={'sd_vae': 'bad'}, timeout=60)
+        refused(answer, 500, 'failed', 'bad is no VAE')
+        assert 'secret' not in answer.text and found.current().name == 'b'
+        assert loads == [(None, None), ('b', None), ('b', 'bad'), ('b', None)]
+        with pytest.raises(ValueError, match='Known: a, b'):
+            found.switch('c')
 
 
 # Clients that are slow, or worse.

@@ -1,0 +1,92 @@
+"""A second pass at a larger size: the first one's picture enlarged, and drawn over ("hires fix").
+
+The second pass is image to image of its own, with the first pass's picture; engine.py runs both as
+stages of one picture.
+"""
+
+import numpy as np
+from PIL import Image
+
+from jaxsd import images
+from jaxsd.run.inputs import Inputs
+from jaxsd.run.request import Hires, Request
+
+
+def passes(request: Request) -> list[Request]:
+    """A resolved request -> those of its passes: itself, or with `hires` two without. The second
+    one's image stands for what the first one comes to, black until then."""
+    hires = request.hires
+    if hires is None:
+        return [request]
+    width, height = request.final_size
+    assert isinstance(hires, Hires)
+    own = {name: getattr(hires, name) for name in (
+        'steps', 'sampler', 'schedule', 'guidance', 'prompt', 'negative_prompt')}
+    first = request.replace(hires=None)
+    if own['sampler'] is not None and own['sampler'] != request.sampler:
+        first = first.replace(eta=None)  # which the other sampler may not have
+        own['sampler_options'] = {}
+    if own['schedule'] is not None and own['schedule'] != request.schedule:
+        own['schedule_options'] = {name: value for name, value in request.schedule_options.items()
+                                   if name == 'convention'}
+    return [request.replace(hires=None), first.replace(
+        **{name: value for name, value in own.items() if value is not None}, aspect=None,
+        width=width, height=height, image=np.zeros((height, width, 3), np.uint8),
+        strength=hires.strength)]
+
+
+def in_latents(upscaler: str) -> bool:
+    """Whether an upscaler enlarges latents; others enlarge pixels."""
+    return upscaler.startswith('latent')
+
+
+def second(inputs: Inputs, upscaler: str, found: np.ndarray) -> Inputs:
+    """Inputs of the second of `passes` -> those that start from `found`: the first pass's latents
+    [1,h,w,L], or its picture uint8 [H,W,3], as the upscaler needs."""
+    if in_latents(upscaler):
+        _, rows, columns, _ = inputs.init_weight.shape
+        return inputs._replace(init_image=None, init_latents=enlarge(
+            np.asarray(found[0], np.float32), columns, rows, upscaler)[None])
+    _, height, width, _ = inputs.init_image.shape
+    return inputs._replace(init_image=enlarge(found, width, height, upscaler)[None])
+
+
+def enlarge(image: np.ndarray, width: int, height: int, upscaler: str) -> np.ndarray:
+    """A picture uint8 or latents float32 [h,w,C], at width x height; what is too much at two sides
+    is cut off. upscaler: of request.UPSCALERS; those of latents are torch's interpolation."""
+    if upscaler == 'lanczos':
+        return images.fit(image, width, height, 'crop')
+    rows, columns = image.shape[:2]
+    scale = max(width / columns, height / rows)
+    if upscaler == 'nearest':
+        left, top = (columns - width / scale) / 2, (rows - height / scale) / 2
+        return np.asarray(Image.fromarray(image).resize(
+            (width, height), Image.Resampling.NEAREST, (left, top, columns - left, rows - top)))
+    down, across = (_weights(upscaler.removeprefix('latent_'), old, new, new / scale)
+                    for old, new in ((rows, height), (columns, width)))
+    return np.einsum('yh,xw,hwc->yxc', down, across, image, optimize=True).astype(np.float32)
+
+
+def _weights(kind, old, new, length):
+    """How much each of `old` cells counts for each of `new` ones, which lie over the `length` cells
+    in the middle -> float32 [new,old]."""
+    place = (old - length) / 2 + (np.arange(new) + 0.5) * length / new - 0.5
+    if kind.startswith('nearest'):
+        cells = np.floor(place + 0.5 - (kind == 'nearest_floor') * 0.5 * length / new + 1e-9)
+        return (np.clip(cells, 0, old - 1)[:, None] == np.arange(old)).astype(np.float32)
+    sharp = -0.5 if kind == 'bicubic_antialiased' else -0.75
+    found, below = np.zeros((new, old)), np.floor(place)
+    for step in range(-1, 3):
+        cell = below + step
+        weight = _cubic(np.abs(place - cell), sharp) if 'bicubic' in kind else (
+            np.maximum(0, 1 - np.abs(place - cell)))
+        if kind == 'bicubic_antialiased':  # what lies outside does not count
+            weight = weight * ((cell >= 0) & (cell < old))
+        np.add.at(found, (np.arange(new), np.clip(cell, 0, old - 1).astype(int)), weight)
+    return (found / found.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _cubic(x, a):
+    """Keys' kernel at distances x."""
+    return np.where(x < 1, (a + 2) * x ** 3 - (a + 3) * x ** 2 + 1, np.where(
+        x < 2, a * (x ** 3 - 5 * x ** 2 + 8 * x - 4), 0))
