@@ -65,7 +65,7 @@ class Choices:
             for path in list(self._files.get(kind, {}).values()):
                 try:
                     self._hashes[path] = sha256(path)
-                except OSError:  # gone: who loads it, hears so
+                except OSError:  # gone: loading it will say so
                     self._hashes[path] = None
 
     def all(self, kind: str) -> list[Weights]:

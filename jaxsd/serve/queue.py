@@ -18,7 +18,7 @@ from jaxsd.serve.metrics import Metrics
 from jaxsd.serve.previews import Previews
 from jaxsd.weights.model import Network
 
-PAUSE = 5
+PAUSE = 5  # seconds, see Queue.warm
 
 
 class Busy(Exception):

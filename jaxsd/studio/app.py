@@ -144,8 +144,16 @@ class Studio:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f'reference={steps!r}: expected a number of steps, or 0')
         from jaxsd.lab import sweep
-        return [sweep.target(request, sweep.kind(self._rows(loaded, request)), steps)
-                for request in requests]
+        found = [sweep.target(request, sweep.kind(self._rows(loaded, request)), steps)
+                 for request in requests]
+        for reference in filter(None, found):
+            settings.check(reference, self.service.settings.limits)
+        queue = loaded.queue
+        count = len({queue.identity.of(one) for one in [*requests, *filter(None, found)]})
+        if count > queue.most:
+            raise ValueError(f'a grid and its references are {count} pictures: expected at most '
+                             f'{queue.most}, as many as may wait (--queue)')
+        return found
 
     def _rows(self, loaded, request):
         """The sampler's table for a resolved request."""

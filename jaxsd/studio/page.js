@@ -45,9 +45,9 @@ function options(select, names, value) {
 }
 
 // What is going on, as it is seen; for screen readers only what is new.
-function tell(text, heard = true) {
+function tell(text, announced = true) {
   $('said').textContent = text;
-  if (heard) $('heard').textContent = text;
+  if (announced) $('announced').textContent = text;
 }
 
 function size(pair) {

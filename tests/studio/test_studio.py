@@ -273,6 +273,17 @@ def test_settings_of_a_file(page, model, tmp_path):
     wait(lambda: 'does not say how it was made' in find(page, '#wrong').text)
 
 
+def test_references_have_the_limits_of_pictures(server):
+    sent = {'prompt': 'rooster', 'seed': '5', 'width': 64, 'height': 64}
+    for steps, fields, told in ((1000, '2, 3', 'steps=1000: expected at most 100'),
+                                (70, ', '.join(map(str, range(1, 65))), '65 pictures'),
+                                (True, '2', 'reference=True')):
+        answer = httpx.post(f'{server}/studio/draw', json={
+            'settings': sent, 'reference': steps,
+            'axes': [{'field': 'steps', 'values': fields}]}, timeout=30)
+        assert answer.status_code == 422 and told in answer.json()['detail'], answer.text
+
+
 def test_distances_to_a_long_reference(page, model):
     tab(page, 'lab')
     put(page, prompt='rooster', seed=5, x__field='steps', x__values='2, 16', reference=40,
