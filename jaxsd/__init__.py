@@ -17,8 +17,8 @@ __version__ = '0.1.0'
 __all__ = ['Adapter', 'Control', 'Embedding', 'Engine', 'Hires', 'Model', 'ModelConfig',
            'Network', 'Preview', 'Request', 'generate', 'guidance', 'load', 'load_adapter',
            'load_controlnet', 'load_depth_estimator', 'load_embedding', 'load_plugin',
-           'load_t2i_adapter', 'load_vae', 'merge', 'read_config', 'sampler', 'save',
-           'save_adapter', 'save_embedding', 'save_network', 'schedule', 'versions']
+           'load_t2i_adapter', 'load_vae', 'merge', 'merge_models', 'read_config', 'sampler',
+           'save', 'save_adapter', 'save_embedding', 'save_network', 'schedule', 'versions']
 
 if TYPE_CHECKING:
     from jaxsd.config import ModelConfig, read_config, versions
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         load_t2i_adapter,
         load_vae,
         merge,
+        merge_models,
         save,
         save_adapter,
         save_embedding,

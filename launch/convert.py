@@ -1,10 +1,12 @@
-"""What is in a file of weights, models in another layout or dtype, LoRAs merged into models.
+"""What is in a file of weights, models in another layout or dtype, models and LoRAs merged.
 
 python -m launch.convert inspect model.ckpt
 python -m launch.convert convert model.ckpt model --dtype=float16
 python -m launch.convert merge model.safetensors new.safetensors --lora="path=a.pt, weight=0.8"
+python -m launch.convert merge a.safetensors new.safetensors --model_b=b.safetensors --weight=0.3
 
 A path that ends in .safetensors is written as a single file, any other as a diffusers folder.
+Weights go from file to file, a tensor at a time.
 Nothing that stands in a file is run, also of .ckpt and .pt.
 """
 
@@ -25,6 +27,7 @@ from . import plain_errors, printable
 
 FLAGS = flags.FLAGS
 COMMANDS = {'inspect': ('FILE',), 'convert': ('SOURCE', 'OUT'), 'merge': ('SOURCE', 'OUT')}
+MERGING = ('lora', 'model_b', 'model_c', 'method', 'weight', 'blocks', 'vae')  # flags of merge
 
 
 def define_flags():
@@ -41,6 +44,14 @@ def define_flags():
                       'of the model.')
     flags.DEFINE_multi_string('lora', None, 'merge: "path=PATH, weight=0.8", or "path=PATH, '
                               'unet=0.8, text=0.5"; repeat for several.')
+    flags.DEFINE_string('model_b', None, 'merge: the model to mix into SOURCE, model A.')
+    flags.DEFINE_string('model_c', None, 'merge: what is subtracted from model B.')
+    flags.DEFINE_string('method', None, 'merge: weighted_sum, slerp, add_difference, '
+                        'train_difference; by whether there is a model C, if left out.')
+    flags.DEFINE_float('weight', None, 'merge: of model B, 0.5 if left out; with a model C, 1.')
+    flags.DEFINE_string('blocks', None, 'merge: other weights of blocks, "BASE=0, IN00=0.3, '
+                        'M00=1", or all of them, BASE, IN00 ... M00, OUT00 ...: "0,0.1,0.3 ..."')
+    flags.DEFINE_string('vae', None, 'merge: a VAE that replaces the one of SOURCE.')
 
 
 def main(argv):
@@ -59,13 +70,30 @@ def run(arguments):
         for label, text in describe(pathlib.Path(paths[0]).expanduser()):
             print(printable(f'{label}: {text}'))
         return
-    if bool(FLAGS.lora) != (command == 'merge'):
-        raise ValueError('--lora goes with merge, and merge with --lora="path=PATH, weight=0.8"')
-    loras = [_lora(text) for text in FLAGS.lora or ()]
+    given = [name for name in MERGING if getattr(FLAGS, name) not in (None, [])]
+    if command == 'convert' and given:
+        raise ValueError(f'--{given[0]} goes with merge')
+    if command == 'merge' and not {'lora', 'model_b', 'vae'} & set(given):
+        raise ValueError('merge: expected --model_b=PATH, --lora="path=PATH, weight=0.8" or '
+                         '--vae=PATH')
+    if FLAGS.model_b is None and (alone := {*given} - {'lora', 'vae'}):
+        raise ValueError(f'--{min(alone)} goes with --model_b')
+    loras, blocks = [_lora(text) for text in FLAGS.lora or ()], _blocks(FLAGS.blocks)
     import jaxsd
+
+    def load(path):
+        return jaxsd.load(path, dtype=FLAGS.dtype, prediction_type=FLAGS.prediction, ema=FLAGS.ema,
+                          base=FLAGS.base, strays=FLAGS.strays, lazy=True)
+
     source, out = paths
-    model = jaxsd.load(source, dtype=FLAGS.dtype, prediction_type=FLAGS.prediction,
-                       ema=FLAGS.ema, base=FLAGS.base, strays=FLAGS.strays)
+    model = load(source)
+    if FLAGS.model_b:
+        others = [load(path) for path in (FLAGS.model_b, FLAGS.model_c) if path]
+        method = FLAGS.method or ('weighted_sum', 'add_difference')[len(others) - 1]
+        weight = (0.5, 1.0)[len(others) - 1] if FLAGS.weight is None else FLAGS.weight
+        model = jaxsd.merge_models([model, *others], method, weight, blocks)
+    if FLAGS.vae:
+        model = model.with_vae(jaxsd.load_vae(FLAGS.vae, dtype=FLAGS.dtype))
     if loras:
         model = jaxsd.merge(model, [(jaxsd.load_adapter(path, model, strays=FLAGS.strays), weight)
                                     for path, weight in loras])
@@ -75,6 +103,17 @@ def run(arguments):
     single = out.endswith('.safetensors')
     jaxsd.save(model, out, FLAGS.layout or ('single-file' if single else 'diffusers'))
     print(out)
+
+
+def _blocks(text):
+    """'BASE=0, IN00=0.3' or '0, 0.1, ...' -> what merge_models takes."""
+    if text is None or '=' in text:
+        return text and words('--blocks', text)
+    try:
+        return [float(value) for value in text.split(',')]
+    except ValueError:
+        raise ValueError(f'--blocks="{text}": expected "BASE=0, IN00=0.3, ..." or numbers with '
+                         'commas between them') from None
 
 
 def _lora(text):

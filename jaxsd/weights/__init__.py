@@ -4,6 +4,7 @@ from jaxsd.weights.adapter_writing import save_adapter
 from jaxsd.weights.adapters import Adapter, load_adapter, merge
 from jaxsd.weights.configs import write_config
 from jaxsd.weights.embeddings import Embedding, load_embedding, save_embedding
+from jaxsd.weights.merging import merge_models
 from jaxsd.weights.model import Model, Network
 from jaxsd.weights.parts import (
     load_controlnet,
@@ -17,4 +18,4 @@ from jaxsd.weights.writing import save
 
 __all__ = ['Adapter', 'Embedding', 'Model', 'Network', 'load', 'load_adapter', 'load_controlnet',
            'load_depth_estimator', 'load_embedding', 'load_t2i_adapter', 'load_vae', 'merge',
-           'save', 'save_adapter', 'save_embedding', 'save_network', 'write_config']
+           'merge_models', 'save', 'save_adapter', 'save_embedding', 'save_network', 'write_config']

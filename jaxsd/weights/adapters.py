@@ -24,7 +24,7 @@ from jaxsd.typing import Device, Params, Path
 from jaxsd.weights import adapter_formats, adapter_names, names
 from jaxsd.weights.adapter_formats import Delta
 from jaxsd.weights.embeddings import bundled, in_lora, is_bundled
-from jaxsd.weights.files import Reader, open_tensors, printable
+from jaxsd.weights.files import LazyArray, Reader, open_tensors, printable
 from jaxsd.weights.model import Model
 from jaxsd.weights.reading import CANDIDATES
 
@@ -338,9 +338,14 @@ def _weight(weight, component):
 def _changed(tree, changes, at=''):
     """A nested dict with some of its arrays changed: {name: [(weight, Delta), ...]}."""
     if not isinstance(tree, dict):
-        own = np.asarray(tree, np.float32)
-        change = sum(np.float32(weight) * delta.of(own) for weight, delta in changes[at])
-        return jax.device_put((own + change).astype(tree.dtype), _where(tree))
+        def compute():
+            own = np.asarray(tree, np.float32)
+            change = sum(np.float32(weight) * delta.of(own) for weight, delta in changes[at])
+            return (own + change).astype(tree.dtype)
+
+        if isinstance(tree, LazyArray):
+            return LazyArray(tree.shape, tree.dtype, compute)
+        return jax.device_put(compute(), _where(tree))
     found = dict(tree)
     for key in {name.removeprefix(at).lstrip('.').split('.')[0] for name in changes}:
         name = f'{at}.{key}' if at else key

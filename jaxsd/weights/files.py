@@ -183,6 +183,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor],
             file.write(array.reshape(-1).view(np.uint8).data)
 
 
+class LazyArray:
+    """An array that is read or computed whenever it is wanted: numpy.asarray(this).
+
+    get() -> the array, of this shape and dtype. What is kept is only how to make it, so that a
+    model of them goes from file to file a tensor at a time.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike,
+                 get: Callable[[], np.ndarray]) -> None:
+        self.shape, self.dtype, self._get = tuple(shape), np.dtype(dtype), get
+        self.size, self.ndim = math.prod(shape), len(shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self._get(), dtype or self.dtype)
+
+
 class replacing:
     """Context: a temporary name beside `path` that becomes `path` if all goes well."""
 

@@ -20,6 +20,7 @@ from jaxsd.typing import Device, Params, Path
 from jaxsd.weights import hub, marks, names
 from jaxsd.weights.configs import TOKENIZERS
 from jaxsd.weights.files import (
+    LazyArray,
     Reader,
     TensorFile,
     as_dtype,
@@ -38,7 +39,7 @@ CANDIDATES = ('sd15', 'sd15_inpainting', 'sd21', 'sd2_inpainting', 'sd2_depth', 
 
 def load(path: Path, dtype: DTypeLike | None = 'float32', config: ModelConfig | None = None,
          prediction_type: str | None = None, device: 'Device | None' = None, ema: bool = False,
-         base: Path | None = None, strays: bool = False) -> Model:
+         base: Path | None = None, strays: bool = False, lazy: bool = False) -> Model:
     """Read a model from a diffusers folder, a single file or the Hugging Face Hub.
 
     path: a folder, a file (.safetensors, or a pickle of torch.save: .ckpt, .pt ..., in which
@@ -53,6 +54,8 @@ def load(path: Path, dtype: DTypeLike | None = 'float32', config: ModelConfig | 
     ema: the U-Net's averaged weights, of a single file that holds both (model_ema.*).
     base: a model, as `path`, whose VAE or text encoders serve where a single file has none.
     strays: leave out tensors of a single file or folder that are not the model's, with a warning.
+    lazy: leave the tensors in the files: leaves are `files.LazyArray`s, for `merge`,
+        `merge_models` and `save`; what is not finite is then an error when it is written.
     Raises ValueError that lists every missing, unexpected, mis-shaped and non-finite tensor;
     ValueError or FileNotFoundError of one line for files that cannot be read.
     Memory: the weights in `dtype` and the largest tensor.
@@ -71,9 +74,9 @@ def load(path: Path, dtype: DTypeLike | None = 'float32', config: ModelConfig | 
         tokenizers = _tokenizers(other.path, other.config, absent)
     if strays:
         source.drop_strays()
-    params, extras = source.read(dtype, device)
+    params, extras = source.read(dtype, device, lazy)
     if source.untold:
-        source.settle(prediction(params['unet'], source.config.unet))
+        source.settle(prediction(jax.tree.map(np.asarray, params['unet']), source.config.unet))
         log.info('%s: does not say what it predicts; by its output %s', path,
                  source.config.schedule.prediction_type)
     tokenizers |= _tokenizers(source.path, source.config, params.keys() - set(absent))
@@ -110,25 +113,24 @@ class Source:
         self.tensors, self.places, self.extras = tensors, places, extras
         self.untold, self.size = untold, size
 
-    def read(self, dtype: np.dtype | None,
-             device: 'Device | None' = None) -> tuple[dict[str, Params], dict[str, np.ndarray]]:
+    def read(self, dtype: np.dtype | None, device: 'Device | None' = None,
+             lazy: bool = False) -> tuple[dict[str, Params], dict[str, np.ndarray]]:
         """-> params, extras. One pass over everything, then one error for all that is wrong."""
         problems = self.mismatches()
+        if lazy:
+            self._complain(problems)
         wrong = {name for found in problems.values() for name in found}
         params = {part: {} for part in self.places}
         for part, table in self.places.items():
             for name, place in table.items():
-                if place.name in wrong:
-                    continue
-                array = self._get(place, self.shapes[part][name])
-                with np.errstate(over='ignore'):
-                    cast = array if dtype is None else array.astype(dtype, copy=False)
-                if not np.isfinite(cast).all():
-                    kind = (f'too large for {dtype}' if np.isfinite(array).all()
-                            else 'not finite (NaN or infinity)')
-                    problems.setdefault(kind, {})[place.name] = ''
-                if not problems:
-                    params[part][name] = jax.device_put(to_jax(name, cast), device)
+                if lazy:
+                    params[part][name] = self._lazy(place, name, self.shapes[part][name], dtype)
+                elif place.name not in wrong:
+                    cast, problem = self._cast(place, self.shapes[part][name], dtype)
+                    if problem:
+                        problems.setdefault(problem, {})[place.name] = ''
+                    if not problems:
+                        params[part][name] = jax.device_put(to_jax(name, cast), device)
         self._complain(problems)
         return ({part: traverse_util.unflatten_dict(flat, sep='.')
                  for part, flat in params.items()},
@@ -196,6 +198,27 @@ class Source:
             return file.read(inner, rows=('qkv'.index(place.how), shape[0]))
         array = file.read(inner)
         return array.T if place.how == 'T' else array.reshape(shape)
+
+    def _cast(self, place, shape, dtype):
+        """A tensor in a dtype, and what is wrong with its numbers, or ''."""
+        array = self._get(place, shape)
+        with np.errstate(over='ignore'):
+            cast = array if dtype is None else array.astype(dtype, copy=False)
+        if np.isfinite(cast).all():
+            return cast, ''
+        return cast, (f'too large for {dtype}' if np.isfinite(array).all()
+                      else 'not finite (NaN or infinity)')
+
+    def _lazy(self, place, name, shape, dtype):
+        file, inner = self.tensors[place.name]
+
+        def get():
+            cast, problem = self._cast(place, shape, dtype)
+            self._complain({problem: {place.name: ''}} if problem else {})
+            return to_jax(name, cast)
+
+        return LazyArray(to_jax(name, np.broadcast_to(0, shape)).shape,
+                         file.dtypes[inner] if dtype is None else dtype, get)
 
     def _complain(self, problems, most=20):
         if not problems:

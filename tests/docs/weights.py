@@ -45,6 +45,7 @@ def write(folder):
         (files / name).mkdir(parents=True)
     single = files / 'model.safetensors'
     jaxsd.save(model, single, layout='single-file')
+    shutil.copy(single, files / 'other.safetensors')  # to merge with
     save_network(Network(model.config.vae, model.params['vae']), files / 'vae')
     jaxsd.save(random_model('sdxl', 'sdxl'), files / 'sdxl.safetensors', layout='single-file')
     home = pathlib.Path(folder) / 'hub' / f'models--{HUB.replace("/", "--")}'

@@ -112,7 +112,7 @@ def test_inspect_lora(lora):
 def main(monkeypatch, capsys):
     """main(*arguments, **flags): the main in this process -> what it printed."""
     def run(*arguments, **flags):
-        defaults = dict.fromkeys(('layout', 'dtype', 'prediction', 'base', 'lora'))
+        defaults = dict.fromkeys(('layout', 'dtype', 'prediction', 'base', *convert.MERGING))
         flags = {**defaults, 'ema': False, 'strays': False, **flags}
         monkeypatch.setattr(convert, 'FLAGS', types.SimpleNamespace(**flags))
         convert.main(['convert', *map(str, arguments)])
@@ -140,12 +140,59 @@ def test_convert_and_merge(checkpoint, lora, tmp_path, main):
     assert abs(delta).max() > 0.1
 
 
+def test_merge_models(checkpoint, lora, tmp_path, main):
+    """A + w (B - C) with blocks of another weight, another VAE and a LoRA, in one go."""
+    a = jaxsd.load(checkpoint)
+    b, c = (a.replace(params=jax.tree.map(lambda x, k=k: x * k, a.params)) for k in (3, 2))
+    for name, model in (('b', b), ('c', c)):
+        jaxsd.save(model, tmp_path / f'{name}.safetensors', 'single-file')
+    vae = jaxsd.Network(c.config.vae, c.params['vae'])
+    jaxsd.save_network(vae, tmp_path / 'vae')
+    out = tmp_path / 'out.safetensors'
+    main('merge', checkpoint, out, model_b=str(tmp_path / 'b.safetensors'),
+         model_c=str(tmp_path / 'c.safetensors'), blocks='M00=0.5, BASE=0',
+         vae=str(tmp_path / 'vae'), lora=[f'path={lora}'])
+    found, (delta,) = jaxsd.load(out), jaxsd.load_adapter(lora, a).deltas['unet'].items()
+    expected = jax.tree.map(lambda x: 2 * x, a.params['unet'])  # A + (3 A - 2 A)
+    expected['mid_block'] = jax.tree.map(lambda x: 1.5 * x, a.params['unet']['mid_block'])
+    *above, last = delta[0].split('.')
+    place = expected
+    for key in above:
+        place = place[key]
+    place[last] = place[last] + delta[1].of(np.asarray(place[last]))
+    for part, tree in {'unet': expected, 'text_encoder': a.params['text_encoder'],
+                       'vae': c.params['vae']}.items():
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
+                     found.params[part], tree)
+    half = tmp_path / 'half'
+    main('merge', checkpoint, half, model_b=str(tmp_path / 'b.safetensors'), dtype='float16')
+    conv = jaxsd.load(half, dtype=None).params['unet']['conv_in']['weight']
+    assert conv.dtype == 'float16'
+    np.testing.assert_allclose(conv, 2 * a.params['unet']['conv_in']['weight'], rtol=2e-3)
+
+
+@pytest.mark.parametrize('flags, said', [
+    (dict(weight=0.5), '--weight goes with --model_b'),
+    (dict(model_b='b', blocks='a, b'), '--blocks="a, b": expected "BASE=0, IN00=0.3'),
+    (dict(model_b='none'), 'none: no such file'),
+    (dict(model_b='SELF', method='slurp'), "unknown method 'slurp': did you mean 'slerp'?"),
+    (dict(model_b='SELF', method='add_difference'), 'add_difference: expected 3 models, found 2'),
+    (dict(model_b='SELF', blocks='IN77=1'), "unknown block 'IN77'")])
+def test_bad_merges(flags, said, checkpoint, tmp_path, main):
+    flags = {name: str(checkpoint) if value == 'SELF' else value for name, value in flags.items()}
+    with pytest.raises(SystemExit) as caught:
+        main('merge', checkpoint, tmp_path / 'out', lora=[], **flags | {
+            'vae': None if 'model_b' in flags else 'x'})
+    assert re.fullmatch(r'error: [^\n]*', str(caught.value)) and said in str(caught.value)
+    assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('arguments, lora, said', [
     ([], None, 'expected inspect FILE | convert SOURCE OUT | merge SOURCE OUT; found nothing'),
     (['inspect'], None, 'found inspect'), (['explain', 'a'], None, 'found explain a'),
     (['inspect', 'none.ckpt'], None, 'none.ckpt: no such file'),
     (['convert', 'none.ckpt', 'out'], None, 'none.ckpt: no such file'),
-    (['merge', 'a', 'b'], None, '--lora goes with merge'),
+    (['merge', 'a', 'b'], None, 'merge: expected --model_b=PATH, --lora='),
     (['convert', 'a', 'b'], ['path=c'], '--lora goes with merge'),
     (['merge', 'a', 'b'], ['weight=1'], 'expected path='),
     (['merge', 'a', 'b'], ['path=c, weight=x'], 'the number weight='),
