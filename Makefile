@@ -56,8 +56,9 @@ $(VENV)/.test: pyproject.toml | $(RUN)
 
 # On Linux PyPI's torch carries CUDA; pip's settings may name torch's own CPU index instead.
 # Of controlnet_aux only the drawing of poses is used; what it requires beside numpy and OpenCV
-# serves its networks, and a torchvision from another index than torch breaks transformers.
+# serves its networks, and a torchvision from another index than torch breaks transformers; so of
+# spandrel, which requires that too, only some of its networks.
 $(VENV)/.parity: pyproject.toml | $(RUN)
 	$(PIP) --editable '.[test,parity]'
-	$(PIP) --no-deps controlnet_aux==0.0.10
+	$(PIP) --no-deps controlnet_aux==0.0.10 spandrel==0.4.2
 	touch $(VENV)/.demo $(VENV)/.test $@

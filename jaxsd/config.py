@@ -176,6 +176,32 @@ class T2IAdapterConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class UpscalerConfig(Checked):
+    """A network that enlarges pictures, see models/upscaler.py. `blocks` has the RRDBs, Compact's
+    convolutions, or SwinIR's blocks of each layer; `ups` counts doublings."""
+
+    kind: str = choice('rrdb', 'compact', 'swinir')
+    scale: int = ranged(4, 1, 16)  # times the sides of a picture
+    ups: int = ranged(2, 0, 4)
+    unshuffle: int = ranged(1, 1, 4)  # RRDB: along each side, pixels that are read as channels
+    channels: int = ranged(64, 1, WIDTH)
+    growth: int = ranged(32, 1, WIDTH)  # RRDB: of its dense layers; SwinIR: channels at full size
+    blocks: tuple = ranged((23,), 1, 256)
+    heads: tuple = ranged((6,), 1, WIDTH)  # SwinIR, as what follows
+    window: int = ranged(8, 1, 256)
+    hidden: int = ranged(128, 1, WIDTH)  # width of the MLPs
+    upsampler: str = choice('', 'pixelshuffle', 'pixelshuffledirect', 'nearest+conv')
+    bottleneck: bool = False  # three convolutions after each layer (resi_connection='3conv')
+
+    def check(self) -> None:
+        if self.kind == 'swinir':
+            if len(self.blocks) != len(self.heads):
+                raise ValueError(f'expected one entry per layer in each of blocks (found '
+                                 f'{len(self.blocks)}), heads (found {len(self.heads)})')
+            self.divisible('channels', [self.channels] * len(self.heads), 'heads', self.heads)
+
+
+@dataclasses.dataclass(frozen=True)
 class VAEConfig(Checked):
     """An AutoencoderKL.
 

@@ -119,17 +119,18 @@ def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
              loras: Mapping[str, Path], embeddings: Mapping[str, Path],
              device: Device | None = None, strays: bool = False,
              controlnets: Mapping[str, Path] = MappingProxyType({}), fitting: bool = False,
+             upscalers: Mapping[str, Path] = MappingProxyType({}),
              ) -> tuple[Model, dict[str, list[str]]]:
     """The model with what resolved requests name -> it, and what a picture's record says of that.
 
     requests: None: whatever is there counts as named. loras, embeddings: {name: path}, see `files`;
     ControlNets that requests name are named by their paths, `controlnets` {name: path} are there
     beside them. strays: see `jaxsd.load_adapter`. fitting: leave out LoRAs and embeddings that are
-    not for this model, with a warning.
+    not for this model, with a warning. upscalers: {name: path}, for Hires.
     """
     import jaxsd
     from jaxsd.run.hires import passes
-    from jaxsd.run.request import PROMPTS
+    from jaxsd.run.request import PROMPTS, Hires
     from jaxsd.run.text_conditioning import parse_prompts
     nets = sorted({control.net for request in requests or () for control in request.controls})
     if requests is not None:
@@ -138,15 +139,20 @@ def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
         words = ' '.join({getattr(r, name) or '' for r in drawn for name in PROMPTS}).lower()
         loras = {name: path for name, path in loras.items() if name in asked}
         embeddings = {name: path for name, path in embeddings.items() if name.lower() in words}
+        used = {request.hires.upscaler for request in requests if isinstance(request.hires, Hires)}
+        upscalers = {name: path for name, path in upscalers.items() if name in used}
     model = model.replace(
         controlnets={n: jaxsd.load_controlnet(p, dtype, device=device)
                      for n, p in {**{n: n for n in nets}, **controlnets}.items()},
         adapters=_loaded(loras, fitting, lambda n, p: jaxsd.load_adapter(
             p, model, device, strays)),
         embeddings=_loaded(embeddings, fitting, lambda n, p: jaxsd.load_embedding(
-            p, model.config, n)))
+            p, model.config, n)),
+        upscalers=_loaded(upscalers, fitting, lambda n, p: jaxsd.load_upscaler(
+            p, dtype, device)))
     return model, {flag: [f'{name}={path}' for name, path in found.items()]
-                   for flag, found in (('lora', loras), ('embeddings', embeddings))}
+                   for flag, found in (('lora', loras), ('embeddings', embeddings),
+                                       ('upscalers', upscalers))}
 
 
 def _loaded(paths, fitting, load):

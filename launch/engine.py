@@ -35,7 +35,8 @@ def describe():
             **{name: FLAGS[name].value for name in ('vae', 'refiner', 'strays')
                if FLAGS[name].value},
             **{name: [f'{key}={path}' for key, path in files(
-                f'--{name}', FLAGS[name].value or ()).items()] for name in ('lora', 'embeddings')},
+                f'--{name}', FLAGS[name].value or ()).items()] for name in (
+                    'lora', 'embeddings', 'upscalers')},
             'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'slots': FLAGS.slots,
             'weights': FLAGS.weights}
 
@@ -56,10 +57,12 @@ def build(how, requests=None, devices=None, lone=False):
     if how.get('vae'):
         model = model.with_vae(jaxsd.load_vae(how['vae'], dtype))
     refiner = load(recipe, how['refiner'], strays=strays)[0] if how.get('refiner') else None
-    adapters, embeddings, controlnets = (files(f'--{flag}', how.get(flag, ())) for flag in (
-        'lora', 'embeddings', 'controlnet'))
+    adapters, embeddings, controlnets, upscalers = (
+        files(f'--{flag}', how.get(flag, ())) for flag in (
+            'lora', 'embeddings', 'controlnet', 'upscalers'))
     model, named = complete(model, requests, dtype, adapters, embeddings, strays=strays,
-                            controlnets=controlnets, fitting=how.get('fitting', False))
+                            controlnets=controlnets, fitting=how.get('fitting', False),
+                            upscalers=upscalers)
     tile = how['tile'] or None
     spread = how['weights'] == 'sharded' or how['weights'] == 'auto' and not _fits(model, refiner)
     engine = Engine(model, refiner, how['slots'], tile, devices, spread, lone=lone)

@@ -27,7 +27,7 @@ CONFIGS = ROOT / 'configs'
 FLAGS = flags.FLAGS
 # What a picture's record holds beside its request, under the names of the recipe and the flags.
 RECIPE = ('checkpoint', 'base', 'ema', 'dtype', 'prediction', 'tile')
-GIVEN = ('vae', 'refiner', 'control', 'lora', 'embeddings', 'strays')
+GIVEN = ('vae', 'refiner', 'control', 'lora', 'embeddings', 'upscalers', 'strays')
 OF_RECIPE = 'Of the recipe'  # so the help of its fields begins
 ASKED = ('negative_prompt', 'prompt_2', 'negative_prompt_2', 'strength', 'mask', 'depth',
          'wildcards')
@@ -92,6 +92,9 @@ def define_model_flags():
                         'out, "" for none.')
     flags.DEFINE_multi_string('embeddings', None, 'A textual inversion, "[name=]PATH", or a folder '
                               'of them, for their names in prompts; repeat for several.')
+    flags.DEFINE_multi_string('upscalers', None, 'A network that enlarges pictures (ESRGAN, '
+                              'Real-ESRGAN, SwinIR) for --hires="upscaler=NAME", "[name=]PATH", or '
+                              'a folder of them; repeat for several.')
 
 
 def guarded(run):
@@ -128,8 +131,8 @@ def run():
     if FLAGS.control:
         controls = _controls(*hint_size or (None, None), past)
         requests = [request.replace(controls=controls) for request in requests]
-    adapters, embeddings = (files(f'--{name}', FLAGS[name].value or ())
-                            for name in ('lora', 'embeddings'))
+    adapters, embeddings, upscalers = (files(f'--{name}', FLAGS[name].value or ())
+                                       for name in ('lora', 'embeddings', 'upscalers'))
     out = picture.check_folder(FLAGS.out)
     for path in sorted({path for request in requests for path in picture.files(request)}):
         if not os.path.exists(path):
@@ -154,7 +157,8 @@ def run():
         requests, notes = infotext.fit(requests, model.config)
         _note(notes)
     _check_adapters(requests, adapters)
-    model, named = complete(model, requests, dtype, adapters, embeddings, strays=FLAGS.strays)
+    model, named = complete(model, requests, dtype, adapters, embeddings, strays=FLAGS.strays,
+                            upscalers=upscalers)
     print(f'{printable(name)}: {model.config.version}, {dtype}, on {jax.local_device_count()} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
 
@@ -188,7 +192,7 @@ def _past(recipe):
     if path is None:
         return None
     from jaxsd.run import infotext
-    past = infotext.read(path)
+    past = infotext.read(path, files('--upscalers', FLAGS.upscalers or ()))
     _note(past.notes)
     _check_names(past, recipe)
     if 'versions' not in past.run and not FLAGS.checkpoint and (

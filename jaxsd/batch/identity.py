@@ -18,7 +18,7 @@ import numpy as np
 import jaxsd
 from jaxsd.run import picture
 from jaxsd.run.engine import slots_for
-from jaxsd.run.request import PROMPTS, Request
+from jaxsd.run.request import PROMPTS, UPSCALERS, Hires, Request
 from jaxsd.run.text_conditioning import parse_prompts
 from jaxsd.sampling import plugins
 from jaxsd.weights import Model
@@ -60,8 +60,8 @@ class Identity:
 
     settings: what is common to all of them: hashes of the weights and of the code, the Engine's
     slots (None: chosen by size), tile, and over how many devices the weights are spread (None:
-    not). Adapters, embeddings, ControlNets and the code of plugins count for the requests that name
-    them.
+    not). Adapters, embeddings, ControlNets, upscalers and the code of plugins count for the
+    requests that name them.
     """
 
     def __init__(self, model: Model, refiner: Model | None = None, *, slots: int | None,
@@ -88,7 +88,9 @@ class Identity:
                                                           found.embeddings.items()}])
                              for name, found in model.adapters.items()},
                 'embeddings': {name: digest(found.vectors)
-                               for name, found in model.embeddings.items()}}
+                               for name, found in model.embeddings.items()},
+                'upscalers': {name: digest(found.params)
+                              for name, found in model.upscalers.items()}}
 
     def of(self, request: Request, slots: int | None = None) -> str:
         """A resolved request's id -> 32 hex digits. Reads the files that the request names. slots:
@@ -96,7 +98,9 @@ class Identity:
         words = ' '.join(getattr(request, name) or '' for name in PROMPTS).lower()
         names = {'controlnets': [control.net for control in request.controls],
                  'adapters': parse_prompts(request).adapters,
-                 'embeddings': [n for n in self._named['embeddings'] if n.lower() in words]}
+                 'embeddings': [n for n in self._named['embeddings'] if n.lower() in words],
+                 'upscalers': [request.hires.upscaler] if isinstance(request.hires, Hires) and (
+                     request.hires.upscaler not in UPSCALERS) else []}
         used = {kind: {name: self._named[kind].get(name) for name in sorted(found)}
                 for kind, found in names.items() if found}
         if own := plugins.used(request):

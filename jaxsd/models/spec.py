@@ -14,13 +14,13 @@ from jax.typing import DTypeLike
 
 from jaxsd import config as c
 from jaxsd.config import TEXT_ENCODERS, ModelConfig
-from jaxsd.models import shapes, t2i_adapter
+from jaxsd.models import shapes, t2i_adapter, upscaler
 from jaxsd.typing import Params, Shapes
 
 NAMES: dict[type, Callable[..., Shapes]] = {
     c.UNetConfig: shapes.unet, c.ControlNetConfig: shapes.controlnet, c.VAEConfig: shapes.vae,
     c.TinyVAEConfig: shapes.tiny_vae, c.TextConfig: shapes.text, c.DPTConfig: shapes.dpt,
-    c.T2IAdapterConfig: t2i_adapter.names}
+    c.T2IAdapterConfig: t2i_adapter.names, c.UpscalerConfig: upscaler.names}
 
 
 def spec(config: ModelConfig) -> dict[str, Shapes]:

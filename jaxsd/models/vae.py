@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float
 
 from jaxsd.config import TinyVAEConfig, VAEConfig
@@ -84,50 +84,6 @@ def _statistics(cfg):
     """Shift and factor, and mean and deviation of the channels."""
     return (cfg.shift_factor, cfg.scaling_factor, np.float32(cfg.latents_mean or 0),
             np.float32(cfg.latents_std or 1))
-
-
-def decode_tiled(params: Params, cfg: VAEConfig | TinyVAEConfig, latent: Float[Array, 'B h w L'],
-                 tile: int = 64, overlap: int = 16) -> Float[Array, 'B H W 3']:
-    """`decode` in overlapping square tiles, cross-faded: the memory of one tile, any size.
-
-    tile, overlap: in latents. Group norms see a tile each, so the result is close to `decode`
-    and equals it when the latent fits into one tile.
-    """
-    if not 0 <= overlap < tile:
-        raise ValueError(f'overlap {overlap}: expected 0 <= overlap < tile, which is {tile}')
-    B, H, W, L = latent.shape
-    if max(H, W) <= tile:
-        return decode(params, cfg, latent)
-    f, h, w = cfg.factor, min(tile, H), min(tile, W)
-    starts = np.array([(y, x) for y in _starts(H, h, overlap) for x in _starts(W, w, overlap)])
-    window = np.outer(_ramp(h * f, overlap * f), _ramp(w * f, overlap * f))[None, :, :, None]
-    window = window.astype(np.float32)
-
-    def add(carry, start):
-        image, weight = carry
-        y, x = start
-        part = decode(params, cfg, lax.dynamic_slice(latent, (0, y, x, 0), (B, h, w, L)))
-        at = (0, y * f, x * f, 0)
-        old = lax.dynamic_slice(image, at, part.shape)
-        image = lax.dynamic_update_slice(image, old + part * window, at)
-        old = lax.dynamic_slice(weight, at, window.shape)
-        return (image, lax.dynamic_update_slice(weight, old + window, at)), None
-
-    empty = (jnp.zeros((B, H * f, W * f, cfg.out_channels)), jnp.zeros((1, H * f, W * f, 1)))
-    (image, weight), _ = lax.scan(add, empty, starts)
-    return image / weight
-
-
-def _starts(size, tile, overlap):
-    """First positions of the fewest equally spaced tiles that cover `size`."""
-    count = 1 + -(-(size - tile) // max(1, tile - overlap))  # one tile may be all of a short side
-    return np.linspace(0, size - tile, count).round().astype(int)
-
-
-def _ramp(size, overlap):
-    """Weights [size] that fall off towards both ends over `overlap`, never to zero."""
-    edge = (np.arange(size) + 1) / (overlap + 1)
-    return np.minimum(1, np.minimum(edge, edge[::-1]))
 
 
 def _head(p, cfg, x):

@@ -16,7 +16,8 @@ from jaxsd.run.pipeline import (
     start,
 )
 from jaxsd.run.request import Control, Hires, Request, resolve
+from jaxsd.run.upscale import upscale
 
 __all__ = ['Control', 'Encoded', 'Engine', 'Hires', 'Inputs', 'Preview', 'Request', 'advance',
            'decode', 'denoiser', 'encode', 'encode_image', 'encode_text', 'generate', 'inputs',
-           'latents', 'lengthened', 'networks', 'pipeline', 'resolve', 'start']
+           'latents', 'lengthened', 'networks', 'pipeline', 'resolve', 'start', 'upscale']

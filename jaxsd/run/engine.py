@@ -192,11 +192,13 @@ class Engine:
         stages, init_image = self.prepare(first, noise)
         more, _ = self.prepare(second)
         upscaler, vae = request.hires.upscaler, self.config.vae
+        hires.network(upscaler, self.nets[0])
         nothing = np.zeros((1, first.height // vae.factor, first.width // vae.factor,
                             vae.latent_channels), np.float32)
+        enlarged = upscaler
         if not hires.in_latents(upscaler):
-            nothing = np.zeros((first.height, first.width, 3), np.uint8)
-        data = hires.second(more[0].inputs, upscaler, nothing)
+            nothing, enlarged = np.zeros((first.height, first.width, 3), np.uint8), 'lanczos'
+        data = hires.second(more[0].inputs, enlarged, nothing)
         kind = more[0].kind._replace(shapes=program(data))
         stages += [Stage(kind, data, upscaler), *more[1:]]
         slots = self.slots_of(request)  # of both, as a picture has one number of them
@@ -486,7 +488,8 @@ class Lane(threading.Thread):
         """Give the next stage what the one before came to."""
         try:
             stage = task.stages[task.number + 1]
-            data = hires.second(stage.inputs, stage.upscaler, np.asarray(found))
+            net = hires.network(stage.upscaler, self.engine.nets[0])
+            data = hires.second(stage.inputs, stage.upscaler, np.asarray(found), net)
             task.stages[task.number + 1] = stage._replace(inputs=data)
             self.engine._go_on(task, None)
         except Exception as error:

@@ -9,7 +9,10 @@ from PIL import Image
 
 from jaxsd import images
 from jaxsd.run.inputs import Inputs
-from jaxsd.run.request import Hires, Request
+from jaxsd.run.request import UPSCALERS, Hires, Request
+from jaxsd.run.upscale import to_size
+from jaxsd.sampling.choice import unknown
+from jaxsd.weights.model import Model, Network
 
 
 def passes(request: Request) -> list[Request]:
@@ -35,20 +38,35 @@ def passes(request: Request) -> list[Request]:
         strength=hires.strength)]
 
 
+def network(upscaler: str, model: Model) -> Network | None:
+    """The network that an upscaler is; None for UPSCALERS. Raises ValueError for one that the model
+    does not have."""
+    if upscaler in UPSCALERS:
+        return None
+    if upscaler not in model.upscalers:
+        raise ValueError(f'{unknown("upscaler", upscaler, [*UPSCALERS, *model.upscalers])}; a '
+                         'network is given as model.replace(upscalers={name: '
+                         'jaxsd.load_upscaler(path)}), --upscalers=NAME=PATH')
+    return model.upscalers[upscaler]
+
+
 def in_latents(upscaler: str) -> bool:
     """Whether an upscaler enlarges latents; others enlarge pixels."""
-    return upscaler.startswith('latent')
+    return upscaler in UPSCALERS and upscaler.startswith('latent')
 
 
-def second(inputs: Inputs, upscaler: str, found: np.ndarray) -> Inputs:
+def second(inputs: Inputs, upscaler: str, found: np.ndarray,
+           net: Network | None = None) -> Inputs:
     """Inputs of the second of `passes` -> those that start from `found`: the first pass's latents
-    [1,h,w,L], or its picture uint8 [H,W,3], as the upscaler needs."""
+    [1,h,w,L], or its picture uint8 [H,W,3], as the upscaler needs. net: of `network`."""
     if in_latents(upscaler):
         _, rows, columns, _ = inputs.init_weight.shape
         return inputs._replace(init_image=None, init_latents=enlarge(
             np.asarray(found[0], np.float32), columns, rows, upscaler)[None])
     _, height, width, _ = inputs.init_image.shape
-    return inputs._replace(init_image=enlarge(found, width, height, upscaler)[None])
+    image = enlarge(found, width, height, upscaler) if net is None else (
+        to_size(net, found, width, height))
+    return inputs._replace(init_image=image[None])
 
 
 def enlarge(image: np.ndarray, width: int, height: int, upscaler: str) -> np.ndarray:

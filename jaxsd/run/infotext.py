@@ -17,7 +17,7 @@ from jaxsd.typing import Path
 
 # Fields of a Request, and what else is in a record, that name files, folders and models.
 PATHS = ('image', 'mask', 'depth', 'schedule', 'wildcards', 'controls')
-NAMES = ('checkpoint', 'base', 'vae', 'refiner', 'control', 'lora', 'embeddings')
+NAMES = ('checkpoint', 'base', 'vae', 'refiner', 'control', 'lora', 'embeddings', 'upscalers')
 
 
 class Metadata(NamedTuple):
@@ -52,7 +52,7 @@ class Metadata(NamedTuple):
                 raise ValueError(f'{path} has changed since the picture was made from it')
 
 
-def read(path: Path) -> Metadata:
+def read(path: Path, upscalers: Collection[str] = ()) -> Metadata:
     """A picture's file -> Metadata. Opens no file but this one.
 
     A PNG of ours tells everything; of PNG, JPEG and WebP files of other programs the text is read
@@ -62,14 +62,15 @@ def read(path: Path) -> Metadata:
     return from_texts(path, _texts(path))
 
 
-def from_texts(name: Path, texts: Mapping[str, str]) -> Metadata:
+def from_texts(name: Path, texts: Mapping[str, str],
+               upscalers: Collection[str] = ()) -> Metadata:
     """`read` of a picture's texts, {keyword: text}; name: what errors call it."""
     if 'jaxsd' in texts:
         return _recorded(name, texts['jaxsd'])
     if not texts.get('parameters'):
         raise ValueError(f'{name} does not say how it was made: expected the text that this '
                          'program or stable-diffusion-webui writes into its pictures')
-    return foreign(texts['parameters'])
+    return foreign(texts['parameters'], upscalers)
 
 
 def _texts(path):
@@ -120,7 +121,7 @@ def _whole(low, high):
 RUN = {  # what `picture.record` is given beside the request, where it is given
     **dict.fromkeys(('checkpoint', 'base', 'dtype', 'prediction', 'vae', 'refiner', 'model',
                      'device', 'id'), _text),
-    **dict.fromkeys(('control', 'lora', 'embeddings', 'plugin'), _several),
+    **dict.fromkeys(('control', 'lora', 'embeddings', 'upscalers', 'plugin'), _several),
     **dict.fromkeys(('ema', 'strays'), _flag),
     'slots': _whole(1, MOST),
     'tile': _whole(0, MAX_SIDE),
@@ -257,7 +258,7 @@ HIRES = {  # of A1111's keys that are fields of Hires: what they become
     'Hires upscale': lambda v: {'scale': float(v)},
     'Hires resize': lambda v: dict(zip(('width', 'height'), map(int, v.split('x')), strict=True)),
     'Hires steps': lambda v: {'steps': int(v)},
-    'Hires upscaler': lambda v: {'upscaler': HIRES_UPSCALERS[v]},
+    'Hires upscaler': lambda v: {'upscaler': HIRES_UPSCALERS.get(v, v)},
     'Hires sampler': lambda v: _hires_sampler(v),
     'Hires schedule type': lambda v: {'schedule': _schedule(v)},
     'Hires CFG Scale': lambda v: {'guidance': float(v)},
@@ -346,9 +347,9 @@ def _unquote(value):
         return value
 
 
-def foreign(text: str) -> Metadata:
-    """A1111's text -> Metadata, with a note for each pair that has no counterpart here. Raises
-    ValueError where settings stand in the prompt."""
+def foreign(text: str, upscalers: Collection[str] = ()) -> Metadata:
+    """A1111's text -> Metadata, with a note for each pair that has no counterpart here. upscalers:
+    names of networks that there are. Raises ValueError where settings stand in the prompt."""
     prompt, negative, pairs = parse(text)
     pairs = {KEYS.get(key.lower(), key): value for key, value in pairs.items()}
     inside = {name.lower() for name in SETTING.findall(f'{prompt}\n{negative}')}
@@ -361,7 +362,7 @@ def foreign(text: str) -> Metadata:
     run = {name.lower(): pairs.pop(name) for name in ('Model', 'VAE', 'Refiner') if name in pairs}
     fields: dict[str, Any] = {'prompt': prompt, 'negative_prompt': negative,
                               'noise': SOFTWARE[program]}
-    hires = _hires(pairs, notes)
+    hires = _hires(pairs, notes, upscalers)
     if program == 'ComfyUI':
         fields['weighting'] = 'comfy'
     for key in [key for key in FIELDS if key in pairs]:
@@ -382,16 +383,17 @@ def foreign(text: str) -> Metadata:
     return Metadata(fields, {'model': run['model']} if 'model' in run else {}, notes)
 
 
-def _hires(pairs, notes):
+def _hires(pairs, notes, upscalers):
     """A1111's second pass -> fields of Hires, None where there is none; takes it out of the pairs.
     """
     found = {key: pairs.pop(key) for key in list(pairs) if key.lower().startswith('hires')}
     if not found:
         return None
     strength = pairs.pop('Denoising strength', None)
-    if found.get('Hires upscaler', 'Latent') not in HIRES_UPSCALERS:
-        notes.append(f'Hires fix is left out: there is no upscaler {found["Hires upscaler"]} here; '
-                     'the picture comes in the size of its first pass')
+    if found.get('Hires upscaler', 'Latent') not in (*HIRES_UPSCALERS, *upscalers):
+        name = found['Hires upscaler']
+        notes.append(f'Hires fix is left out: there is no upscaler {name} here; give its file as '
+                     f'--upscalers="{name}=PATH"; the picture comes in the size of its first pass')
         return None
     fields = {} if strength is None else (
         _value(lambda v: {'strength': float(v)}, 'Denoising strength', strength, notes) or {})

@@ -88,7 +88,7 @@ def _hires(hires):
         'Hires upscale': _short(hires.scale) if size == (None, None) else '',
         'Hires resize': '' if size == (None, None) else '{}x{}'.format(*(n or 0 for n in size)),
         'Hires steps': hires.steps or '',
-        'Hires upscaler': UPSCALERS[hires.upscaler],
+        'Hires upscaler': UPSCALERS.get(hires.upscaler, hires.upscaler),
         'Hires sampler': A1111_SAMPLERS.get(hires.sampler, hires.sampler) or '',
         'Hires schedule type': '' if hires.schedule is None else _schedule(hires.schedule),
         'Hires CFG Scale': '' if hires.guidance is None else _short(hires.guidance),

@@ -14,6 +14,7 @@ from jaxsd import sampling
 from jaxsd.config import ModelConfig, T2IAdapterConfig
 from jaxsd.models import controlnet, t2i_adapter, unet, vae
 from jaxsd.models.layers import attention, attention_received, prepared
+from jaxsd.models.tiling import tiled
 from jaxsd.prompt import conditioning
 from jaxsd.prompt.conditioning import Conditioning
 from jaxsd.run.inputs import Inputs
@@ -51,17 +52,21 @@ def pipeline(params: Params, inputs: Inputs, config: ModelConfig, height: int, w
     """The whole as one pure function: text -> latents -> pixels.
 
     params, config: of `inputs.networks`. inputs: Inputs of B pictures of height x width pixels.
+    tile: latents along the sides of the squares that the VAE sees at once, for less memory; None:
+    all of a picture.
     -> images uint8 [B,height,width,3] and finite, bool [B].
     """
-    return decode(params, config, latents(params, inputs, config, height, width), tile)
+    found = latents(params, inputs, config, height, width, tile=tile)
+    return decode(params, config, found, tile)
 
 
 def latents(params: Params, inputs: Inputs, config: ModelConfig, height: int, width: int,
-            info: Info | None = None) -> Any:
+            info: Info | None = None, tile: int | None = None) -> Any:
     """`pipeline` up to its decoder -> latents [B,h,w,L]; info: as of `sampling.sample`, whose
     result this is with it."""
     params = once(params)
-    encoded, x = encode(params, config, inputs, encode_text(params, config, inputs), height, width)
+    encoded, x = encode(params, config, inputs, encode_text(params, config, inputs), height, width,
+                        tile)
     state, seen = advance(params, config, start(x, inputs.steps), encoded, inputs.steps, info=info)
     return state.x if info is None else (state.x, seen)
 
@@ -90,24 +95,25 @@ def encode_text(params: Params, config: ModelConfig, inputs: Inputs) -> Conditio
 
 
 def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioning | None,
-           height: int, width: int) -> tuple[Encoded, Float[Array, 'B h w L']]:
+           height: int, width: int,
+           tile: int | None = None) -> tuple[Encoded, Float[Array, 'B h w L']]:
     """Pictures, masks and hints of Inputs -> (Encoded, latents [B,h,w,L] at the first noise level).
 
-    text: of `encode_text`.
+    text: of `encode_text`; tile: as of `pipeline`.
     """
     shape = (height // config.vae.factor, width // config.vae.factor, config.vae.latent_channels)
     keys = jax.random.wrap_key_data(jnp.asarray(inputs.keys), impl='threefry2x32')
     x = _noise(inputs, keys, shape) * _each(inputs.sigma)
     extra, init = inputs.extra, None
     if inputs.init_image is not None:
-        init = encode_image(params, config, vae.unit(inputs.init_image))
+        init = encode_image(params, config, vae.unit(inputs.init_image), tile)
         x = x + inputs.init_weight * init
     elif inputs.init_latents is not None:
         x = x + inputs.init_weight * inputs.init_latents
     if (hidden := inputs.inpaint_mask) is not None:  # the mask, and the image around it
         seen = jnp.zeros(()) if inputs.init_image is None else vae.unit(inputs.init_image)
         seen = jnp.broadcast_to(jnp.where(hidden, 0, seen), (*hidden.shape[:3], 3))
-        extra = jnp.concatenate([extra, encode_image(params, config, seen)], -1)
+        extra = jnp.concatenate([extra, encode_image(params, config, seen, tile)], -1)
     if inputs.low_res is not None:
         small, (signal, sigma) = vae.unit(inputs.low_res), map(_each, inputs.low_res_scale.T)
         extra = signal * small + sigma * sampling.draw(keys, LOW_RES, small.shape[1:])
@@ -265,11 +271,18 @@ def _controls(nets, configs, weights, called, hints, added, labels):
     return added_up[0] or None, added_up[1]
 
 
-def encode_image(params: Params, config: ModelConfig,
-                 image: Float[Array, 'B H W 3']) -> Float[Array, 'B h w L']:
-    """image [B,H,W,3] in [-1,1] -> its latents as the U-Net sees them [B,h,w,L], the mean."""
-    mean, _ = vae.encode(_vae_weights(params, config), config.vae, image)
-    return vae.scale(config.vae, mean)
+def encode_image(params: Params, config: ModelConfig, image: Float[Array, 'B H W 3'],
+                 tile: int | None = None) -> Float[Array, 'B h w L']:
+    """image [B,H,W,3] in [-1,1] -> its latents as the U-Net sees them [B,h,w,L], the mean. tile: as
+    of `pipeline`."""
+    weights = _vae_weights(params, config)
+    return vae.scale(config.vae, _in_tiles(
+        lambda x: vae.encode(weights, config.vae, x)[0], image, tile, config.vae.factor))
+
+
+def _in_tiles(apply, x, tile, down=1):
+    """A part of the VAE, which sees a tile at a time: group norms make it a little different."""
+    return apply(x) if tile is None else tiled(apply, x, tile, tile // 4, down)
 
 
 def _vae_weights(params, config):
@@ -284,9 +297,6 @@ def decode(params: Params, config: ModelConfig, latent: Float[Array, 'B h w L'],
     """Latents [B,h,w,L] as the U-Net sees them -> images uint8 [B,H,W,3], finite bool [B]."""
     weights = _vae_weights(params, config)
     latent = vae.unscale(config.vae, latent)
-    if tile is None:
-        image = vae.decode(weights, config.vae, latent)
-    else:
-        image = vae.decode_tiled(weights, config.vae, latent, tile=tile, overlap=tile // 4)
+    image = _in_tiles(lambda z: vae.decode(weights, config.vae, z), latent, tile)
     finite = jnp.isfinite(image).all((1, 2, 3))
     return jnp.round(jnp.clip(image * 127.5 + 127.5, 0, 255)).astype(jnp.uint8), finite

@@ -59,7 +59,7 @@ class Replica:
     """The models on a device or spread over a mesh, with what is kept there: the programs of the
     kinds and the encoded texts that were used last.
 
-    rows: of a table, that `advance` runs before it returns; tile: see `pipeline.decode`.
+    rows: of a table, that `advance` runs before it returns; tile: see `pipeline.pipeline`.
     """
 
     def __init__(self, nets: Sequence[Model], device: jax.Device | Mesh, rows: int,
@@ -136,7 +136,7 @@ class StagePrograms:
                                    config=config)
         self.encode, (encoded, state) = compiled(
             _encode, ('vae', 'controlnet'), rest, config=config, height=kind.height,
-            width=kind.width)
+            width=kind.width, tile=replica.tile)
         one, width = (encoded._replace(text=text), state), replica.width(kind.slots)
         self.advance, _ = compiled(
             _advance, ('unet', 'controlnet', 'adapters'), [one] * width,
@@ -160,8 +160,8 @@ def _encode_text(params, data, *, config):
     return pipeline.encode_text(params, config, data)
 
 
-def _encode(params, data, *, config, height, width):
-    encoded, x = pipeline.encode(params, config, data, None, height, width)
+def _encode(params, data, *, config, height, width, tile=None):
+    encoded, x = pipeline.encode(params, config, data, None, height, width, tile)
     return encoded, pipeline.start(x, data.steps)
 
 

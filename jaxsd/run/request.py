@@ -81,8 +81,8 @@ class Hires:
     scale: times the first pass's sides, in whole 8 pixels; or width and height, of which one makes
     the other; what is too much of the proportions is cut off. upscaler: how the first pass is
     enlarged, one of UPSCALERS, in latents (at a strength below about 0.5 they stay blurred) or in
-    pixels. strength: as of an image to start from. steps, sampler, schedule, guidance, prompts:
-    None: those of the first pass.
+    pixels, or a network of model.upscalers by its name. strength: as of an image to start from.
+    steps, sampler, schedule, guidance, prompts: None: those of the first pass.
     """
 
     scale: float = 2.0
@@ -102,7 +102,8 @@ class Hires:
         for name in ('width', 'height'):
             if getattr(self, name) is not None:
                 _integer(f'hires {name}', getattr(self, name), 8, MAX_SIDE)
-        one_of('hires upscaler', self.upscaler, UPSCALERS)
+        if not isinstance(self.upscaler, str) or not self.upscaler:
+            raise ValueError(f'hires upscaler={self.upscaler!r}: expected a name')
         check_number('hires strength', self.strength, 0, 1)
 
     def size(self, width: int, height: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from jaxsd.weights.parts import (
     load_controlnet,
     load_depth_estimator,
     load_t2i_adapter,
+    load_upscaler,
     load_vae,
     save_network,
 )
@@ -17,5 +18,6 @@ from jaxsd.weights.reading import load
 from jaxsd.weights.writing import save
 
 __all__ = ['Adapter', 'Embedding', 'Model', 'Network', 'load', 'load_adapter', 'load_controlnet',
-           'load_depth_estimator', 'load_embedding', 'load_t2i_adapter', 'load_vae', 'merge',
-           'merge_models', 'save', 'save_adapter', 'save_embedding', 'save_network', 'write_config']
+           'load_depth_estimator', 'load_embedding', 'load_t2i_adapter', 'load_upscaler',
+           'load_vae', 'merge', 'merge_models', 'save', 'save_adapter', 'save_embedding',
+           'save_network', 'write_config']

@@ -82,6 +82,7 @@ class Model(_Tree):
     controlnets: {name: Network}, the ControlNets that requests may name; `save` leaves them out.
     adapters: {name: Adapter}, LoRAs and their like, that requests may name; left out too.
     embeddings: {name: Embedding}, textual inversions that prompts may name; left out too.
+    upscalers: {name: Network}, of load_upscaler, that Hires may name; left out too.
     """
 
     ARRAYS = ('params', 'controlnets')
@@ -93,6 +94,7 @@ class Model(_Tree):
     controlnets: dict = dataclasses.field(default_factory=dict)
     adapters: dict = dataclasses.field(default_factory=dict)
     embeddings: dict = dataclasses.field(default_factory=dict)
+    upscalers: dict = dataclasses.field(default_factory=dict)
 
     def replace(self, **parts: Any) -> 'Model':
         """A copy with some parts replaced, e.g. `replace(params=...)`."""

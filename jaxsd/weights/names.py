@@ -203,6 +203,8 @@ _TELLTALES = {
         ('a textual inversion embedding', 'load_embedding'),
     r'(text_model|embeddings)\.': ('a text encoder', ''),
     r'(first_stage_model\.)?(encoder|decoder)\.|taesd_': ('a VAE', 'load_vae'),
+    r'(params(_ema)?\.)?(conv_body|RRDB_trunk|model\.1\.sub|body\.\d+\.(rdb\d|weight)'
+    r'|layers\.0\.residual_group)\b': ('an upscaler', 'load_upscaler'),
     r'(adapter\.)?body\.': ('a T2I-Adapter', 'load_t2i_adapter'),
     r'(depth_model\.model\.)?pretrained\.|dpt\.': ('a depth estimator', 'load_depth_estimator'),
     r'(input|down)_blocks\.': ('a U-Net', 'load'),

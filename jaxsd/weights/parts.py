@@ -20,7 +20,7 @@ from jaxsd.config import (
     read_config,
     read_network_config,
 )
-from jaxsd.models import spec
+from jaxsd.models import spec, upscaler
 from jaxsd.typing import Device, Path
 from jaxsd.weights import hub, names
 from jaxsd.weights.configs import write_network_config
@@ -134,6 +134,34 @@ def load_part(kind: str, path: Path, dtype: DTypeLike | None = 'float32',
               else _open_file(kind, found, config))
     params, _ = source.read(dtype, device)
     return Network(source.config, params[kind])
+
+
+def load_upscaler(path: Path, dtype: DTypeLike | None = 'float32',
+                  device: 'Device | None' = None) -> Network:
+    """Read a network that enlarges pictures, a Network for `jaxsd.upscale` and `Hires`.
+
+    path: a file of an RRDBNet (ESRGAN, Real-ESRGAN, BSRGAN and what was trained from them), a
+        SRVGGNetCompact or a SwinIR, of colours, in any of the names that such files have; .pth or
+        .safetensors. Its tensors say which it is.
+    dtype, device: as of `load`. Raises as `load_part`.
+    """
+    file = open_tensors(pathlib.Path(path).expanduser())
+    tensors = {name: (file, inner) for name, inner in upscaler.renamed(file.shapes).items()}
+    try:
+        config = upscaler.config_of({name: file.shapes[inner]
+                                     for name, (_, inner) in tensors.items()})
+    except (ValueError, LookupError) as error:
+        what, reader, _ = names.kind(file.shapes)
+        raise ValueError(printable(
+            f'{path}: not an upscaler that jaxsd knows ({error}), by its {len(file.shapes)} '
+            f'tensors such as {", ".join(list(file.shapes)[:3])} it is {what}' + (
+                f'; read it with jaxsd.{reader}' if reader else '; expected an ESRGAN, a '
+                'Real-ESRGAN, a Compact or a SwinIR'))) from None
+    expected = spec.names(config)
+    source = Source(path, config, {'upscaler': expected}, tensors,
+                    {'upscaler': {name: names.Place(name) for name in expected}}, [])
+    params, _ = source.read(as_dtype(dtype), device)
+    return Network(config, params['upscaler'])
 
 
 def save_network(network: Network, path: Path, dtype: DTypeLike | None = None,

@@ -17,7 +17,7 @@ from jaxsd.typing import Path
 from jaxsd.weights.unpickling import LONGEST_NAME, Machine, Named, Refused, Tensor
 
 MAGIC = 0x1950a86a20f9469cfc6c  # torch's, in the first pickle of its older format
-WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'params')
+WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'params_ema', 'params')
 
 
 def read_at(path: Path, offset: int, size: int) -> np.ndarray:

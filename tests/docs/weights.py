@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.numpy import load_file, safe_open, save_file
 
 import jaxsd
-from jaxsd.config import VERSIONS, DPTConfig
+from jaxsd.config import VERSIONS, DPTConfig, UpscalerConfig
 from jaxsd.models import shapes, spec
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.weights import Network, save_network
@@ -57,6 +57,10 @@ def write(folder):
     save_file({name: array for name, array in tensors.items()
                if not name.startswith('first_stage_model')}, files / 'no_vae.safetensors', header)
     save_file(tensors | {'model.extra': np.zeros(3, 'f4')}, files / 'extra.safetensors', header)
+    small = UpscalerConfig(kind='rrdb', scale=2, ups=1, channels=8, growth=4, blocks=(1,))
+    rng = np.random.default_rng(0)
+    save_file({name: (0.1 * rng.standard_normal(shape)).astype('f4') for name, shape in
+               spec.names(small).items()}, files / 'RealESRGAN_x4plus.pth')
     (files / 'evil.ckpt').write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
     lora = adapter_files.file(model.config, adapter_files.kohya, adapter_files.KOHYA,
                               adapter_files.lora, adapter_files.attentions(model.config))

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY
 
 from jaxsd.config import UNetConfig, VAEConfig
-from jaxsd.models import layers, shapes, spec, unet, vae
+from jaxsd.models import layers, shapes, spec, tiling, unet, vae
 
 
 @pytest.mark.parametrize('name', TINY)
@@ -45,7 +45,8 @@ def test_tiled_decode_is_seamless(shape):
     config, params = tiny_vae()
     latent = np.random.default_rng(1).normal(size=(2, *shape, 4)).astype(np.float32)
     whole = jax.jit(lambda p, z: vae.decode(p, config, z))(params, latent)
-    tiled = jax.jit(lambda p, z: vae.decode_tiled(p, config, z))(params, latent)
+    tiled = jax.jit(lambda p, z: tiling.tiled(
+        lambda x: vae.decode(p, config, x), z, 64, 16))(params, latent)
     assert tiled.shape == whole.shape == (2, 2 * shape[0], 2 * shape[1], 3)
     error = np.abs(np.asarray(tiled - whole))
     if shape == (64, 64):
@@ -57,20 +58,43 @@ def test_tiled_decode_is_seamless(shape):
             assert step[0] < 1.05 * step[1]
 
 
+@pytest.mark.parametrize('shape', [(64, 64), (80, 100)])
+def test_tiled_encode_is_seamless(shape):
+    """As of the decoder: latents of a noisy picture, of which no seam is larger than its steps."""
+    config, params = tiny_vae()
+    image = np.random.default_rng(1).uniform(-1, 1, (1, 2 * shape[0], 2 * shape[1], 3)).astype('f4')
+
+    @jax.jit
+    def both(p, x):
+        def encode(x):
+            return vae.encode(p, config, x)[0]
+
+        return encode(x), tiling.tiled(encode, x, 64, 16, config.factor)
+
+    whole, tiled = map(np.asarray, both(params, image))
+    assert tiled.shape == whole.shape == (1, *shape, 4)
+    if shape == (64, 64):
+        np.testing.assert_allclose(tiled, whole, atol=1e-5)
+    else:
+        assert 0 < np.abs(tiled - whole).mean() < 0.05 * whole.std()
+        for axis in (1, 2):
+            step = [np.abs(np.diff(a, axis=axis)).max() for a in (tiled, whole)]
+            assert step[0] < 1.05 * step[1]
+
+
 def test_tiles_cover_everything_and_weights_never_vanish():
     for size in range(16, 70):
-        starts = vae._starts(size, 16, 4)
+        starts = tiling._starts(size, 16, 4)
         covered = np.zeros(size, int)
         for start in starts:
             covered[start:start + 16] += 1
         assert covered.min() >= 1 and np.diff(starts).max(initial=0) <= 12
-    assert vae._ramp(16, 4).min() > 0
+    assert tiling._ramp(16, 4).min() > 0
 
 
 def test_a_wrong_overlap_is_refused():
-    config, params = tiny_vae()
     with pytest.raises(ValueError, match='overlap 16'):
-        vae.decode_tiled(params, config, jnp.zeros((1, 32, 32, 4)), tile=16, overlap=16)
+        tiling.tiled(lambda x: x, jnp.zeros((1, 32, 32, 4)), tile=16, overlap=16)
 
 
 def test_wide_convolutions_of_few_pixels_are_convolutions():

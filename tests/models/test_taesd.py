@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from jaxsd.config import TinyVAEConfig
-from jaxsd.models import shapes, spec, vae
+from jaxsd.models import shapes, spec, tiling, vae
 
 CFG = TinyVAEConfig(encoder_block_out_channels=(6, 6, 6), decoder_block_out_channels=(5, 5, 5),
                     num_encoder_blocks=(1, 2, 1), num_decoder_blocks=(2, 1, 1))
@@ -43,7 +43,7 @@ def test_tiles():
     p = params()
     latent = np.random.default_rng(1).normal(size=(1, 12, 24, 4)).astype(np.float32)
     whole = vae.decode(p, CFG, latent)
-    tiled = jax.jit(lambda z: vae.decode_tiled(p, CFG, z, tile=20, overlap=12))(latent)
+    tiled = jax.jit(lambda z: tiling.tiled(lambda x: vae.decode(p, CFG, x), z, 20, 12))(latent)
     assert whole.shape == tiled.shape == (1, 48, 96, 3)
     np.testing.assert_allclose(tiled[:, :, :8], whole[:, :, :8], atol=1e-6)
     assert np.abs(tiled - whole).mean() < 0.02 * np.abs(whole).mean()

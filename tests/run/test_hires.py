@@ -105,7 +105,7 @@ def test_latents_are_enlarged_as_by_pillow(upscaler, mode, size):
 @pytest.mark.parametrize('fields, message', [
     ({'hires': {'scal': 2}}, "unknown field of hires 'scal': did you mean 'scale'"),
     ({'hires': {'scale': 0.5}}, 'hires scale'),
-    ({'hires': {'upscaler': 'esrgan'}}, 'Known: latent'),
+    ({'hires': {'upscaler': 2}}, 'hires upscaler=2: expected a name'),
     ({'hires': {'sampler': 'eule'}}, "did you mean 'euler'"), ({'hires': 2}, 'jaxsd.Hires'),
     ({'hires': {'steps': 0}}, 'steps=0'), ({'hires': {'strength': 2}}, 'hires strength'),
     ({'hires': {}, 'image': 'a.png', 'mask': 'b.png'}, 'hires and mask')])

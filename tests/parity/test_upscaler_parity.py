@@ -1,0 +1,117 @@
+"""Networks that enlarge pictures against spandrel's, by files in all their names."""
+
+import importlib
+import importlib.util
+import pathlib
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import jaxsd
+from jaxsd.models import upscaler
+
+pytestmark = pytest.mark.parity
+SPEC = importlib.util.find_spec('spandrel')
+
+
+@pytest.fixture(scope='module')
+def spandrel():
+    """spandrel's architectures by name, without the package around them, which needs
+    torchvision."""
+    if SPEC is None:
+        pytest.skip('spandrel is not installed: make parity installs it')
+    root = pathlib.Path(SPEC.origin).parent
+    fakes = {}
+    for name in ('spandrel', 'spandrel.architectures'):
+        fakes[name] = types.ModuleType(name)
+        fakes[name].__path__ = [str(root / name.partition('.')[2])]
+    sys.modules.update(fakes)
+    try:
+        yield lambda name: importlib.import_module(f'spandrel.architectures.{name}')
+    finally:
+        for name in [name for name in sys.modules if name.split('.')[0] == 'spandrel']:
+            del sys.modules[name]
+
+
+RRDB = dict(num_filters=16, num_blocks=2)
+SWIN = dict(embed_dim=24, depths=[2, 2], num_heads=[2, 3], window_size=8, img_size=16, mlp_ratio=2)
+CASES = {
+    'ESRGAN x4': ('ESRGAN', dict(RRDB)),
+    'ESRGAN x2': ('ESRGAN', dict(RRDB, scale=2)),
+    'ESRGAN x1': ('ESRGAN', dict(RRDB, scale=1)),
+    'Real-ESRGAN x2': ('ESRGAN', dict(RRDB, in_nc=12, shuffle_factor=2)),
+    'Compact x4': ('Compact', dict(num_feat=16, num_conv=3)),
+    'Compact x2': ('Compact', dict(num_feat=8, num_conv=2, upscale=2)),
+    'SwinIR classical x4': ('SwinIR', dict(SWIN, upsampler='pixelshuffle', upscale=4)),
+    'SwinIR classical x3': ('SwinIR', dict(SWIN, upsampler='pixelshuffle', upscale=3)),
+    'SwinIR light x2': ('SwinIR', dict(SWIN, upsampler='pixelshuffledirect', upscale=2)),
+    'SwinIR real x4': ('SwinIR', dict(SWIN, upsampler='nearest+conv', upscale=4,
+                                      resi_connection='3conv')),
+    'SwinIR denoising': ('SwinIR', dict(SWIN)),
+    'SwinIR JPEG': ('SwinIR', dict(SWIN, window_size=7, img_size=21)),
+}
+
+
+def made(spandrel, case):
+    """A random network of a case."""
+    kind, options = CASES[case]
+    torch.manual_seed(0)
+    module = getattr(spandrel(kind), kind)(**options).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():  # biases and tables are 0 at first
+            parameter += 0.05 * torch.randn_like(parameter)
+    return module
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_network(case, spandrel, tmp_path):
+    """Also of sides that are no multiples of windows or of what is read as channels."""
+    module = made(spandrel, case)
+    torch.save(module.state_dict(), tmp_path / 'a.pth')
+    network = jaxsd.load_upscaler(tmp_path / 'a.pth')
+    described = getattr(spandrel(CASES[case][0]), f'{CASES[case][0]}Arch')().load(
+        dict(module.state_dict()))
+    assert network.config.scale == described.scale
+    image = np.random.default_rng(0).random((2, 26, 35, 3), np.float32)
+    with torch.no_grad():
+        expected = described.model.eval()(torch.tensor(image).permute(0, 3, 1, 2))
+    expected = expected.permute(0, 2, 3, 1)
+    found = jax.jit(upscaler.apply, static_argnums=1)(network.params, network.config, image)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected.numpy()).max() < 1e-5 * np.abs(expected.numpy()).max()
+
+
+RENAMES = {
+    'Real-ESRGAN': lambda name, rest: {
+        'model.0': 'conv_first', 'model.1.sub.2': 'conv_body', 'model.3': 'conv_up1',
+        'model.6': 'conv_up2', 'model.8': 'conv_hr', 'model.10': 'conv_last'}.get(
+            name, name.replace('model.1.sub', 'body').replace('RDB', 'rdb').removesuffix('.0')),
+    'BSRGAN': lambda name, rest: {
+        'model.0': 'conv_first', 'model.1.sub.2': 'trunk_conv', 'model.3': 'upconv1',
+        'model.6': 'upconv2', 'model.8': 'HRconv', 'model.10': 'conv_last'}.get(
+            name, name.replace('model.1.sub', 'RRDB_trunk').removesuffix('.0')),
+}
+
+
+@pytest.mark.parametrize('spelling', RENAMES)
+@pytest.mark.parametrize('wrapped', ['params_ema', 'params', None])
+def test_names(spelling, wrapped, spandrel, tmp_path):
+    """The same network in the names of other programs, and the averaged weights of two."""
+    module = made(spandrel, 'ESRGAN x4')
+    torch.save(module.state_dict(), tmp_path / 'a.pth')
+    first = jaxsd.load_upscaler(tmp_path / 'a.pth')
+    tensors = {}
+    for name, array in module.state_dict().items():
+        layer, _, kind = name.rpartition('.')
+        tensors[f'{RENAMES[spelling](layer, kind)}.{kind}'] = array
+    whole = {wrapped: tensors} if wrapped else tensors
+    if wrapped == 'params_ema':
+        whole['params'] = {name: 0 * array for name, array in tensors.items()}
+    torch.save(whole, tmp_path / 'b.pth')
+    second = jaxsd.load_upscaler(tmp_path / 'b.pth')
+    assert first.config == second.config
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
