@@ -123,7 +123,12 @@ class UNetConfig(Checked):
     layers_per_block: int = ranged(2, 1, DEPTH)
     # Transformer blocks per attention; 0: no attention.
     transformer_layers: tuple = ranged((1, 1, 1, 0), 0, DEPTH)
-    mid_transformer_layers: int = ranged(1, 1, DEPTH)
+    # Where they differ within a level or between the halves, those of each attention, in the order
+    # of the blocks: of the way down, then of the way up; (): as the levels say.
+    transformer_depths: tuple = dataclasses.field(
+        default=(), metadata={'of': int, 'low': 0, 'high': DEPTH})
+    # Of the middle block; -1: it is one residual block, -2: there is none (ComfyUI's numbers).
+    mid_transformer_layers: int = ranged(1, -2, DEPTH)
     heads: tuple = ranged((8, 8, 8, 8), 1, WIDTH)
     only_cross_attention: tuple = (False, False, False, False)  # not of the middle block
     cross_attention_dim: int = ranged(768, 1, WIDTH)
@@ -144,6 +149,27 @@ class UNetConfig(Checked):
         attends = [*map(bool, self.transformer_layers[:-1]), True]  # the last is the middle block's
         self.divisible('block_out_channels', [w for w, a in zip(widths, attends) if a],
                        'attention heads', [h for h, a in zip(self.heads, attends) if a])
+        if self.mid_transformer_layers == 0:
+            raise ValueError('mid_transformer_layers: expected at least 1, or -1 or -2; found 0')
+        if self.transformer_depths:
+            levels, each = range(len(widths)), self.layers_per_block
+            if len(self.transformer_depths) != len(widths) * (2 * each + 1):
+                raise ValueError(f'transformer_depths: expected {len(widths) * (2 * each + 1)}, '
+                                 f'one for each block; found {len(self.transformer_depths)}')
+            if any((self.depth(side, level, i) > 0) != (self.transformer_layers[level] > 0)
+                   for side in ('down', 'up') for level in levels
+                   for i in range(each + (side == 'up'))):
+                raise ValueError('transformer_depths: expected 0 for all blocks of a level without '
+                                 f'attention and for no other; found {self.transformer_depths}')
+
+    def depth(self, side: str, level: int, i: int) -> int:
+        """The transformer blocks of the i-th attention of a level, on the way 'down' or 'up'."""
+        if not self.transformer_depths:
+            return self.transformer_layers[level]
+        levels, each = len(self.block_out_channels), self.layers_per_block
+        if side == 'down':
+            return self.transformer_depths[level * each + i]
+        return self.transformer_depths[levels * each + (levels - 1 - level) * (each + 1) + i]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -492,7 +518,8 @@ _FIXED = {
         'act_fn': ('silu', 'swish'), 'flip_sin_to_cos': (True,), 'freq_shift': (0,),
         'center_input_sample': (False,), 'downsample_padding': (1,), 'mid_block_scale_factor': (1,),
         'dual_cross_attention': (False,), 'resnet_time_scale_shift': ('default',),
-        'mid_block_type': ('UNetMidBlock2DCrossAttn',), 'time_embedding_type': ('positional',),
+        'mid_block_type': ('UNetMidBlock2DCrossAttn', 'UNetMidBlock2D', None),
+        'time_embedding_type': ('positional',),
         'time_embedding_dim': (None,), 'class_embed_type': (None,), 'attention_type': ('default',),
         'addition_embed_type': (None, 'text_time'), 'encoder_hid_dim': (None,),
         'encoder_hid_dim_type': (None,), 'class_embeddings_concat': (False,),
@@ -500,7 +527,6 @@ _FIXED = {
         'conv_out_kernel': (3,), 'timestep_post_act': (None,), 'time_embedding_act_fn': (None,),
         'resnet_skip_time_act': (False,), 'resnet_out_scale_factor': (1.0,),
         'mid_block_only_cross_attention': (None, False),
-        'reverse_transformer_layers_per_block': (None,),
         'controlnet_conditioning_channel_order': ('rgb',),
     },
     'vae': {'act_fn': ('silu', 'swish'), 'use_quant_conv': (True,), 'use_post_quant_conv': (True,),
@@ -632,7 +658,7 @@ def _unet(content, cls=UNetConfig):
     settings = _settings('unet', content)
     channels = settings.get('block_out_channels', UNetConfig.block_out_channels)
     levels = len(channels)
-    layers = _per_level(settings, 'transformer_layers_per_block', 1, levels)
+    layers, depths = _depths(settings, levels)
     kinds = settings['down_block_types'], settings['up_block_types']
     if any(len(found) != levels for found in kinds):
         raise ValueError(f'block_out_channels has {levels} levels, down_block_types and '
@@ -647,13 +673,46 @@ def _unet(content, cls=UNetConfig):
     added = settings.get('addition_embed_type') == 'text_time'
     single = {key: _alike(settings, key) for key in
               ('layers_per_block', 'cross_attention_dim', 'sample_size') if key in settings}
+    mid = {'UNetMidBlock2D': -1, None: -2}.get(
+        settings.get('mid_block_type', 'UNetMidBlock2DCrossAttn'), layers[-1])
+    if depths:
+        each = single.get('layers_per_block', UNetConfig.layers_per_block)
+        counts = [each] * levels + [each + 1] * levels
+        depths = tuple(n * a for found, count, a in zip(depths, counts, attention + attention[::-1])
+                       for n in _several(found, count))
     return _pick(
         cls, settings | single,
         transformer_layers=tuple(n * a for n, a in zip(layers, attention)),
-        mid_transformer_layers=layers[-1], heads=_per_level(settings, heads, 8, levels),
+        mid_transformer_layers=mid, transformer_depths=depths,
+        heads=_per_level(settings, heads, 8, levels),
         only_cross_attention=_per_level(settings, 'only_cross_attention', False, levels),
         added_dim=settings['projection_class_embeddings_input_dim'] if added else 0,
         added_time_dim=settings.get('addition_time_embed_dim', 256))
+
+
+def _depths(settings, levels):
+    """transformer_layers_per_block of each level, and of the blocks of both halves, each one number
+    or a list, in the order of the blocks; () where the levels say all."""
+    down, up = (settings.get(f'{kind}transformer_layers_per_block') for kind in ('', 'reverse_'))
+    if up is None:
+        return _per_level(settings, 'transformer_layers_per_block', 1, levels), ()
+    down, up = ([found] * levels if isinstance(found, int) else found
+                for found in (1 if down is None else down, up))
+    for name, found in (('', down), ('reverse_', up)):
+        if not isinstance(found, list) or len(found) != levels:
+            raise ValueError(f'{name}transformer_layers_per_block={found!r:.100}: expected one '
+                             f'entry for each of the {levels} levels')
+    return tuple(n[0] if isinstance(n, list) and n else n for n in down), (*down, *up)
+
+
+def _several(value, count):
+    """One number for each of `count` blocks."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f'transformer_layers_per_block: expected {count} numbers for the blocks '
+                         f'of a level, found {value!r:.100}')
+    return value
 
 
 def _vae(content):

@@ -95,17 +95,20 @@ def unet_encoder(c: UNetConfig) -> tuple[Shapes, list[int]]:
         at = f'down_blocks.{level}'
         for i in range(c.layers_per_block):
             names |= resnet(f'{at}.resnets.{i}', o if i else skips[-1], o, time)
-            if c.transformer_layers[level]:
-                names |= transformer(f'{at}.attentions.{i}', c, level, c.transformer_layers[level],
+            if depth := c.depth('down', level, i):
+                names |= transformer(f'{at}.attentions.{i}', c, level, depth,
                                      c.only_cross_attention[level])
             skips.append(o)
         if level < levels - 1:
             names |= conv(f'{at}.downsamplers.0.conv', o, o)
             skips.append(o)
 
-    o = channels[-1]
-    names |= resnet('mid_block.resnets.0', o, o, time) | resnet('mid_block.resnets.1', o, o, time)
-    names |= transformer('mid_block.attentions.0', c, levels - 1, c.mid_transformer_layers, False)
+    o, depth = channels[-1], c.mid_transformer_layers
+    if depth > -2:
+        names |= resnet('mid_block.resnets.0', o, o, time)
+    if depth > 0:
+        names |= resnet('mid_block.resnets.1', o, o, time)
+        names |= transformer('mid_block.attentions.0', c, levels - 1, depth, False)
     return names, skips
 
 
@@ -118,8 +121,8 @@ def unet(c: UNetConfig) -> Shapes:
         at, o = f'up_blocks.{up}', channels[level]
         for i in range(c.layers_per_block + 1):
             names |= resnet(f'{at}.resnets.{i}', below + skips.pop(), o, time)
-            if c.transformer_layers[level]:
-                names |= transformer(f'{at}.attentions.{i}', c, level, c.transformer_layers[level],
+            if depth := c.depth('up', level, i):
+                names |= transformer(f'{at}.attentions.{i}', c, level, depth,
                                      c.only_cross_attention[level])
             below = o
         if level > 0:

@@ -132,11 +132,11 @@ def encode(p: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], time: Float[A
         if 'attentions' not in block:
             x = states[-1] = adapt(x)
 
-    mid = p['mid_block']
-    x = residual(mid['resnets']['0'], x)
-    x = transformer(mid['attentions']['0'], x, -1, 'mid_block.attentions.0',
-                    crossed=False)  # whatever the last level does, as in diffusers
-    x = residual(mid['resnets']['1'], x)
+    mid = p.get('mid_block', {'resnets': {}})  # distilled networks have less of it, or nothing
+    for i, layer in enumerate(children(mid['resnets'])):
+        if i == 1:  # not crossed whatever the last level does, as in diffusers
+            x = transformer(mid['attentions']['0'], x, -1, 'mid_block.attentions.0', crossed=False)
+        x = residual(layer, x)
     return [*states, adapt(x)]
 
 

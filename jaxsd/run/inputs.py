@@ -98,6 +98,11 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
         if getattr(config, name) is not None and name not in model.tokenizers:
             raise ValueError(f'model.tokenizers: expected one for {name!r}, '
                              f'found {sorted(model.tokenizers)}')
+    for name in ('pag', 'sag'):
+        if config.unet.mid_transformer_layers < 1 and any(name in r.guidance_options
+                                                          for r in requests):
+            raise ValueError(f'{name}: expected a U-Net with attention in its middle block, which '
+                             f'{name} looks at; this one has none there')
     if init_images is None:
         init_images = [image_conditioning.load(r, config) for r in requests]
     parsed = [parse_prompts(r) for r in requests]

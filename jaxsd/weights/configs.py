@@ -139,16 +139,28 @@ def _unet(c):
     levels = range(len(c.block_out_channels))
     attends = [c.transformer_layers[i] > 0 for i in levels]
     # A level without attention may say anything; the last one gives the middle block's number.
-    layers = [c.transformer_layers[i] or 1 for i in levels[:-1]] + [c.mid_transformer_layers]
+    layers = [c.transformer_layers[i] or 1 for i in levels]
+    if c.mid_transformer_layers > 0:
+        layers[-1] = c.mid_transformer_layers
+    mid = {-1: 'UNetMidBlock2D', -2: None}.get(c.mid_transformer_layers, 'UNetMidBlock2DCrossAttn')
+    if c.transformer_depths:
+        each = c.layers_per_block
+        layers = [[c.depth('down', i, k) for k in range(each)] if attends[i] else 1 for i in levels]
+        if c.mid_transformer_layers > 0:
+            layers[-1] = c.mid_transformer_layers
     return {
         '_class_name': 'UNet2DConditionModel', 'act_fn': 'silu', 'flip_sin_to_cos': True,
         'freq_shift': 0, 'center_input_sample': False, 'downsample_padding': 1,
         'mid_block_scale_factor': 1,
         **_plain(c, 'transformer_layers', 'mid_transformer_layers', 'heads', 'num_class_embeds',
-                 'added_dim', 'added_time_dim'),
+                 'added_dim', 'added_time_dim', 'transformer_depths'),
+        'mid_block_type': mid,
         'down_block_types': ['CrossAttn' * a + 'DownBlock2D' for a in attends],
         'up_block_types': ['CrossAttn' * a + 'UpBlock2D' for a in reversed(attends)],
         'transformer_layers_per_block': layers,
+        'reverse_transformer_layers_per_block': [
+            [c.depth('up', i, k) for k in range(c.layers_per_block + 1)] if attends[i] else 1
+            for i in reversed(levels)] if c.transformer_depths else None,
         'attention_head_dim': list(c.heads),  # diffusers' name for the number of heads
         'num_class_embeds': c.num_class_embeds or None,
         'addition_embed_type': 'text_time' if c.added_dim else None,

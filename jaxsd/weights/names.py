@@ -5,11 +5,20 @@ keeps it; reading looks a place up and writing fills it, so one table serves bot
 """
 
 import collections
+import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
-from jaxsd.config import TEXT_ENCODERS, Checked, ModelConfig, TextConfig, TinyVAEConfig
+from jaxsd.config import (
+    TEXT_ENCODERS,
+    Checked,
+    ModelConfig,
+    TextConfig,
+    TinyVAEConfig,
+    UNetConfig,
+)
+from jaxsd.models import shapes
 from jaxsd.typing import Shapes
 from jaxsd.weights import names_dpt
 
@@ -261,6 +270,47 @@ def _unet_rules(c):
         (r'^add_embedding\.linear_2', 'label_emb.0.2'),
         (r'^class_embedding', 'label_emb'),
     ]
+
+
+def as_built(config: UNetConfig, stored: Shapes) -> UNetConfig:
+    """A released U-Net's config, or one with the blocks that a single file has: SSD-1B, Vega,
+    KOALA, BK-SDM and other distilled networks lack some. stored: {name in a single file: shape}.
+
+    Of the same widths and heads; what is incomplete as such a network is not taken for one.
+    """
+    prefix = 'model.diffusion_model.'
+    blocks: dict[str, int] = collections.defaultdict(int)  # transformer blocks of each block
+    for name in stored:
+        if found := re.match(r'((?:in|out)put_blocks\.\d+|middle_block)(?:\.\d+'
+                             r'\.transformer_blocks\.(\d+))?\.', name.removeprefix(prefix)):
+            blocks[found[1]] = max(blocks[found[1]], 1 + int(found[2] or -1))
+    levels: list[list[str]] = [[]]
+    for n in range(1, sum(block.startswith('input') for block in blocks)):
+        if f'{prefix}input_blocks.{n}.0.op.weight' in stored:
+            levels.append([])
+        else:
+            levels[-1].append(f'input_blocks.{n}')
+    each, known = len(levels[0]), dict(zip(config.block_out_channels, config.heads))
+    ups = [f'output_blocks.{n}' for n in range(len(levels) * (each + 1))]
+    try:
+        widths = tuple(stored[f'{prefix}{level[0]}.0.out_layers.3.weight'][0] for level in levels)
+        depths = [[blocks[block] for block in level] for level in levels]
+        built = dataclasses.replace(
+            config, block_out_channels=widths, layers_per_block=each,
+            heads=tuple(known[width] for width in widths),
+            transformer_layers=tuple(level[0] for level in depths),
+            transformer_depths=(*sum(depths, []), *(blocks[block] for block in ups)),
+            mid_transformer_layers=blocks['middle_block'] or (
+                -1 if f'{prefix}middle_block.0.in_layers.0.weight' in stored else -2),
+            only_cross_attention=config.only_cross_attention[:len(levels)])
+    except (LookupError, ValueError):
+        return config
+    plain = dataclasses.replace(built, transformer_depths=())
+    table = shapes.unet(built)
+    if table == shapes.unet(plain):
+        built = plain
+    places = network_places('unet', built, table, prefix)
+    return built if all(place.name in stored for place in places.values()) else config
 
 
 def _tiny_vae_rules(c):

@@ -350,7 +350,11 @@ def _detect(file, prediction_type=None, size=None):
             f'{", ".join(list(file.shapes)[:3])}. Give config= for a model of other sizes.'))
     if best == 'sd21':
         return _version2(prediction_type or 'v_prediction', size), prediction_type is None
-    config = _sized(read_config(best), size)
+    config = read_config(best)
+    built = names.as_built(config.unet, squeezed)
+    if built != config.unet:
+        config = config.replace(unet=built, version='custom')
+    config = _sized(config, size)
     if not any(name.startswith('depth_model.') for name in file.shapes):
         config = config.replace(depth_estimator=None)
     return config.with_prediction(prediction_type) if prediction_type else config, False

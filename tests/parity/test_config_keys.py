@@ -53,6 +53,7 @@ SHARED_SAME = {
     'block_out_channels': [[16, 48]], 'layers_per_block': [2], 'norm_num_groups': [4],
     'norm_eps': [0.01], 'cross_attention_dim': [24], 'attention_head_dim': [2, [2, 8]],
     'only_cross_attention': [True, [True, False]],
+    'mid_block_type': ['UNetMidBlock2D'],
     'transformer_layers_per_block': [2, [2, 1], [1, 2]], 'use_linear_projection': [True],
     'addition_embed_type': [TEXT_TIME], 'addition_time_embed_dim': [
         8, TEXT_TIME | {'addition_time_embed_dim': 4,
@@ -61,7 +62,7 @@ SHARED_SAME = {
     'upcast_attention': [True], 'addition_embed_type_num_heads': [32],
 }
 SHARED_REFUSED = {
-    'flip_sin_to_cos': [False], 'freq_shift': [1], 'mid_block_type': ['UNetMidBlock2D', None],
+    'flip_sin_to_cos': [False], 'freq_shift': [1], 'mid_block_type': ['MidBlock'],
     'downsample_padding': [0], 'mid_block_scale_factor': [2], 'act_fn': ['mish', 7],
     'encoder_hid_dim': [16], 'encoder_hid_dim_type': ['text_proj'],
     'class_embed_type': ['timestep', 'identity'], 'addition_embed_type': ['text', 'image'],
@@ -73,6 +74,10 @@ SHARED_REFUSED = {
 SAME = {
     'UNet2DConditionModel': SHARED_SAME | {
         'sample_size': [16, [16, 16]], 'layers_per_block': [2, [2, 2]],
+        'mid_block_type': ['UNetMidBlock2D', None],
+        'reverse_transformer_layers_per_block': [[1, 2], {
+            'transformer_layers_per_block': [[2], 3],
+            'reverse_transformer_layers_per_block': [1, [2, 1]]}],
         'cross_attention_dim': [24, [24, 24]],
         'down_block_types': [{'down_block_types': [PLAIN, CROSS],
                               'up_block_types': ['CrossAttnUpBlock2D', 'UpBlock2D']}],
@@ -108,7 +113,8 @@ SAME = {
 REFUSED = {
     'UNet2DConditionModel': SHARED_REFUSED | {
         'up_block_types': [['UpBlock2D', 'AttnUpBlock2D']], 'center_input_sample': [True],
-        'dual_cross_attention': [True], 'reverse_transformer_layers_per_block': [[2, 1]],
+        'dual_cross_attention': [True],
+        'reverse_transformer_layers_per_block': [[2, 1, 1], [[1, 2, 3], 1]],
         'resnet_skip_time_act': [True], 'resnet_out_scale_factor': [2.0],
         'time_embedding_type': ['fourier'], 'time_embedding_dim': [64],
         'time_embedding_act_fn': ['silu'], 'timestep_post_act': ['silu'],

@@ -33,6 +33,17 @@ UNETS = {
                 'up_block_types': ('UpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
                 'transformer_layers_per_block': 2, 'addition_embed_type': 'text_time',
                 'addition_time_embed_dim': 8, 'projection_class_embeddings_input_dim': 72},
+    'SSD-1B': {'attention_head_dim': [2, 4], 'cross_attention_dim': 48,  # its blocks, in miniature
+               'use_linear_projection': True, 'layers_per_block': 2,
+               'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D'),
+               'up_block_types': ('CrossAttnUpBlock2D', 'UpBlock2D'),
+               'transformer_layers_per_block': [1, [2, 1]],
+               'reverse_transformer_layers_per_block': [[1, 2, 3], 1],
+               'mid_block_type': 'UNetMidBlock2D', 'addition_embed_type': 'text_time',
+               'addition_time_embed_dim': 8, 'projection_class_embeddings_input_dim': 80},
+    'BK-SDM tiny': {'attention_head_dim': 4, 'cross_attention_dim': 32, 'mid_block_type': None,
+                    'down_block_types': ('CrossAttnDownBlock2D',) * 2,
+                    'up_block_types': ('CrossAttnUpBlock2D',) * 2},
     'upscaler': {'attention_head_dim': 4, 'cross_attention_dim': 48, 'in_channels': 7,
                  'use_linear_projection': True, 'num_class_embeds': 10,
                  'only_cross_attention': (True, False)},
@@ -89,7 +100,7 @@ def test_unet(name, size):
     context = rng.normal(size=(2, 7, cfg.cross_attention_dim)).astype(np.float32)
     t, more, theirs = np.array([3, 801.5], np.float32), {}, {}
     if cfg.added_dim:
-        ids = rng.integers(0, 100, (2, 6 if name == 'sdxl' else 5)).astype(np.float32)
+        ids = rng.integers(0, 100, (2, 5 if name == 'refiner' else 6)).astype(np.float32)
         pooled = rng.normal(size=(2, 32)).astype(np.float32)
         theirs['added_cond_kwargs'] = {'text_embeds': torch.tensor(pooled),
                                        'time_ids': torch.tensor(ids)}

@@ -1,5 +1,6 @@
 """Guidance through `generate`: data, mixed batches, several devices, errors."""
 
+import dataclasses
 import json
 
 import jax
@@ -70,6 +71,17 @@ def test_requests_survive_json():
 def test_refused_at_construction(fields, message):
     with pytest.raises(ValueError, match=message):
         Request(**fields)
+
+
+@pytest.mark.parametrize('name', ['pag', 'sag'])
+def test_attention_in_the_middle_is_needed(tiny_model, name):
+    """Distilled networks may have none."""
+    model = tiny_model('sd1')
+    config = model.config.replace(unet=dataclasses.replace(model.config.unet,
+                                                           mid_transformer_layers=-2))
+    with pytest.raises(ValueError, match=f'{name}: expected a U-Net with attention in its middle'):
+        inputs(model.replace(config=config), resolve([PLAIN.replace(
+            guidance_options={name: 1.0})], config))
 
 
 def test_adaptive_steps_take_constants_only(tiny_model):

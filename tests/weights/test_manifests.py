@@ -1,5 +1,6 @@
 """Every released file converts to exactly the spec: real names and shapes, without the data."""
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -9,6 +10,7 @@ from tiny import sparse_file
 
 from jaxsd.config import read_config, versions
 from jaxsd.models.spec import count, spec
+from jaxsd.models.spec import names as names_of
 from jaxsd.weights import names, write_config
 from jaxsd.weights.reading import open_folder, open_single
 
@@ -215,3 +217,45 @@ def test_lost_depth_estimator(tmp_path):
                 {n: s for n, s in SINGLE['sd2_depth'].items() if n not in lost})
     problems = open_single(tmp_path / 'a.safetensors', None, False, None).mismatches()
     assert list(problems) == ['missing'] and len(problems['missing']) == len(lost) - 2
+
+
+# Distilled U-Nets as their config.json or ComfyUI's supported_models.py have them: what they change
+# of a released one, and how many million parameters their authors say that leaves.
+DISTILLED = {
+    'SSD-1B': ('sdxl', dict(
+        mid_transformer_layers=-1, transformer_layers=(0, 2, 4),
+        transformer_depths=(0, 0, 2, 2, 4, 4, 4, 4, 10, 2, 1, 1, 0, 0, 0)), 1300),
+    'Vega': ('sdxl', dict(mid_transformer_layers=-1, transformer_layers=(0, 1, 2)), 745),
+    'KOALA-700M': ('sdxl', dict(layers_per_block=1, mid_transformer_layers=-2,
+                                transformer_layers=(0, 2, 5)), 782),
+    'KOALA-1B': ('sdxl', dict(layers_per_block=1, mid_transformer_layers=6,
+                              transformer_layers=(0, 2, 6)), 1161),
+    'BK-SDM base': ('sd15', dict(layers_per_block=1), 580),
+    'small-sd': ('sd15', dict(layers_per_block=1, mid_transformer_layers=-2), 482),
+    'tiny-sd': ('sd15', dict(layers_per_block=1, mid_transformer_layers=-2,
+                             block_out_channels=(320, 640, 1280), heads=(8, 8, 8),
+                             transformer_layers=(1, 1, 1), only_cross_attention=(False,) * 3), 323),
+}
+
+
+@pytest.mark.parametrize('name', DISTILLED)
+def test_distilled(name, tmp_path):
+    """Blocks that are missing, or deeper in one half than in the other, from a folder's config and
+    from the names in a single file."""
+    base, changes, millions = DISTILLED[name]
+    released = read_config(base)
+    config = released.replace(unet=dataclasses.replace(released.unet, **changes), version='custom')
+    assert abs(count(names_of(config.unet)) / 1e6 - millions) < 0.03 * millions
+    write_config(config, tmp_path / 'folder')
+    assert read_config(tmp_path / 'folder') == config
+    shapes = spec(config)
+    tensors = {place.name: place.shape(shapes[part][name])
+               for part, table in names.places(config, shapes).items()
+               for name, place in table.items()}
+    sparse_file(tmp_path / 'a.safetensors', tensors, 'F16')
+    source = open_single(tmp_path / 'a.safetensors', None, False, None)
+    assert source.config == config and not source.mismatches()
+    lost = 'model.diffusion_model.output_blocks.2.0.in_layers.2.weight'
+    sparse_file(tmp_path / 'b.safetensors', {k: s for k, s in tensors.items() if k != lost}, 'F16')
+    source = open_single(tmp_path / 'b.safetensors', None, False, None)
+    assert lost in source.mismatches()['missing']
