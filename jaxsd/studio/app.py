@@ -26,6 +26,8 @@ from jaxsd.run.request import (
     GUIDANCE,
     MASK_MODES,
     RESIZE,
+    UPSCALERS,
+    Hires,
     Request,
 )
 from jaxsd.sampling.choice import one_of
@@ -305,6 +307,7 @@ def _labels(names: Sequence[str], known: Mapping[str, str]) -> list[list[str]]:
 OFFERED: dict[str, Any] = {
     'samplers': _labels(tuple(sampling.SAMPLERS), A1111_SAMPLERS),
     'schedules': _labels(tuple(sampling.SCHEDULES), A1111_SCHEDULES),
+    'hires': settings.plain(Hires()), 'upscalers': _labels(UPSCALERS, picture.UPSCALERS),
     'axes': settings.AXES, 'fills': FILLS, 'mask_modes': MASK_MODES, 'resize': RESIZE,
     'preprocessors': list(images.PREPROCESSORS)}
 

@@ -71,9 +71,11 @@ async function start() {
   options($('mask_mode'), [['blend', 'mixes old and new'], ['strength', 'is the strength']]);
   options($('kind'), known.preprocessors);
   options($('size'), [['', 'the model’s own']]);
+  options($('hires-upscaler'), known.upscalers);
+  fillHires(known.defaults.hires);
   $('steps').value = known.defaults.steps;
   $('guidance').value = typeof known.defaults.guidance === 'number' ? known.defaults.guidance : '';
-  $('steps').max = $('reference').max = known.limits.steps;
+  $('steps').max = $('hires-steps').max = $('reference').max = known.limits.steps;
   $('count').max = known.limits.batch;
   while (!known.ready) {
     const seconds = Math.round((performance.now() - began) / 1000);
@@ -149,6 +151,7 @@ function show(name, focus = false) {
     $(`panel-${each}`).hidden = !on;
   }
   $('draw').textContent = name === 'lab' ? 'Draw the grid' : 'Draw';
+  offerHires();
   $(`tab-${name}`).scrollIntoView({block: 'nearest', inline: 'nearest'});
   if (focus) $(`tab-${name}`).focus();
 }
@@ -212,8 +215,35 @@ function settings(kind) {
     found.controls = [{net: $('net').value, image: $('hint').src, scale: number('scale'),
       start: number('start'), end: number('end')}];
   }
-  return {...found, ...further()};
+  const more = further();
+  found.hires = null; // nor the recipe's
+  if ($('hires').checked && kind !== 'inpaint') {
+    found.hires = {scale: number('hires-scale'), upscaler: $('hires-upscaler').value,
+      strength: number('hires-strength'), ...more.hires};
+    if ($('hires-steps').value) found.hires.steps = number('hires-steps');
+    delete more.hires;
+  }
+  return {...found, ...more};
 }
+
+// What is painted on has one pass.
+function offerHires() {
+  $('second').hidden = asks() === 'inpaint';
+  $('hires-fields').hidden = !$('hires').checked;
+}
+
+// Fills the fields -> those that the form has not, or undefined.
+function fillHires(given) {
+  const {scale, upscaler, strength, steps, ...rest} = {...known.hires, ...given};
+  $('hires').checked = Boolean(given);
+  for (const [name, value] of Object.entries({scale, upscaler, strength, steps})) {
+    $(`hires-${name}`).value = value ?? '';
+  }
+  offerHires();
+  return Object.keys(rest).length ? rest : undefined;
+}
+
+$('hires').onchange = $('lab-from').onchange = offerHires;
 
 function picture(kind) {
   if (!given[kind]) throw new Error('Choose a picture first');
@@ -238,6 +268,8 @@ function fill(found) {
     if (fits) $(name).value = value;
     if (fits || value === null) delete rest[name];
   }
+  rest.hires = fillHires(found.hires);
+  if (!rest.hires) delete rest.hires;
   if (found.width && found.height && !found.outpaint) pickSize(found.width, found.height);
   if (found.strength !== null && found.strength !== undefined) $('strength').value = found.strength;
   for (const name of ['width', 'height', 'strength', 'outpaint', 'mask_blur', 'mask_mode', 'fill',
@@ -257,8 +289,13 @@ function axes() {
     values: $(`${side}-values`).value})).filter(axis => axis.values.trim());
 }
 
+// Beside the text: as which tab this one draws.
+function asks() {
+  return tab === 'lab' ? $('lab-from').value : TIPS[tab] || tab;
+}
+
 function asked() {
-  const kind = tab === 'lab' ? $('lab-from').value : TIPS[tab] || tab;
+  const kind = asks();
   const body = {settings: settings(kind), count: number('count')};
   if (tab === 'lab') {
     body.axes = axes();

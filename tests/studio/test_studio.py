@@ -192,6 +192,61 @@ def test_settings_come_back_and_compare(page):
     assert find(page, '#side').get_attribute('open') is None
 
 
+def test_a_second_pass_from_the_form(page, model, tmp_path):
+    """As Python makes it; its settings come back from the picture and from files."""
+    def fields():
+        return {name: find(page, f'#hires-{name}').get_property('value')
+                for name in ('scale', 'upscaler', 'strength', 'steps')}
+
+    box = find(page, '#hires')
+    assert not find(page, '#hires-scale').is_displayed()
+    find(page, '#prompt').click()
+    while page.switch_to.active_element != box:
+        press(page, 'TAB')
+    press(page, ' ')
+    put(page, prompt='red apple', steps=4, seed=7, hires__scale=1.5, hires__upscaler='lanczos',
+        hires__strength=0.5, hires__steps=3, more='{"hires": {"prompt": "a green apple"}}')
+    draw(page)
+    check(made(page), model, jaxsd.Request(
+        'red apple', steps=4, guidance=4, seed=7, width=64, height=64, hires=jaxsd.Hires(
+            1.5, upscaler='lanczos', strength=0.5, steps=3, prompt='a green apple')))
+    assert made(page)[0].shape == (96, 96, 3)
+    for steps in (101, 0):
+        put(page, hires__steps=steps)
+        find(page, '#draw').click()
+        assert find(page, '#wrong').text.startswith('Steps; empty: as above')
+    tab(page, 'inpaint')
+    assert not box.is_displayed()  # as the server refuses it
+    tab(page, 'text')
+    box.click()
+    put(page, hires__scale=2, hires__strength=0.9, hires__upscaler='latent', hires__steps='',
+        more='')
+    assert made(page)[1]['request']['hires']['scale'] == 1.5
+    find_all(page, '#jobs article:last-child figure button')[0].click()
+    find(page, '#use').click()
+    assert box.is_selected() and fields() == {
+        'scale': '1.5', 'upscaler': 'lanczos', 'strength': '0.5', 'steps': '3'}
+    assert json.loads(find(page, '#more').get_property('value')) == {
+        'hires': {'prompt': 'a green apple'}}
+
+    with_pass, without = tmp_path / 'with.png', tmp_path / 'without.png'
+    text = 'a rocket\nSteps: 7, Sampler: Euler, CFG scale: 6, Seed: 5, Size: 64x64, '
+    image = np.zeros((64, 64, 3), np.uint8)
+    picture.write_png(with_pass, image, {'parameters': text + 'Denoising strength: 0.6, Hires '
+                      'upscale: 1.25, Hires upscaler: Latent (bicubic), Version: v1.9'})
+    picture.write_png(without, image, {'parameters': text + 'Version: v1.9'})
+    tab(page, 'read')
+    find(page, '#read-file').send_keys(str(with_pass))
+    wait(lambda: find(page, '#prompt').get_property('value') == 'a rocket')
+    assert box.is_selected() and fields() == {
+        'scale': '1.25', 'upscaler': 'latent_bicubic', 'strength': '0.6', 'steps': ''}
+    assert 'hires' not in json.loads(find(page, '#more').get_property('value'))
+    put(page, prompt='')
+    find(page, '#read-file').send_keys(str(without))
+    wait(lambda: find(page, '#prompt').get_property('value') == 'a rocket')
+    assert not box.is_selected()
+
+
 def test_image_to_image(page, model):
     tab(page, 'image')
     find(page, '#image-file').send_keys(str(EXAMPLES / 'sketch.png'))
@@ -406,6 +461,8 @@ def test_a_narrow_window(page):
     tab(page, 'lab')
     put(page, prompt='rooster', steps=2, seed=5, x__values='1, 2, 3, 4', y__values='euler, heun')
     draw(page)
+    tab(page, 'text')
+    find(page, '#hires').click()
     for name in ('text', 'lab', 'read', 'image', 'inpaint', 'control', 'models'):
         tab(page, name)
         assert page.execute_script(
