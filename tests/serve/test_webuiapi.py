@@ -11,8 +11,8 @@ import shutil
 
 import numpy as np
 import pytest
-from mains import ROOT, serving, wait_for
-from PIL import Image
+from mains import ROOT, run_main, serving, wait_for
+from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
 import jaxsd
@@ -137,6 +137,31 @@ def test_hires_fix(client, model):
         prompt='a red apple', negative_prompt='green')) for i in range(2)))
     with pytest.raises(RuntimeError, match='422.*unknown hr_upscaler.*R-ESRGAN 4x'):
         client.txt2img(**USUAL, enable_hr=True, hr_upscaler=webuiapi.HiResUpscaler.ESRGAN_4x)
+
+
+@pytest.mark.slow
+def test_the_command_line_draws_the_same(client, tmp_path):
+    """From flags that say what A1111's words say, and from the picture's own record."""
+    def drawn(name, *flags):
+        code, _, error = run_main('-m', 'launch.generate', *flags, f'--out={tmp_path / name}')
+        assert code == 0, error
+        [file] = (tmp_path / name).glob('*.png')
+        return np.asarray(Image.open(file))
+
+    made = client.txt2img(**USUAL, negative_prompt='green', enable_hr=True, hr_scale=1.5,
+                          hr_upscaler='Lanczos', denoising_strength=0.6, hr_second_pass_steps=4
+                          ).image
+    np.testing.assert_array_equal(np.asarray(made), drawn(
+        'flags', '--config=emoji', '--prompt=red apple', '--negative_prompt=green', '--seed=7',
+        '--steps=6', '--guidance=4', '--width=64', '--height=64', '--sampler=dpmpp_2m',
+        '--schedule=karras', '--schedule_options=convention=comfyui',
+        '--hires=scale=1.5, upscaler=lanczos, strength=0.6, steps=4'))
+    texts = PngImagePlugin.PngInfo()
+    for name, text in made.text.items():
+        texts.add_text(name, text)
+    made.save(tmp_path / 'made.png', pnginfo=texts)
+    np.testing.assert_array_equal(np.asarray(made), drawn(
+        'record', f'--from={tmp_path / "made.png"}', f'--checkpoint={EMOJI}'))
 
 
 def test_controlnet(client, model):
