@@ -1,6 +1,7 @@
 """Compiled programs, kept as long as they are used."""
 
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import json
@@ -9,7 +10,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -30,12 +31,14 @@ class Programs:
     def __init__(self, most=MOST, options=None):
         self.most, self.options, self.log = most, options, []
         self._lock, self._kept = threading.Lock(), collections.OrderedDict()
+        self._compilers = concurrent.futures.ThreadPoolExecutor(2, 'compiler')
 
     def get(self, function: Callable, /, *arguments: Any, **static: Any) -> 'Program':
-        """`function(*arguments, **static)` compiled -> Program.
+        """`function(*arguments, **static)` traced, and soon compiled -> Program.
 
-        arguments: pytrees of arrays, or of jax.ShapeDtypeStruct with where they will lie.
-        Compiles at most once at a time for the same shapes; others go on meanwhile.
+        arguments: pytrees of arrays, or of jax.ShapeDtypeStruct with where they will lie. The
+        compiler works beside, and needs no Python: whoever wants several programs gets them all
+        before calling one. Compiles at most once at a time for the same shapes.
         """
         leaves, tree = jax.tree.flatten(arguments)
         key = (function, tuple(static.items()), tree, tuple(
@@ -46,52 +49,89 @@ class Programs:
             while len(self._kept) > self.most:
                 self._kept.popitem(last=False)
         with entry.lock:
-            if entry.program is None:
-                name = static.get('function', function).__name__
+            if entry.program is None or entry.program.failed:
+                name, start = static.get('function', function).__name__, time.perf_counter()
                 run = functools.partial(function, **static)
-                with _announced(name, len(leaves)):
-                    lowered = jax.jit(run).lower(*arguments)
-                    program = lowered.compile(self.options)
-                entry.program = Program(run, program, lowered.out_info)
+                lowered = jax.jit(run).lower(*arguments)
+                entry.program = Program(run, lowered.out_info, self._compilers.submit(
+                    self._compile, lowered, name, len(leaves), time.perf_counter() - start))
                 self.log.append(name)
         return entry.program
 
+    def _compile(self, lowered, name, size, traced):
+        with _announced(name, size, traced):
+            return lowered.compile(self.options)
+
 
 @contextlib.contextmanager
-def _announced(name, size):
+def _announced(name, size, traced):
     """Say what is compiled, and about how long that takes, where it takes long: as long as the last
-    time, which is kept beside JAX's compilation cache."""
-    folder = jax.config.jax_compilation_cache_dir
-    path = pathlib.Path(folder or '.') / 'seconds.json'
+    time, which is kept. traced: seconds that it took so far."""
     try:
-        seconds = json.loads(path.read_text()) if folder else {}
-        last = float(seconds.get(f'{name} {size}', 0))
-    except (OSError, ValueError, AttributeError, TypeError):
-        seconds, last = {}, 0
+        last = float(recall('seconds.json').get(f'{name} {size}', 0))
+    except (ValueError, TypeError):
+        last = 0
     about = f'about {last:.0f} s' if last >= 1 else 'seconds to minutes'
     what = WHAT.get(name, name)
-    timer = threading.Timer(PATIENCE, log.info, [
+    timer = threading.Timer(max(0, PATIENCE - traced), log.info, [
         f'compiling {what}, once for each size and kind of picture: {about}'])
-    start = time.perf_counter()
+    start = time.perf_counter() - traced
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
     took = time.perf_counter() - start
-    if folder and took > PATIENCE:
-        with contextlib.suppress(OSError):
+    if took > PATIENCE:
+        remember('seconds.json', **{f'{name} {size}': round(max(took, last), 1)})
+
+
+_remembering = threading.Lock()
+
+
+def _beside(file):
+    """Where a file of JAX's compilation cache is, or None."""
+    folder = jax.config.jax_compilation_cache_dir
+    return pathlib.Path(folder) / file if folder else None
+
+
+def recall(file: str) -> dict[str, Any]:
+    """What `remember` kept in a file; {} where there is none, or none that makes sense."""
+    path = _beside(file)
+    try:
+        found = json.loads(path.read_text()) if path else {}
+    except (OSError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def remember(file: str, **values: Any) -> None:
+    """Keep values for the next start in a file beside JAX's compilation cache, where there is one.
+    """
+    path = _beside(file)
+    if path:
+        with _remembering, contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(seconds | {f'{name} {size}': round(max(took, last), 1)}))
+            path.write_text(json.dumps(recall(file) | values))
 
 
-class Program(NamedTuple):
-    """A compiled program: call(*arguments). function: what it was compiled from; result: a pytree
-    of shapes and dtypes."""
+class Program:
+    """A program. function: what it is compiled from; result: a pytree of shapes and dtypes."""
 
-    function: Callable
-    call: Callable
-    result: Any
+    def __init__(self, function: Callable, result: Any, compiled: concurrent.futures.Future
+                 ) -> None:
+        self.function, self.result, self._compiled = function, result, compiled
+
+    @property
+    def call(self) -> Any:
+        """The compiled program, call(*arguments). Waits for the compiler, and raises what it did.
+        """
+        return self._compiled.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it could not be compiled."""
+        return self._compiled.done() and self._compiled.exception() is not None
 
 
 class _Entry:

@@ -119,8 +119,8 @@ class StagePrograms:
                 adapters.factors(replica.nets[kind.net], kind.adapters), replica.here)
         self.parts = []
 
-        def compiled(function, names, *arguments, **static):
-            """-> the program, a function of the arguments, and their results' shapes."""
+        def traced(function, names, *arguments, **static):
+            """-> the shapes of its results."""
             arguments = [{name: params[name] for name in names if name in params}, *jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=replica.here),
                 arguments)]
@@ -129,20 +129,19 @@ class StagePrograms:
                 function = sharded.run
             program = PROGRAMS.get(function, *arguments, **static)
             self.parts.append((program, arguments))
-            return functools.partial(program.call, arguments[0]), program.result
+            return program.result
 
         words, rest = _parts(data)
-        self.text, text = compiled(_encode_text, (*TEXT_ENCODERS, 'unet', 'adapters'), words,
-                                   config=config)
-        self.encode, (encoded, state) = compiled(
-            _encode, ('vae', 'controlnet'), rest, config=config, height=kind.height,
-            width=kind.width, tile=replica.tile)
+        text = traced(_encode_text, (*TEXT_ENCODERS, 'unet', 'adapters'), words, config=config)
+        encoded, state = traced(_encode, ('vae', 'controlnet'), rest, config=config,
+                                height=kind.height, width=kind.width, tile=replica.tile)
         one, width = (encoded._replace(text=text), state), replica.width(kind.slots)
-        self.advance, _ = compiled(
-            _advance, ('unet', 'controlnet', 'adapters'), [one] * width,
-            beside([chunk(data.steps, 0, 0, replica.rows)] * width), np.int32(0), config=config,
-            axis=sharded.AXIS if replica.mesh else None)
-        self.decode, _ = compiled(_decode, ('vae',), state.x, config=config, tile=replica.tile)
+        traced(_advance, ('unet', 'controlnet', 'adapters'), [one] * width,
+               beside([chunk(data.steps, 0, 0, replica.rows)] * width), np.int32(0), config=config,
+               axis=sharded.AXIS if replica.mesh else None)
+        traced(_decode, ('vae',), state.x, config=config, tile=replica.tile)
+        self.text, self.encode, self.advance, self.decode = (  # when all are compiled
+            functools.partial(program.call, given[0]) for program, given in self.parts)
 
 
 def _parts(data):

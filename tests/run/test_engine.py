@@ -133,6 +133,27 @@ def test_programs_that_are_not_used_go():
     assert programs.log == ['negative'] * 4  # the second of size 1 was kept, that of 2 was not
 
 
+def test_programs_are_traced_while_others_compile(monkeypatch):
+    programs, gate = Programs(), threading.Event()
+    compiled = programs._compile
+    monkeypatch.setattr(programs, '_compile', lambda *args: gate.wait(60) and compiled(*args))
+    found = [programs.get(jax.numpy.negative, np.zeros(size)) for size in (1, 2, 3)]
+    assert [each.result.shape for each in found] == [(1,), (2,), (3,)] and not found[0].failed
+    assert programs.get(jax.numpy.negative, np.zeros(2)) is found[1]  # as it is, on its way
+    gate.set()
+    assert [each.call(np.ones(size)).tolist() for size, each in enumerate(found, 1)] == [
+        [-1.0] * size for size in (1, 2, 3)]
+
+
+def test_what_did_not_compile_is_tried_again():
+    programs = Programs(options={'no_such_option': '1'})
+    failed = programs.get(jax.numpy.negative, np.zeros(2))
+    with pytest.raises(Exception, match='no_such_option'):
+        failed.call(np.ones(2))
+    programs.options = None
+    assert programs.get(jax.numpy.negative, np.zeros(2)).call(np.ones(2)).tolist() == [-1, -1]
+
+
 def test_a_base_and_its_refiner(tiny_model):
     with Engine(tiny_model('sdxl'), tiny_model('refiner'), slots=2) as engine:
         requests = engine.resolve([
