@@ -200,12 +200,12 @@ function settings(kind) {
     Object.assign(found, {image: picture('image'), strength: number('strength'),
       resize: $('resize').value});
   } else if (kind === 'inpaint') {
-    const sides = ['left', 'top', 'right', 'bottom'].map(side => number(`out-${side}`));
+    const added = SIDES.map(side => number(`out-${side}`));
     Object.assign(found, {image: picture('inpaint'), strength: number('inpaint-strength'),
       mask_blur: number('mask_blur')});
     if ($('fill').value) found.fill = $('fill').value;
-    if (sides.some(Boolean)) {
-      found.outpaint = sides;
+    if (added.some(Boolean)) {
+      found.outpaint = added;
     } else {
       if (!masked()) throw new Error('Mask: paint what shall be made anew, or give pixels to add');
       Object.assign(found, {mask: mask.toDataURL(), mask_mode: $('mask_mode').value});
@@ -515,9 +515,8 @@ $('use').onclick = attempt(async () => {
     $('inpaint-strength').value = found.strength;
     $('mask_blur').value = found.mask_blur ?? 0;
     $('fill').value = found.fill ?? '';
-    ['left', 'top', 'right', 'bottom'].forEach((side, i) => {
-      $(`out-${side}`).value = found.outpaint?.[i] ?? 0;
-    });
+    SIDES.forEach((side, i) => { $(`out-${side}`).value = found.outpaint?.[i] ?? 0; });
+    showSides();
     if (sent.mask) await markAs(sent.mask);
   }
   if (kind === 'control') {
@@ -618,6 +617,7 @@ function freshMask() {
   $('brush').value = Math.ceil(Math.max(width, height) / 8);
   $('mask').classList.toggle('small', width <= 192);
   clear();
+  showSides();
   $('painting').hidden = false;
 }
 
@@ -662,8 +662,16 @@ function masked() {
 
 function paintMask(cursor = false) {
   const context = $('mask').getContext('2d'), {width, height} = mask;
+  if (!width) return;
   context.clearRect(0, 0, width, height);
   context.drawImage(canvas.image, 0, 0);
+  const [left, top, right, bottom] = sides();
+  if (left + top + right + bottom) {
+    const whole = [width + left + right, height + top + bottom].map(
+      side => Math.ceil(side / factor()) * factor());
+    $('mask-said').textContent = `${size(whole)}: what is added is painted, the mask does not count`;
+    return;
+  }
   const over = pen().getImageData(0, 0, width, height);
   const shade = new OffscreenCanvas(width, height), colour = getComputedStyle(document.body)
     .getPropertyValue('--mask').trim().match(/\w\w/g).map(text => parseInt(text, 16));
@@ -726,6 +734,70 @@ $('mask-invert').onclick = () => {
   context.globalCompositeOperation = 'source-over';
   paintMask();
 };
+
+// Outpainting: the sides of the picture, drawn outwards; the fields for numbers say the same.
+
+const SIDES = ['left', 'top', 'right', 'bottom'];
+const ARROWS = ['ArrowLeft', 'ArrowUp', 'ArrowRight', 'ArrowDown']; // outwards, by side
+
+function factor() {
+  return known?.factor || 8;
+}
+
+function sides() {
+  return SIDES.map(side => Math.max(0, Number($(`out-${side}`).value) || 0));
+}
+
+// What there is room for at side i, in the server's and the model's limits.
+function room(i) {
+  const added = sides(), own = i % 2 ? mask.height : mask.width;
+  const across = i % 2 ? mask.width + added[0] + added[2] : mask.height + added[1] + added[3];
+  const pixels = Math.min(known?.limits.pixels ?? Infinity, 16 * known?.native ** 2 || Infinity);
+  const most = Math.floor(pixels / across) - own - added[(i + 2) % 4];
+  return Math.max(0, Math.floor(most / factor()) * factor());
+}
+
+function showSides() {
+  const added = sides(), [left, top, right, bottom] = added;
+  const width = mask.width + left + right, height = mask.height + top + bottom;
+  if (!mask.width) return;
+  $('frame').style.setProperty('--ratio', width / height);
+  Object.assign($('mask').style, {left: `${100 * left / width}%`, top: `${100 * top / height}%`,
+    width: `${100 * mask.width / width}%`, height: `${100 * mask.height / height}%`});
+  SIDES.forEach((side, i) => Object.assign($(`side-${side}`), {ariaValueNow: String(added[i]),
+    ariaValueMax: String(room(i)), ariaValueText: `${added[i]} pixels`}));
+  paintMask();
+}
+
+function moveSide(i, value) {
+  const whole = Math.round(value / factor()) * factor();
+  $(`out-${SIDES[i]}`).value = Math.max(0, Math.min(room(i), whole));
+  showSides();
+}
+
+SIDES.forEach((side, i) => {
+  const node = $(`side-${side}`), outwards = i < 2 ? -1 : 1;
+  const at = event => (i % 2 ? event.clientY : event.clientX) * outwards;
+  let from = null; // where the pointer took it; the scale stays while the picture shrinks
+  node.onpointerdown = event => {
+    node.setPointerCapture(event.pointerId);
+    from = {at: at(event), value: sides()[i],
+      scale: mask.width / $('mask').getBoundingClientRect().width};
+  };
+  node.onpointermove = event => {
+    if (from) moveSide(i, from.value + (at(event) - from.at) * from.scale);
+  };
+  node.onpointerup = node.onpointercancel = () => { from = null; };
+  node.onkeydown = event => {
+    const now = sides()[i], by = factor(), to = {[ARROWS[i]]: now + by,
+      [ARROWS[(i + 2) % 4]]: now - by, PageUp: now + 8 * by, PageDown: now - 8 * by, Home: 0,
+      End: room(i)}[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    moveSide(i, to);
+  };
+  $(`out-${side}`).oninput = $(`out-${side}`).onchange = showSides;
+});
 
 // ControlNet.
 

@@ -289,6 +289,68 @@ def test_a_painted_mask(page, model, tmp_path):
     assert page.execute_script('return masked()') == 1
 
 
+def test_sides_that_are_dragged(page, model):
+    """By pointer, keyboard and numbers, which stay in step; what is added is shown."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    def added():
+        """By the numbers, the handles, and what is seen beside the picture."""
+        seen = page.execute_script('''
+            const frame = document.getElementById('frame').getBoundingClientRect();
+            const {x, y, right, bottom, width} = document.getElementById('mask')
+              .getBoundingClientRect();
+            return [x - frame.x, y - frame.y, frame.right - right, frame.bottom - bottom].map(
+              n => Math.round(n / width * 64))''')
+        sides = ('left', 'top', 'right', 'bottom')
+        numbers = [int(find(page, f'#out-{side}').get_property('value')) for side in sides]
+        handles = [int(find(page, f'#side-{side}').get_attribute('aria-valuenow'))
+                   for side in sides]
+        assert numbers == handles == seen
+        return numbers
+
+    tab(page, 'inpaint')
+    find(page, '#inpaint-file').send_keys(str(EXAMPLES / 'apple.png'))
+    canvas = wait(lambda: (n := find(page, '#mask')).is_displayed() and n)
+    assert added() == [0, 0, 0, 0] and '0% is masked' in find(page, '#mask-said').text
+    scale = 64 / canvas.rect['width']
+    mouse = ActionChains(page)
+    mouse.click_and_hold(find(page, '#side-right')).move_by_offset(round(9 / scale), 3)
+    mouse.move_by_offset(round(8 / scale), 0).release().perform()
+    assert added() == [0, 0, 16, 0]
+    assert page.switch_to.active_element.get_attribute('id') == 'side-right'
+    press(page, 'ARROW_RIGHT', 'ARROW_LEFT', 'ARROW_UP')
+    assert added() == [0, 0, 16, 0]  # an arrow along the side is another's
+    page.execute_script('document.getElementById("side-top").focus()')
+    press(page, 'ARROW_UP', 'ARROW_UP', 'ARROW_DOWN')
+    assert added() == [0, 8, 16, 0]
+    page.execute_script('document.getElementById("side-bottom").focus()')
+    press(page, 'END')
+    most = 16 * 64 * 64 // 80 - 72  # the model draws nothing at more than 16 times its size
+    assert added() == [0, 8, 16, most // 8 * 8] and most > 0
+    press(page, 'PAGE_UP', 'ARROW_DOWN')
+    assert added()[3] == most // 8 * 8
+    press(page, 'HOME')
+    put(page, out__left=5)
+    assert added() == [5, 8, 16, 0]
+    assert find(page, '#mask-said').text.startswith('88 × 72: what is added is painted')
+    mouse = ActionChains(page)
+    mouse.click_and_hold(find(page, '#side-left')).move_by_offset(300, 0).release().perform()
+    assert added() == [0, 8, 16, 0]  # not into the picture
+    put(page, prompt='red apple', steps=4, seed=3)
+    draw(page)
+    check(made(page), model, jaxsd.Request(
+        'red apple', steps=4, guidance=4, seed=3, image=EXAMPLES / 'apple.png',
+        outpaint=(0, 8, 16, 0)))
+    put(page, out__top=0, out__right=0)
+    assert added() == [0, 0, 0, 0]
+    find_all(page, '#jobs article:last-child figure button')[0].click()
+    find(page, '#use').click()
+    wait(lambda: added() == [0, 8, 16, 0])
+    resize(page, 390, 844)
+    assert page.execute_script('return document.documentElement.scrollWidth') <= 390
+    assert added() == [0, 8, 16, 0]
+
+
 def test_a_controlnet(page, model):
     tab(page, 'control')
     put(page, kind='canny', kind__options='low=50, high=150', prompt='tangerine', steps=4, seed=2)
