@@ -53,8 +53,8 @@ def define_flags():
     flags.DEFINE_string('depth', None, 'A depth map, near is white, for depth models.')
     flags.DEFINE_multi_string(
         'control', None, 'A ControlNet and its hint, "net=PATH, image=PATH", with perhaps scale=1, '
-        'start=0, end=1, guess=original, preprocess=canny (with its low=100, high=200; scribble, '
-        'tile, or pose from JSON); '
+        'start=0, end=1, guess=original (or diffusers, soft), preprocess=canny (with its low=100, '
+        'high=200; scribble, tile, or pose from JSON); '
         'repeat for several.')
     flags.DEFINE_boolean('warm', False, 'Compile what these flags need, for later starts, and draw '
                          'nothing.')

@@ -18,9 +18,11 @@ from jaxsd.models import shapes, spec, unet
 from jaxsd.models.layers import children, conv, pointwise
 from jaxsd.typing import Params
 
-# How much the outputs count in guess mode, from the finest to the coarsest.
+# How much the outputs count in guess mode, from the finest to the coarsest; with `soft` for the
+# negative prompt as well (sd-webui-controlnet: My prompt is more important).
 GUESS_MODES = {'diffusers': lambda count: np.logspace(-1, 0, count),
                'original': lambda count: 0.825 ** np.arange(count - 1, -1, -1)}
+GUESS_MODES['soft'] = GUESS_MODES['original']
 FAMILIES = {768: '1.x', 1024: '2.x', 1280: 'the SDXL refiner', 2048: 'SDXL'}  # by width of the text
 
 

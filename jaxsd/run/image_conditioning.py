@@ -251,7 +251,9 @@ def _weights(control, net, before, prompts):
         return np.zeros((len(before), len(prompts), count))
     after = (np.arange(len(before)) + 1) / len(before)
     on = (before >= control.start) & (after <= control.end)
-    only = pooled or control.guess is not None
-    profile = np.ones(count) if pooled or not only else controlnet.GUESS_MODES[control.guess](count)
+    only = pooled or control.guess not in (None, 'soft')
     counted = prompts if only else np.ones(len(prompts))
+    profile = np.ones(count)
+    if control.guess is not None and not pooled:
+        profile = controlnet.GUESS_MODES[control.guess](count)
     return control.scale * on[:, None, None] * counted[:, None] * profile

@@ -50,7 +50,8 @@ class Control:
     a depth map, a pose ...), as for Request.image. It counts times `scale` from the fraction
     `start` of the steps to the fraction `end`, as in diffusers. guess: the hint alone decides: it
     does not count for the negative prompt, and less the finer the level: 'diffusers' from 0.1 to 1
-    evenly in the logarithm, 'original' by 0.825 a level (lllyasviel/ControlNet).
+    evenly in the logarithm, 'original' by 0.825 a level (lllyasviel/ControlNet). guess='soft': the
+    prompt decides more: by 0.825 a level, for both prompts (sd-webui-controlnet).
     """
 
     net: str

@@ -257,10 +257,11 @@ def _control(unit, image, given, controlnets):
     """A ControlUnit and its picture -> Control."""
     net = one_of('ControlNet', (unit.model or '').partition(' [')[0], controlnets)
     mode = unit.control_mode or 0
-    guess = {0: None, 'Balanced': None, 2: 'original', 'ControlNet is more important': 'original'}
+    guess = {0: None, 'Balanced': None, 1: 'soft', 'My prompt is more important': 'soft',
+             2: 'original', 'ControlNet is more important': 'original'}
     if mode not in guess:
-        raise ValueError(f'control_mode={brief(mode)}: expected Balanced or ControlNet is more '
-                         'important; My prompt is more important is not supported here')
+        raise ValueError(f'control_mode={brief(mode)}: expected 0, 1, 2 or '
+                         f'{", ".join(name for name in guess if isinstance(name, str))}')
     width, height = given.get('width'), given.get('height')
     if width and height and 'hires' in given:
         width, height = given['hires'].size(width, height)

@@ -213,7 +213,7 @@ function settings(kind) {
   } else if (kind === 'control') {
     if (!$('hint').src) throw new Error('ControlNet: press "Show the hint" first');
     found.controls = [{net: $('net').value, image: $('hint').src, scale: number('scale'),
-      start: number('start'), end: number('end')}];
+      start: number('start'), end: number('end'), guess: $('guess').value || null}];
   }
   const more = further();
   found.hires = null; // nor the recipe's
@@ -520,7 +520,9 @@ $('use').onclick = attempt(async () => {
     if (sent.mask) await markAs(sent.mask);
   }
   if (kind === 'control') {
-    $('hint').src = sent.controls[0].image;
+    const [{image, ...fields}] = sent.controls;
+    for (const [name, value] of Object.entries(fields)) $(name).value = value ?? '';
+    $('hint').src = image;
     $('hint').hidden = false;
   }
 });

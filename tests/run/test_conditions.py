@@ -149,15 +149,37 @@ def test_controls_are_data(steered):
         [edges], [replace(edges, scale=0.0), pose], [edges, replace(pose, image=PICTURE)], [],
         [replace(edges, start=0.5)], [replace(edges, end=0.5)], [replace(edges, scale=0.5)],
         [replace(edges, guess='diffusers')], [replace(edges, guess='original')], [sketch],
-        [edges, replace(sketch, end=0.5)])]
+        [edges, replace(sketch, end=0.5)], [replace(edges, guess='soft')])]
     images = jaxsd.generate(steered, requests)
     with compilations() as count:
         np.testing.assert_array_equal(jaxsd.generate(steered, requests[::-1]), images[::-1])
     assert not count
-    for i, j in np.ndindex(11, 11):
+    for i, j in np.ndindex(12, 12):
         assert i == j or _far(images[i], images[j]) > 0, (i, j)
     assert _far(images[3], jaxsd.generate(steered, [text])[0]) <= 1
     assert _far(images[0], jaxsd.generate(steered, requests[:1])[0]) <= 1
+
+
+def test_soft_weights_count_for_both_prompts(steered):
+    """As from a net whose outputs are so much less; without a negative prompt as in guess mode."""
+    net = steered.controlnets['edges']
+    params = dict(net.params)
+    count = len(params['controlnet_down_blocks']) + 1
+    less = [np.float32(0.825 ** (count - 1 - i)) for i in range(count)]
+    params['controlnet_mid_block'] = jax.tree.map(lambda a: a * less[-1],
+                                                  params['controlnet_mid_block'])
+    params['controlnet_down_blocks'] = {name: jax.tree.map(lambda a, i=int(name): a * less[i], p)
+                                        for name, p in params['controlnet_down_blocks'].items()}
+    model = steered.replace(controlnets={**steered.controlnets,
+                                         'less': Network(net.config, params)})
+    text = Request('cat', 'dog', seed=1, steps=3, guidance=6)
+    modes = [Control('edges', OTHER, guess=guess) for guess in ('soft', 'original', None)]
+    soft, original, plain, less = jaxsd.generate(model, [
+        text.replace(controls=[control]) for control in (*modes, Control('less', OTHER))])
+    assert _far(soft, less) <= 1 and min(_far(soft, original), _far(soft, plain)) > 5
+    soft, original = jaxsd.generate(model, [
+        text.replace(controls=[control], guidance=1.0) for control in modes[:2]])
+    np.testing.assert_array_equal(soft, original)
 
 
 # Three pictures on two devices, with masks and hints.

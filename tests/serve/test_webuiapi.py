@@ -183,6 +183,9 @@ def test_controlnet(client, model):
     same(client.txt2img(**USUAL, controlnet_units=[unit], enable_hr=True, hr_scale=1.5), controlled,
          asked(controls=[jaxsd.Control('edges', canny, guess='original')],
                schedule_options={'convention': 'comfyui'}, hires={'scale': 1.5}))
+    unit = webuiapi.ControlNetUnit(Image.fromarray(canny), model='edges', control_mode=1)
+    same(client.txt2img(**USUAL, controlnet_units=[unit]), controlled,
+         asked(controls=[jaxsd.Control('edges', canny, guess='soft')]))
     unit = webuiapi.ControlNetUnit(module='none', model='edges')  # of the picture to start from
     same(client.img2img(images=[sketch], controlnet_units=[unit], **USUAL), controlled,
          asked(image=sketch, controls=[jaxsd.Control('edges', sketch)],
@@ -191,7 +194,8 @@ def test_controlnet(client, model):
     same(client.txt2img(**USUAL, controlnet_units=[off]), model, asked())
     for fields, message in (({'model': 'depth'}, 'unknown ControlNet'), (
             {'module': 'openpose'}, 'unknown module'), (
-            {'control_mode': 1}, 'My prompt is more important'), ({'mask': sketch}, 'mask')):
+            {'control_mode': 3}, 'expected 0, 1, 2 or Balanced, My prompt is more'), (
+            {'mask': sketch}, 'mask')):
         unit = webuiapi.ControlNetUnit(**{'image': sketch, 'model': 'edges', **fields})
         with pytest.raises(RuntimeError, match=f'422.*{message}'):
             client.txt2img(**USUAL, controlnet_units=[unit])

@@ -353,14 +353,20 @@ def test_sides_that_are_dragged(page, model):
 
 def test_a_controlnet(page, model):
     tab(page, 'control')
-    put(page, kind='canny', kind__options='low=50, high=150', prompt='tangerine', steps=4, seed=2)
+    put(page, kind='canny', kind__options='low=50, high=150', prompt='tangerine', steps=4, seed=2,
+        guess='soft', scale=0.9)
     find(page, '#control-file').send_keys(str(EXAMPLES / 'apple.png'))
     wait(lambda: find(page, '#hint').get_property('naturalWidth') == 64)
     draw(page)
     hint = jaxsd.images.hint('canny', EXAMPLES / 'apple.png', 64, 64, low=50, high=150)
     check(made(page), model.replace(controlnets={'edges': jaxsd.load_controlnet('emoji_edges')}),
           jaxsd.Request('tangerine', steps=4, guidance=4, seed=2, width=64, height=64,
-                        controls=[jaxsd.Control('edges', hint)]))
+                        controls=[jaxsd.Control('edges', hint, 0.9, guess='soft')]))
+    put(page, guess='', scale=1)
+    find_all(page, '#jobs article:last-child figure button')[0].click()
+    find(page, '#use').click()
+    assert [find(page, f'#{name}').get_property('value') for name in ('guess', 'scale', 'net')] == [
+        'soft', '0.9', 'edges']
 
 
 def test_settings_of_a_file(page, model, tmp_path):
