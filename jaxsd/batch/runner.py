@@ -100,9 +100,9 @@ def outcome(future: concurrent.futures.Future) -> Picture | Exception:
 
 def encode(job: Job, image: Picture, how: dict[str, Any]) -> dict[str, Any]:
     """A job's picture, uint8 [H,W,3] -> what Folder.add takes; how: as of Runner."""
-    names = {name: pathlib.Path(how.get(name) or '').stem for name in ('vae', 'refiner')}
+    vae, refiner = (pathlib.Path(how.get(name) or '').stem for name in ('vae', 'refiner'))
     own = {'id': job.id, 'slots': job.kinds[0].slots}
-    texts = {'parameters': picture.parameters(job.request, how.get('model', ''), **names),
+    texts = {'parameters': picture.parameters(job.request, how.get('model', ''), vae, refiner),
              'jaxsd': picture.record(job.request, **how | own)}
     return folder.encode(image, texts)
 

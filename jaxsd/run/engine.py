@@ -49,7 +49,7 @@ class Task:
     look): called by a thread of the engine as they are done, after `every` rows of the table or
     sooner (None: when it suits); look(vae) -> what the picture is by now, uint8 [H',W',3], by a
     small VAE (a Network). denoised: what it is by now, latents [1,h,w,L] on the device, None before
-    the first rows are done; decode(denoised) -> uint8 [1,H,W,3] and finite, by the model's own VAE.
+    the first rows are done; decode() -> it as uint8 [1,H,W,3] and finite, by the model's own VAE.
     """
 
     def __init__(self, request: Request, stages: Sequence[Stage], init_image: InitImage,
@@ -375,7 +375,7 @@ class Lane(threading.Thread):
     def __init__(self, engine: Engine, replica: Replica) -> None:
         super().__init__(daemon=True)
         self.engine, self.replica, self.groups = engine, replica, {}
-        self._running = collections.deque()  # what was begun: [(state, task, model calls then)]
+        self._running = collections.deque()  # [(state, task, model calls then, decode)], begun
         self._finisher = concurrent.futures.ThreadPoolExecutor(1)
         self.start()
 
@@ -425,7 +425,6 @@ class Lane(threading.Thread):
         programs = self.replica.programs(first.task.stage)
         for slot in live:
             if slot.state is None:
-                slot.task.decode = programs.decode
                 self._begin(slot)
         left = [len(slot.calls) - slot.row for slot in live]
         every = [slot.task.every for slot in live if slot.task.every]
@@ -442,7 +441,8 @@ class Lane(threading.Thread):
             if slot is None:
                 continue
             slot.state, slot.row = states[i], min(slot.row + count, len(slot.calls))
-            begun.append((slot.state, slot.task, slot.before + int(slot.calls[slot.row - 1])))
+            begun.append((slot.state, slot.task, slot.before + int(slot.calls[slot.row - 1]),
+                          programs.decode))
             if slot.row == len(slot.calls) or going is not None and not going[i]:
                 slots[i] = None
                 self._end(slot, programs)
@@ -457,14 +457,14 @@ class Lane(threading.Thread):
 
     def _report(self, begun):
         """Wait for some rows and tell those who watch."""
-        for state, task, done in begun:
+        for state, task, done, decode in begun:
             jax.block_until_ready(state.x)
             if not task.future.done() and done > task.done:
                 task.done = done
-                self._show(task, state.denoised)
+                self._show(task, state.denoised, decode)
 
-    def _show(self, task, latents):
-        task.denoised = latents
+    def _show(self, task, latents, decode):
+        task.denoised, task.decode = latents, functools.partial(decode, latents)
         if task.watch is None:
             return
         try:
@@ -482,7 +482,8 @@ class Lane(threading.Thread):
         elif following:
             self.engine._go_on(task, latents)
         else:
-            self._finisher.submit(self._finish, task, slot.state, programs.decode(slot.state.x))
+            self._finisher.submit(self._finish, task, slot.state, programs.decode,
+                                  programs.decode(slot.state.x))
 
     def _enlarge(self, task, found):
         """Give the next stage what the one before came to."""
@@ -495,13 +496,13 @@ class Lane(threading.Thread):
         except Exception as error:
             task.settle(error)
 
-    def _finish(self, task, state, found):
+    def _finish(self, task, state, decode, found):
         try:
             image, finite = map(np.asarray, found)
             if not finite.all():
                 raise not_finite('the picture', task.request)
             task.done = task.total
-            self._show(task, state.denoised)
+            self._show(task, state.denoised, decode)
             task.settle(image_conditioning.paste_back(task.init_image, image[0]))
         except Exception as error:
             task.settle(error)

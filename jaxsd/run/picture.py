@@ -35,12 +35,14 @@ UPSCALERS = {'latent': 'Latent', 'latent_bicubic': 'Latent (bicubic)',
              'lanczos': 'Lanczos', 'nearest': 'Nearest'}
 
 
-def parameters(request: Request, model: str = '', vae: str = '', refiner: str = '') -> str:
+def parameters(request: Request, model: str = '', vae: str = '', refiner: str = '',
+               unfinished: tuple[int, int] | None = None) -> str:
     """The `parameters` text that A1111 writes into its PNG files.
 
     Prompt, then `Negative prompt:` if there is one, then one line of `Key: value` pairs. Adapters
     stand in the prompt. A guidance for each step is told by its first: `record` has them all.
-    model, vae, refiner: their names.
+    model, vae, refiner: their names. unfinished: of a picture that was interrupted, how many model
+    calls were done, of how many.
     """
     strength = None if request.image is None else request.strength
     if isinstance(request.hires, Hires):
@@ -63,6 +65,7 @@ def parameters(request: Request, model: str = '', vae: str = '', refiner: str = 
         'Emphasis': WEIGHTINGS.get(request.weighting, ''),
         'Refiner': refiner,
         'Refiner switch at': _short(request.switch) if refiner else '',
+        'Unfinished': f'{unfinished[0]} of {unfinished[1]} model calls' if unfinished else '',
         'Version': f'jaxsd {jaxsd.__version__}',
     }
     tags = [f'<lora:{name}:{_short(text)}:{_short(unet)}>'

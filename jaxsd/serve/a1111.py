@@ -307,10 +307,12 @@ def decode(text: str, name: str) -> bytes:
 
 
 def answer(body: Body, found: Sequence[tuple[Request, bytes]], texts: Sequence[str],
-           model: str = '') -> dict[str, Any]:
+           model: str = '', unfinished: Sequence[tuple[int, int] | None] = ()
+           ) -> dict[str, Any]:
     """What txt2img and img2img answer -> a dict for JSON.
 
-    found: per picture its Request and PNG file; texts: their `parameters`.
+    found: per picture its Request and PNG file; texts: their `parameters`; unfinished: of those
+    that were interrupted, the model calls that were done, and all.
     """
     made, files = zip(*found)
     first = made[0]
@@ -329,7 +331,8 @@ def answer(body: Body, found: Sequence[tuple[Request, bytes]], texts: Sequence[s
         'denoising_strength': first.hires.strength if isinstance(first.hires, Hires) else
         None if first.image is None else first.strength,
         'extra_generation_params': {}, 'index_of_first_image': 0, 'infotexts': texts, 'styles': [],
-        'job_timestamp': '0', 'clip_skip': first.clip_skip,
+        'unfinished': unfinished or [None] * len(made), 'job_timestamp': '0',
+        'clip_skip': first.clip_skip,
         'is_using_inpainting_conditioning': False, 'version': texts[0].rpartition('Version: ')[2]}
     hidden = {} if getattr(body, 'include_init_images', True) else {'init_images': None,
                                                                     'mask': None}

@@ -260,13 +260,14 @@ class Service:
                 del self.tasks[name]
 
     def interrupt(self, name: str | None, skip: bool = False) -> None:
-        """End the request of this force_task_id, or all, with the pictures that are done; skip:
-        take back one batch of it, the first that is not done. Raises HTTPError for a name that
-        there is not."""
+        """End the request of this force_task_id, or all, with the pictures that are done, and those
+        under way as they are; skip: so one batch of it, the first that is not done. Raises
+        HTTPError for a name that there is not."""
         jobs = list(self.tasks.values()) if name is None else [
             job for key, job in list(self.tasks.items()) if key == name]
-        if not sum(job.queue.interrupt(job, job.batch if skip else None) for job in jobs) and (
-                name is not None):
+        # The newest first, so that none begins when an older one's slot is free.
+        if not sum(job.queue.interrupt(job, job.batch if skip else None)
+                   for job in reversed(jobs)) and name is not None:
             raise HTTPError(404, 'not_found', f'force_task_id={a1111.brief(name)}: no such task')
 
     def progress(self, image: bool = True) -> schemas.Progress:
@@ -294,9 +295,11 @@ class Service:
     def file(self, loaded: Loaded, request: Request, made: Result) -> tuple[str, bytes]:
         """A picture -> the `parameters` in its file, and the PNG file."""
         line = picture.parameters(request, loaded.model, loaded.vae,
-                                  loaded.refiner if request.switch < 1 else '')
-        return line, picture.png(made.image, {'parameters': line, 'jaxsd': picture.record(
-            request, id=made.id, slots=made.slots, **loaded.run)})
+                                  loaded.refiner if request.switch < 1 else '', made.unfinished)
+        texts = {'parameters': line}
+        if made.unfinished is None:  # else nothing makes it again
+            texts['jaxsd'] = picture.record(request, id=made.id, slots=made.slots, **loaded.run)
+        return line, picture.png(made.image, texts)
 
     def answer(self, loaded: Loaded, body: schemas.Body, requests: Sequence[Request],
                found: Sequence[Any]) -> bytes:
@@ -305,11 +308,12 @@ class Service:
         requests = [r for r, one in zip(requests, found) if not isinstance(one, Interrupted)]
         found = [one for one in found if not isinstance(one, Interrupted)]
         if not found:
-            raise HTTPError(409, 'interrupted', 'the request was interrupted before a picture was '
-                            'done')
+            raise HTTPError(409, 'interrupted', 'the request was interrupted before there was '
+                            'anything to see of a picture')
         lines, files = zip(*(self.file(loaded, *one) for one in zip(requests, found)))
-        return json.dumps(a1111.answer(body, list(zip(requests, files)), lines, loaded.model),
-                          allow_nan=False).encode()
+        return json.dumps(
+            a1111.answer(body, list(zip(requests, files)), lines, loaded.model,
+                         [made.unfinished for made in found]), allow_nan=False).encode()
 
 
 def _check(request, limits, model):

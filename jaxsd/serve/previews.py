@@ -63,7 +63,7 @@ class Previews:
             return
         task.wanted = False
         task.preview = (look(self.vae) if self.vae is not None else
-                        np.asarray(task.decode(task.denoised)[0])[0])
+                        np.asarray(task.decode()[0])[0])
 
     def _decodes(self, latents):
         return self.vae is not None or _small(latents)

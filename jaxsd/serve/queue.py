@@ -8,10 +8,12 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxsd.batch.identity import Identity
 from jaxsd.images.reading import Picture
 from jaxsd.run.engine import Engine, Task
-from jaxsd.run.image_conditioning import InitImage
+from jaxsd.run.image_conditioning import InitImage, paste_back
 from jaxsd.run.replica import Stage
 from jaxsd.run.request import Request
 from jaxsd.serve.metrics import Metrics
@@ -34,15 +36,18 @@ class Stopped(Exception):
 
 
 class Interrupted(Exception):
-    """A picture was taken back before it was done."""
+    """A picture was taken back before there was anything to see."""
 
 
 class Result(NamedTuple):
-    """image: uint8 [H,W,3]; id: 32 hex digits, see Identity; slots: of the program that made it."""
+    """image: uint8 [H,W,3]; id: 32 hex digits, see Identity; slots: of the program that made it.
+    unfinished: of a picture that was interrupted, the model calls that were done, and all of them;
+    nothing makes it again, it has no id."""
 
     image: Any
     id: str
     slots: int
+    unfinished: tuple[int, int] | None = None
 
 
 class Job:
@@ -51,7 +56,7 @@ class Job:
     def __init__(self, queue: 'Queue', ids: Sequence[str], tasks: Sequence[Task]) -> None:
         self.queue, self.ids, self.tasks = queue, ids, tasks
         self.future = concurrent.futures.Future()
-        self.left_out: set[str] = set()  # ids that were interrupted
+        self.found: dict[str, Any] = {}  # {id: what it came to; None: interrupted, and decoded now}
         self.batch = 1  # pictures that a client thinks are made at once
 
     def progress(self) -> tuple[int, int]:
@@ -89,11 +94,11 @@ class Queue:
         self.looks = Previews(engine, preview)
         self._lock = threading.RLock()  # guards everything below
         self._tasks, self._jobs = {}, {}  # {id: its run.engine.Task}, {id: [Job that wants it]}
-        self._found = {}  # {id: what it came to}, as long as a job wants it
         self._asked = 0  # pictures ever
         self._done = 0  # pictures since there were none
         self._each, self._last = 1.0, None  # s for a picture, a running mean; when one was done
         self._stopping = ''  # why nothing more is taken
+        self._decoder = concurrent.futures.ThreadPoolExecutor(1)
 
     def warm(self, request: Request, draw: bool = True) -> None:
         """Have a resolved request's kind compiled, for one picture and for many; draw: with its
@@ -191,15 +196,19 @@ class Queue:
         return True
 
     def interrupt(self, job: Job, most: int | None = None) -> bool:
-        """End a job with the pictures that are done -> whether it was still open; the others are
-        Interrupted. most: take back only so many of them, the first, and go on with the rest."""
+        """End a job with the pictures that are done, and those under way as they are by now, as
+        soon as they are decoded -> whether it was still open; the others are Interrupted. most:
+        take back only so many of them, the first, and go on with the rest."""
         with self._lock:
             if job.future.done():
                 return False
-            open_keys = [key for key in dict.fromkeys(job.ids)
-                         if key not in self._found and key not in job.left_out]
-            for key in open_keys[:most]:
-                job.left_out.add(key)
+            going = {key: self._tasks[key] for key in dict.fromkeys(job.ids)
+                     if key not in job.found}
+            for key, task in [(key, task) for key, task in going.items()
+                              if task.done < task.total and not task.future.done()][:most]:
+                job.found[key] = None if task.decode else Interrupted()
+                if task.decode:
+                    self._decoder.submit(self._look, job, key, task, task.decode, task.done)
                 self._jobs[key].remove(job)
                 if not self._jobs[key]:
                     self._tasks[key].cancel()
@@ -207,21 +216,35 @@ class Queue:
         self._gauge()
         return True
 
+    def _look(self, job, key, task, decode, done):
+        """What an interrupted picture is by now: a job has waited for it."""
+        found = Interrupted()
+        try:
+            image, finite = map(np.asarray, decode())
+            if finite.all():
+                found = Result(paste_back(task.init_image, image[0]), '', task.slots,
+                               (done, task.total))
+        except Exception as error:
+            traceback.print_exception(error)
+            found = error
+        with self._lock:
+            job.found[key] = found
+            self._conclude([job])
+
     def _conclude(self, jobs):
         """Those of which nothing is left to make are done. The lock is held."""
         for job in jobs:
-            known = {key: self._found.get(key, Interrupted()) for key in job.ids
-                     if key in self._found or key in job.left_out}
-            if not job.future.done() and len(known) == len(set(job.ids)):
-                job.future.set_result([known[key] for key in job.ids])
+            found = [job.found.get(key) for key in job.ids]
+            if not job.future.done() and all(one is not None for one in found):
+                job.future.set_result(found)
 
     def stop(self) -> None:
         """Take no more, give up jobs of which nothing has begun, finish the others."""
         with self._lock:
             self._stopping = 'the server is stopping'
-            begun = self._found.keys() | {key for key, task in self._tasks.items() if task.begun}
+            begun = {key for key, task in self._tasks.items() if task.begun}
             kept = {key for some in self._jobs.values() for job in some for key in job.ids
-                    if not begun.isdisjoint(job.ids)}
+                    if job.found or not begun.isdisjoint(job.ids)}
             for key, task in list(self._tasks.items()):
                 if key not in kept:
                     task.cancel()
@@ -258,11 +281,9 @@ class Queue:
                 self._last = now
             self._done += 1
             self._count(what)
-            if jobs:  # else it was taken back, and an earlier one may have been made
-                self._found[key] = outcome
+            for job in jobs:
+                job.found[key] = outcome
             self._conclude(jobs)
-            wanted = {k for some in self._jobs.values() for job in some for k in job.ids}
-            self._found = {k: found for k, found in self._found.items() if k in wanted}
         self._gauge()
 
     def _count(self, outcome, number=1):

@@ -10,7 +10,7 @@ from servers import colour, gated
 
 import jaxsd
 from jaxsd.serve.metrics import Metrics
-from jaxsd.serve.queue import Busy, Queue, Stopped
+from jaxsd.serve.queue import Busy, Interrupted, Queue, Stopped
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +76,7 @@ def test_the_same_picture_is_made_once(engine, make):
     assert engine.started == [50, 7, 8]
     assert outcomes(queue, 'shared') == 2 and outcomes(queue, 'cancelled') == 0
     assert len(ask(engine, queue, 7, 7).future.result(10)) == 2
-    assert not queue._found and not queue._jobs and not queue._tasks
+    assert not queue._jobs and not queue._tasks
 
 
 def test_what_is_cancelled_is_not_made(engine, make):
@@ -91,6 +91,42 @@ def test_what_is_cancelled_is_not_made(engine, make):
     ask(engine, queue, 3).future.result(10)
     assert engine.started == [0, 3]
     assert [outcomes(queue, n) for n in ('cancelled', 'made')] == [3, 1]
+
+
+def test_what_is_interrupted_comes_as_it_is_by_now(engine, make):
+    """To the job that was interrupted; who else wants the picture gets it whole."""
+    queue = make()
+    job, other = ask(engine, queue, 1, 2, 3), ask(engine, queue, 1)
+    wait_for(lambda: engine.started == [1])
+    task, seen = queue._tasks[job.ids[0]], threading.Event()
+    task.done, half = 2, colour(77)
+    task.decode = lambda: (seen.wait(30), (half[None], np.True_))[1]
+    assert queue.interrupt(job, 1) and not job.future.done()
+    assert queue.interrupt(job, 1) and not job.future.done()
+    engine.gate.set()
+    assert other.future.result(10)[0].unfinished is None
+    assert ask(engine, queue, 3).future.result(10)  # the third is done, the first being decoded
+    assert not job.future.done() and not queue.interrupt(other)
+    seen.set()
+    first, second, third = job.future.result(10)
+    assert first.unfinished == (2, task.total) and first.id == '' and isinstance(
+        second, Interrupted)
+    np.testing.assert_array_equal(first.image, half)
+    np.testing.assert_array_equal(third.image, colour(3))
+    assert third.unfinished is None and engine.started[:2] == [1, 3]
+    np.testing.assert_array_equal(other.future.result()[0].image, colour(1))
+    assert not queue._jobs and not queue._tasks
+
+
+@pytest.mark.parametrize('decoded', [(colour(1)[None], np.False_), None])
+def test_what_is_interrupted_and_cannot_be_seen(engine, make, decoded):
+    """Latents that are not finite; a decoder that fails."""
+    queue = make()
+    job = ask(engine, queue, 1)
+    wait_for(lambda: engine.started == [1])
+    queue._tasks[job.ids[0]].decode = lambda: decoded
+    assert queue.interrupt(job)
+    assert isinstance(job.future.result(10)[0], Interrupted if decoded else TypeError)
 
 
 def test_a_full_queue_says_when_to_come_again(engine, make):
@@ -176,7 +212,7 @@ def test_a_picture_that_is_asked_for_again_and_taken_back_stays_made(engine, mak
     wait_for(lambda: engine.started == [1])
     task = queue._tasks[both.ids[0]]
     task.settle(colour(1))
-    wait_for(lambda: both.ids[0] in queue._found)
+    wait_for(lambda: both.ids[0] in both.found)
     assert queue.cancel(ask(engine, queue, 1))
     engine.gate.set()
     for made, seed in zip(both.future.result(30), (1, 2), strict=True):
@@ -200,4 +236,4 @@ def test_many_threads_lose_nothing(engine, make):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert sorted(pool.map(client, range(8))) == list(range(8))
     wait_for(lambda: queue.counts()[:2] == (0, 0))
-    assert not queue._found and not queue._jobs and not queue._tasks
+    assert not queue._jobs and not queue._tasks
