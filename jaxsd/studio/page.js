@@ -72,7 +72,8 @@ async function start() {
   options($('kind'), known.preprocessors);
   options($('size'), [['', 'the model’s own']]);
   options($('hires-upscaler'), known.upscalers);
-  fillHires(known.defaults.hires);
+  const rest = fillHires(known.defaults.hires);
+  if (rest) $('more').value = JSON.stringify({hires: rest});
   $('steps').value = known.defaults.steps;
   $('guidance').value = typeof known.defaults.guidance === 'number' ? known.defaults.guidance : '';
   $('steps').max = $('hires-steps').max = $('reference').max = known.limits.steps;
@@ -234,7 +235,7 @@ function offerHires() {
 
 // Fills the fields -> those that the form has not, or undefined.
 function fillHires(given) {
-  const {scale, upscaler, strength, steps, ...rest} = {...known.hires, ...given};
+  const {scale, upscaler, strength, steps, ...rest} = {...known?.hires, ...given};
   $('hires').checked = Boolean(given);
   for (const [name, value] of Object.entries({scale, upscaler, strength, steps})) {
     $(`hires-${name}`).value = value ?? '';
