@@ -240,6 +240,10 @@ function fillHires(given) {
   for (const [name, value] of Object.entries({scale, upscaler, strength, steps})) {
     $(`hires-${name}`).value = value ?? '';
   }
+  if (!$('hires-upscaler').value) { // a network's: not in the list
+    rest.upscaler = upscaler;
+    $('hires-upscaler').value = known.hires.upscaler;
+  }
   offerHires();
   return Object.keys(rest).length ? rest : undefined;
 }
