@@ -18,11 +18,14 @@ from pydantic import BaseModel, ValidationError
 from jaxsd import images
 from jaxsd.images.reading import Picture
 from jaxsd.run import infotext
+from jaxsd.run.hires import enlarge
 from jaxsd.run.request import MAX_SEED, Control, Hires, Request, random_seed
+from jaxsd.run.upscale import to_size
 from jaxsd.sampling import SAMPLERS
 from jaxsd.sampling.choice import choose, one_of, unknown
 from jaxsd.sampling.names import A1111_SAMPLERS, SCHEDULE_NAMES, find_sampler
-from jaxsd.serve.schemas import Body, ControlUnit, Img2Img, Neutral, Txt2Img
+from jaxsd.serve.schemas import Body, ControlUnit, Extras, Img2Img, Neutral, Txt2Img
+from jaxsd.weights.model import Network
 
 AUTOMATIC = infotext.AUTOMATIC | dict.fromkeys(infotext.BY_TIMESTEPS, 'ddim_uniform')
 RESIZE = ('stretch', 'crop', 'pad')  # by resize_mode
@@ -73,12 +76,14 @@ def brief(value: object) -> str:
 def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
              model: str | Sequence[str] = '', vae: str = '', refiner: str = '',
              read: Callable[..., np.ndarray] = images.read_bytes,
-             controlnets: Collection[str] = ()) -> list[Request]:
+             controlnets: Collection[str] = (),
+             upscalers: Collection[str] = ()) -> list[Request]:
     """A Body -> its Requests, with seeds that count up.
 
     defaults: arguments of Request, for what the body leaves open. model, vae, refiner: the names
     of what is loaded; the model may have several. read: decodes pictures, as images.read_bytes
-    does. controlnets: names of those there are. Raises ValueError for what is wrong or too much.
+    does. controlnets, upscalers: names of those there are. Raises ValueError for what is wrong or
+    too much.
     """
     given = {**defaults, 'prompt': body.prompt or '', 'negative_prompt': body.negative_prompt or ''}
     given |= {ours: getattr(body, theirs) for ours, theirs in (
@@ -100,7 +105,8 @@ def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
         given |= _pictures(body, limits, read)
         given['schedule_options'] = {'convention': 'a1111', **(given.get('schedule_options') or {})}
     elif isinstance(body, Txt2Img) and body.enable_hr:
-        given['hires'] = _hires(body, limits, (model,) if isinstance(model, str) else model)
+        given['hires'] = _hires(body, limits, (model,) if isinstance(model, str) else model,
+                                upscalers)
         # There the second pass makes as many steps as it is given.
         given['schedule_options'] = {'convention': 'comfyui', **(given.get('schedule_options') or
                                                                  {})}
@@ -178,7 +184,7 @@ def _refiner(body, refiner):
     return {} if body.refiner_switch_at is None else {'switch': body.refiner_switch_at}
 
 
-def _hires(body, limits, models):
+def _hires(body, limits, models, upscalers):
     """enable_hr and its fields -> Hires."""
     for name in ('firstphase_width', 'firstphase_height'):
         if getattr(body, name):
@@ -186,8 +192,8 @@ def _hires(body, limits, models):
                              'the first pass')
     one_of('hr_checkpoint_name', body.hr_checkpoint_name or 'Use same checkpoint', [
         'Use same checkpoint', *models])
-    found = {'upscaler': choose('hr_upscaler', body.hr_upscaler or 'Latent',
-                                infotext.HIRES_UPSCALERS),
+    known = {name: name for name in upscalers} | infotext.HIRES_UPSCALERS
+    found = {'upscaler': choose('hr_upscaler', body.hr_upscaler or 'Latent', known),
              'scale': 2.0 if body.hr_scale is None else body.hr_scale,
              'strength': 0.75 if body.denoising_strength is None else body.denoising_strength,
              'width': body.hr_resize_x or None, 'height': body.hr_resize_y or None,
@@ -294,6 +300,37 @@ def detect(module: str, image: Picture, resolution: int | None = None, a: float 
     options: dict[str, Any] = {name: value for name, value in zip(names, (a, b))
                                if value not in (None, -1)}
     return images.hint(kind, image, **options)
+
+
+def enlarged(body: Extras, image: Picture, limits: Limits,
+             networks: Mapping[str, Network]) -> Picture:
+    """A picture as extra-single-image enlarges it: by two upscalers of which the second one shows
+    by its visibility. networks: those that there are, by name."""
+    height, width = image.shape[:2]
+    if body.resize_mode == 1:
+        across, down = body.upscaling_resize_w or 512, body.upscaling_resize_h or 512
+        scale = max(across / width, down / height)
+    else:
+        scale = body.upscaling_resize or 2.0
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    if size[0] * size[1] > 16 * limits.pixels:
+        raise ValueError(f'the picture would have {size[0]}x{size[1]} pixels: expected at most '
+                         f'{16 * limits.pixels}')
+
+    def by(field, name):
+        one_of(field, name, ['None', 'Lanczos', 'Nearest', *networks])
+        if name in networks:
+            return to_size(networks[name], image, *size)
+        return image if name == 'None' else enlarge(image, *size, name.lower())
+
+    found = by('upscaler_1', body.upscaler_1 or 'None')
+    second, part = body.upscaler_2 or 'None', body.extras_upscaler_2_visibility or 0
+    if second != 'None' and part > 0 and body.upscaler_1 not in (None, 'None'):
+        found = np.round((1 - part) * found + part * by('upscaler_2', second).astype(np.float32)
+                         ).astype(np.uint8)
+    if body.resize_mode == 1 and body.upscaling_crop and body.upscaler_1 not in (None, 'None'):
+        found = images.fit(found, across, down, 'crop')
+    return found
 
 
 def decode(text: str, name: str) -> bytes:

@@ -217,7 +217,7 @@ class Service:
         requests, job = self.submit(loaded, a1111.requests(
             body, self.defaults, settings.limits, (loaded.model, *self.current().aliases),
             loaded.vae, loaded.refiner, functools.partial(self.decode, images.read_bytes),
-            queue.engine.nets[0].controlnets))
+            queue.engine.nets[0].controlnets, queue.engine.nets[0].upscalers))
         job.batch = body.batch_size or 1
         name = body.force_task_id
         if self.tasks.setdefault(job if name is None else name, job) is not job:
@@ -249,6 +249,23 @@ class Service:
                                 body.controlnet_threshold_a, body.controlnet_threshold_b)
             found.append(base64.b64encode(picture.png(hint)).decode())
         return {'images': found, 'info': 'Success'}
+
+    def extras(self, model: type[schemas.Extras], data: bytes) -> dict[str, Any]:
+        """POST /sdapi/v1/extra-single-image, extra-batch-images: a body's bytes -> the answer."""
+        networks = self.ready().queue.engine.nets[0].upscalers
+        body, found = a1111.parse(model, data), []
+        if isinstance(body, schemas.ExtraBatch):
+            sent = {f'imageList.{i}.data': one.data for i, one in enumerate(body.imageList)}
+        else:
+            assert isinstance(body, schemas.ExtraSingle)
+            sent = {'image': body.image}
+        for name, text in sent.items():
+            image = self.decode(images.read_bytes, a1111.decode(text, name), name,
+                                4 * self.settings.limits.pixels)
+            large = a1111.enlarged(body, image, self.settings.limits, networks)
+            found.append(base64.b64encode(picture.png(large)).decode())
+        return {'html_info': '', **({'image': found[0]} if 'image' in sent else {
+            'images': found})}
 
     def drop(self, prepared: Future) -> None:
         """A request is over, however: what it still wanted is not made. prepared: a future."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jaxsd.sampling.choice import unknown
 
-KINDS = ('checkpoints', 'vaes', 'lora', 'embeddings', 'controlnet')
+KINDS = ('checkpoints', 'vaes', 'lora', 'embeddings', 'controlnet', 'upscalers')
 
 
 class Weights(NamedTuple):

@@ -65,8 +65,11 @@ def add(app: fastapi.FastAPI, service: Any, errors: Callable, reads: Callable) -
             'skipped': {}}
 
     async def upscalers() -> list[dict[str, Any]]:
+        scales = dict.fromkeys(('None', 'Lanczos', 'Nearest'), 4.0) | {
+            name: float(network.config.scale)
+            for name, network in sorted(loaded().upscalers.items())}
         return [{'name': name, 'model_name': None, 'model_path': None, 'model_url': None,
-                 'scale': 4.0} for name in ('None', 'Lanczos', 'Nearest')]
+                 'scale': scale} for name, scale in scales.items()]
 
     async def latent_upscale_modes() -> list[dict[str, str]]:
         return [{'name': name} for name in infotext.HIRES_UPSCALERS
@@ -99,6 +102,17 @@ def add(app: fastapi.FastAPI, service: Any, errors: Callable, reads: Callable) -
         return await asyncio.get_running_loop().run_in_executor(
             service.picture_pool, service.detect, data)
 
+    def extra(path, model):
+        @app.post(f'/sdapi/v1/{path}', response_model=dict[str, Any], responses=errors(413, 503),
+                  openapi_extra=reads(model))
+        async def enlarge(request: fastapi.Request) -> dict[str, Any]:
+            data = await read_body(request, service.settings)
+            return await asyncio.get_running_loop().run_in_executor(
+                service.picture_pool, service.extras, model, data)
+
+    extra('extra-single-image', schemas.ExtraSingle)
+    extra('extra-batch-images', schemas.ExtraBatch)
+
     async def ping() -> dict[str, str]:
         return {}
 
@@ -109,7 +123,7 @@ def add(app: fastapi.FastAPI, service: Any, errors: Callable, reads: Callable) -
     has('sd-vae', sd_vae, list[dict[str, str]])
     has('loras', loras, list[dict[str, Any]], 503)
     has('embeddings', embeddings, dict[str, Any], 503)
-    has('upscalers', upscalers, list[dict[str, Any]])
+    has('upscalers', upscalers, list[dict[str, Any]], 503)
     has('latent-upscale-modes', latent_upscale_modes, list[dict[str, str]])
     has('scripts', scripts, dict[str, list[str]], 503)
     has('cmd-flags', cmd_flags, dict[str, Any])
@@ -168,7 +182,7 @@ def _refresh(service):
         traceback.print_exception(error)
         raise HTTPError(500, 'failed', 'the files could not be listed, see the log of the server'
                         ) from None
-    if changed & {'lora', 'embeddings', 'controlnet'}:
+    if changed & {'lora', 'embeddings', 'controlnet', 'upscalers'}:
         service.switch()
 
 

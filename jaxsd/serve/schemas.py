@@ -84,6 +84,49 @@ class DetectBody(BaseModel):
     controlnet_threshold_b: float | None = None
 
 
+class Extras(BaseModel):
+    """What is common to both of extra-*: how pictures are enlarged."""
+
+    model_config = STRICT
+
+    resize_mode: Literal[0, 1] | None = 0  # 0: by upscaling_resize, 1: to a size
+    upscaling_resize: Annotated[float, Field(ge=0.1, le=16)] | None = 2.0
+    upscaling_resize_w: Annotated[int, Field(ge=1, le=16384)] | None = 512
+    upscaling_resize_h: Annotated[int, Field(ge=1, le=16384)] | None = 512
+    upscaling_crop: bool | None = True
+    upscaler_1: Name | None = 'None'
+    upscaler_2: Name | None = 'None'
+    extras_upscaler_2_visibility: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    gfpgan_visibility: Zero | None = 0.0
+    codeformer_visibility: Zero | None = 0.0
+
+    # Nothing that changes a picture:
+    codeformer_weight: float | None = None
+    upscale_first: bool | None = None
+    show_extras_results: bool | None = None
+
+
+class ExtraSingle(Extras):
+    """POST /sdapi/v1/extra-single-image."""
+
+    image: Base64
+
+
+class FileData(BaseModel):
+    """A picture of ExtraBatch; the name is for the client."""
+
+    model_config = STRICT
+
+    data: Base64
+    name: Name | None = None
+
+
+class ExtraBatch(Extras):
+    """POST /sdapi/v1/extra-batch-images."""
+
+    imageList: Annotated[list[FileData], Field(min_length=1, max_length=16)]
+
+
 class Script(BaseModel):
     """What a script is given."""
 

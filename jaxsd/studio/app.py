@@ -107,8 +107,8 @@ class Studio:
                 'sizes': [size for size in sizes
                           if not any(side % config.vae.factor for side in size)],
                 'nets': sorted(net.controlnets), 'adapters': sorted(net.adapters),
-                'embeddings': sorted(net.embeddings), 'vae': loaded.vae,
-                'refiner': loaded.refiner,
+                'embeddings': sorted(net.embeddings), 'networks': sorted(net.upscalers),
+                'vae': loaded.vae, 'refiner': loaded.refiner,
                 'weights': loaded.queue.identity.settings['weights'],
                 'dtype': loaded.run.get('dtype')}
 

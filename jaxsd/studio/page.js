@@ -108,6 +108,8 @@ function model() {
     $(name).value ||= known.defaults[name] || known.native;
   }
   options($('net'), known.nets);
+  options($('hires-upscaler'), [...known.upscalers, ...known.networks.map(name => [name, name])],
+    $('hires-upscaler').value);
   $('no-nets').hidden = known.nets.length > 0;
   const others = known.models.filter(one => !one.loaded);
   options($('checkpoint'), others.map(one => [one.name, one.hash ? `${one.name} [${one.hash}]`
@@ -120,7 +122,8 @@ function model() {
     'Native size': size(own), 'Hash of the weights': known.weights, 'VAE': known.vae || 'its own',
     'Refiner': known.refiner || 'none', 'LoRAs': known.adapters.join(', ') || 'none',
     'Embeddings': known.embeddings.join(', ') || 'none',
-    'ControlNets': known.nets.join(', ') || 'none'};
+    'ControlNets': known.nets.join(', ') || 'none',
+    'Upscalers': known.networks.join(', ') || 'none'};
   $('models').replaceChildren(...terms(facts));
 }
 

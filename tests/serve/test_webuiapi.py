@@ -17,10 +17,13 @@ from safetensors.numpy import save_file
 
 import jaxsd
 from jaxsd import images
+from jaxsd.config import UpscalerConfig
+from jaxsd.models.upscaler import names
 from jaxsd.run import Engine
 
 webuiapi = pytest.importorskip('webuiapi')
 EMOJI, EDGES = ROOT / 'checkpoints' / 'emoji', ROOT / 'checkpoints' / 'emoji_edges'
+UPSCALER = UpscalerConfig(kind='rrdb', scale=2, ups=1, channels=8, growth=4, blocks=(1,))
 SKETCH = ROOT / 'docs' / 'examples' / 'sketch.png'
 USUAL = dict(prompt='red apple', seed=7, steps=6, cfg_scale=4, width=64, height=64,
              sampler_name='DPM++ 2M', scheduler='Karras')
@@ -35,7 +38,7 @@ def model():
 def files(model, tmp_path_factory):
     """What the server is given beside the shipped model."""
     root = tmp_path_factory.mktemp('webui')
-    for name in ('checkpoints', 'vaes', 'loras', 'embeddings'):
+    for name in ('checkpoints', 'vaes', 'loras', 'embeddings', 'upscalers'):
         (root / name).mkdir()
     shutil.copytree(EMOJI, root / 'checkpoints' / 'emoji')
     unet = dict(model.params['unet'])
@@ -58,6 +61,8 @@ def files(model, tmp_path_factory):
     size = model.config.text_encoder.hidden_size
     save_file({'emb_params': draw((2, size)).astype(np.float32)},
               root / 'embeddings' / 'shiny.safetensors')
+    save_file({name: 0.1 * draw(shape).astype(np.float32) for name, shape in names(
+        UPSCALER).items()}, root / 'upscalers' / 'sharp.safetensors')
     return root
 
 
@@ -65,7 +70,7 @@ def files(model, tmp_path_factory):
 def server(files):
     flags = [f'--{flag}={files / folder}' for flag, folder in (
         ('checkpoints', 'checkpoints'), ('vaes', 'vaes'), ('lora', 'loras'),
-        ('embeddings', 'embeddings'))]
+        ('embeddings', 'embeddings'), ('upscalers', 'upscalers'))]
     with serving('--config=emoji', f'--controlnet=edges={EDGES}', *flags) as (url, _):
         yield url
 
@@ -343,8 +348,45 @@ def test_a_model_that_cannot_be_loaded_leaves_the_one_before(client, model, file
     same(client.txt2img(**USUAL), model, asked())
 
 
+def test_upscalers(client, model, files):
+    """Pictures enlarged alone, two of them at once and mixed; and between two passes."""
+    network = jaxsd.load_upscaler(files / 'upscalers' / 'sharp.safetensors')
+    image = Image.open(EMOJI.parents[1] / 'docs' / 'examples' / 'apple.png').convert('RGB').resize(
+        (40, 30))
+    large = jaxsd.upscale(network, image)
+    found = client.extra_single_image(image, upscaler_1='sharp', upscaling_resize=2).image
+    np.testing.assert_array_equal(found, large)
+    lanczos = np.asarray(image.resize((80, 60), Image.Resampling.LANCZOS), np.float32)
+    found = client.extra_single_image(image, upscaler_1='sharp', upscaler_2='Lanczos',
+                                      extras_upscaler_2_visibility=0.25).image
+    assert np.abs(np.asarray(found) - (0.75 * large + 0.25 * lanczos)).max() <= 0.51
+    found = client.extra_batch_images([image, image], upscaler_1='Nearest', resize_mode=1,
+                                      upscaling_resize_w=60, upscaling_resize_h=60).images
+    assert [one.size for one in found] == [(60, 60)] * 2
+    assert client.extra_single_image(image).image.size == (40, 30)  # A1111's None
+
+    def sent(image):
+        file = io.BytesIO()
+        image.save(file, 'PNG')
+        return base64.b64encode(file.getvalue()).decode()
+
+    url = f'{client.baseurl}/extra-single-image'
+    for body, said in ((dict(upscaler_1='sharper'), "unknown upscaler_1 'sharper': did you mean"),
+                       (dict(gfpgan_visibility=1.0), 'gfpgan_visibility'),
+                       (dict(upscaling_resize=16, upscaler_1='sharp', image=sent(
+                           image.resize((1500, 1000)))), 'expected at most 16777216')):
+        answer = client.session.post(url, json={'image': sent(image)} | body)
+        assert answer.status_code in (400, 422) and said in answer.text, answer.text
+    same(client.txt2img(**USUAL | dict(enable_hr=True, hr_upscaler='sharp', hr_scale=1.5,
+                                       denoising_strength=0.5)),
+         model.replace(upscalers={'sharp': network}),
+         asked(schedule_options={'convention': 'comfyui'},
+               hires={'upscaler': 'sharp', 'scale': 1.5, 'strength': 0.5}))
+
+
 def test_what_there_is_beside(client):
-    assert {'None', 'Lanczos', 'Nearest'} == {one['name'] for one in client.get_upscalers()}
+    assert {one['name']: one['scale'] for one in client.get_upscalers()} == {
+        'None': 4, 'Lanczos': 4, 'Nearest': 4, 'sharp': 2}
     assert 'Latent' in [one['name'] for one in client.get_latent_upscale_modes()]
     assert client.get_hypernetworks() == client.get_face_restorers() == []
     assert client.get_prompt_styles() == client.get_realesrgan_models() == []
