@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxsd.typing import Params
 
 AXIS = 'data'  # of meshes over the devices of a host
-WHOLE = ('controlnet', 'adapters')
+WHOLE = ('controlnet', 'ip_adapter', 'adapters')
 
 
 def axis(shape: tuple[int, ...], devices: int) -> int | None:
@@ -34,12 +34,13 @@ def place(params: Params, mesh: Mesh) -> Params:
 def run(params: Params, *arguments: Any, function: Callable[..., Any], mesh: Mesh,
         **static: Any) -> Any:
     """function(params, *arguments), in which each device has whole arguments, and its part of the
-    params, gathered where they are looked up. ControlNets are whole: not all devices call them in
-    the same rows."""
+    params, gathered where they are looked up. WHOLE are whole: not all devices call ControlNets in
+    the same rows, and the others are small."""
     def along(name, a):
         return None if name[0].key in WHOLE else axis(a.shape, mesh.size)
 
-    axes = jax.tree_util.tree_map_with_path(along, params)
+    axes = {part: None if part in WHOLE else found for part, found in
+            jax.tree_util.tree_map_with_path(along, params).items()}
     specs = jax.tree_util.tree_map_with_path(lambda name, a: _spec(along(name, a)), params)
 
     def local(params, *arguments):
