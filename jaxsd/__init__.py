@@ -14,21 +14,23 @@ if (importlib.metadata.version('jaxlib').startswith('0.10.')
                                + ' --xla_cpu_experimental_ynn_fusion_type=-reduce').strip()
 
 __version__ = '0.1.0'
-__all__ = ['Adapter', 'Control', 'Embedding', 'Engine', 'Hires', 'Model', 'ModelConfig', 'Network',
-           'Preview', 'Request', 'generate', 'guidance', 'load', 'load_adapter', 'load_controlnet',
-           'load_depth_estimator', 'load_embedding', 'load_plugin', 'load_t2i_adapter',
+__all__ = ['Adapter', 'Control', 'Embedding', 'Engine', 'Hires', 'IPAdapter', 'ImagePrompt',
+           'Model', 'ModelConfig', 'Network', 'Preview', 'Request', 'generate', 'guidance', 'load',
+           'load_adapter', 'load_controlnet', 'load_depth_estimator', 'load_embedding',
+           'load_image_encoder', 'load_ip_adapter', 'load_plugin', 'load_t2i_adapter',
            'load_upscaler', 'load_vae', 'merge', 'merge_models', 'read_config', 'sampler', 'save',
            'save_adapter', 'save_embedding', 'save_network', 'schedule', 'upscale', 'versions']
 
 if TYPE_CHECKING:
     from jaxsd.config import ModelConfig, read_config, versions
-    from jaxsd.run import Control, Engine, Hires, Request
+    from jaxsd.run import Control, Engine, Hires, ImagePrompt, Request
     from jaxsd.run.generate import Preview, generate
     from jaxsd.run.upscale import upscale
     from jaxsd.sampling.plugins import guidance, load_plugin, sampler, schedule
     from jaxsd.weights import (
         Adapter,
         Embedding,
+        IPAdapter,
         Model,
         Network,
         load,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
         load_controlnet,
         load_depth_estimator,
         load_embedding,
+        load_image_encoder,
+        load_ip_adapter,
         load_t2i_adapter,
         load_upscaler,
         load_vae,

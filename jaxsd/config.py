@@ -114,6 +114,47 @@ class TextConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionConfig(Checked):
+    """A CLIP vision transformer, CLIPVisionModelWithProjection; the defaults are ViT-H/14's."""
+
+    hidden_size: int = ranged(1280, 1, WIDTH)
+    intermediate_size: int = ranged(5120, 1, WIDTH)
+    num_hidden_layers: int = ranged(32, 1, 256)
+    num_attention_heads: int = ranged(16, 1, WIDTH)
+    image_size: int = ranged(224, 1, WIDTH)
+    patch_size: int = ranged(14, 1, WIDTH)
+    hidden_act: str = choice('gelu', 'quick_gelu')
+    layer_norm_eps: float = ranged(1e-5, above=0, high=1)
+    projection_dim: int = ranged(1024, 1, WIDTH)
+
+    def check(self) -> None:
+        self.divisible('hidden_size', [self.hidden_size], 'num_attention_heads',
+                       [self.num_attention_heads])
+
+    @property
+    def tokens(self) -> int:
+        """Its patches, and the token of the class."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class IPAdapterConfig(Checked):
+    """An IP-Adapter, see models.ip_adapter. Its file says all but `shortcut` by its tensors."""
+
+    kind: str = choice('base', 'plus', 'full', 'faceid', 'faceid_plus')
+    widths: tuple = ranged((320,), 1, WIDTH)  # of the U-Net's cross-attentions, in the file's order
+    cross_attention_dim: int = ranged(768, 1, WIDTH)  # of the tokens that it makes
+    features: int = ranged(1024, 0, WIDTH)  # of the image encoder; 0: it sees no picture
+    tokens: int = ranged(4, 0, WIDTH)  # that it makes of a picture; 0: one of each of the encoder's
+    face: int = ranged(0, 0, WIDTH)  # of the embedding of a face; 0: it takes none
+    hidden_size: int = ranged(768, 1, WIDTH)  # of the resampler
+    heads: int = ranged(12, 1, WIDTH)  # of the resampler, of 64 channels each
+    depth: int = ranged(4, 0, DEPTH)  # of the resampler
+    rank: int = ranged(0, 0, WIDTH)  # of the LoRA in the file; 0: there is none
+    shortcut: bool = False  # the face's own tokens are added to the resampler's (plus v2)
+
+
+@dataclasses.dataclass(frozen=True)
 class UNetConfig(Checked):
     """A U-Net. Tuples have one entry per resolution level, from the finest to the coarsest."""
 
@@ -371,6 +412,7 @@ class ModelConfig:
     low_res: ScheduleConfig | None = None  # upscalers: how the small picture is noised
     max_noise_level: int = 350  # upscalers: the last timestep of low_res that was trained on
     controlnets: tuple = ()  # (name, ControlNetConfig) of those at work in a program
+    ip_adapters: tuple = ()  # (name, IPAdapterConfig) of those
     aesthetic: bool = False  # the SDXL refiner's time ids end in an aesthetic score
     zero_negative: bool = False  # an empty negative prompt is zeros, not an encoded '' (SDXL base)
     # The released version it equals, see versions(); a label, no part of what the config is.
@@ -507,6 +549,9 @@ _DEFAULTS = {
             'down_block_types': ('DownEncoderBlock2D',), 'up_block_types': ('UpDecoderBlock2D',)},
     'text': {'hidden_size': 512, 'intermediate_size': 2048, 'num_attention_heads': 8,
              'eos_token_id': 49407, 'projection_dim': 512},
+    'vision': {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12,
+               'num_attention_heads': 12, 'patch_size': 32, 'hidden_act': 'quick_gelu',
+               'projection_dim': 512},
     'dpt': {'is_hybrid': False, 'neck_hidden_sizes': (96, 192, 384, 768),
             'reassemble_factors': [4, 2, 1, 0.5]},
 }
@@ -534,6 +579,7 @@ _FIXED = {
     'tiny_vae': {'act_fn': ('relu',), 'upsample_fn': ('nearest',),
                  'upsampling_scaling_factor': (2,)},
     'text': {'model_type': ('clip_text_model', 'clip')},
+    'vision': {'model_type': ('clip_vision_model', 'clip'), 'num_channels': (3,)},
     'dpt': {
         'is_hybrid': (True,), 'readout_type': ('project',), 'hidden_act': ('gelu',),
         'qkv_bias': (True,), 'reassemble_factors': ([1, 1, 1, 0.5],), 'num_channels': (3,),
@@ -648,6 +694,10 @@ def _text(content, kind, xl):
                  projection_dim=settings['projection_dim'] if projected else 0)
 
 
+def _vision(content):
+    return _pick(VisionConfig, _settings('vision', content))
+
+
 def _controlnet(content):
     down = content.get('down_block_types') or _DOWN
     up = [kind.replace('Down', 'Up') for kind in reversed(down)]
@@ -745,7 +795,7 @@ def _t2i_adapter(content):
 # By diffusers' and transformers' names.
 NETWORKS = {'AutoencoderKL': _vae, 'AutoencoderTiny': _tiny_vae,
             'ControlNetModel': _controlnet, 'T2IAdapter': _t2i_adapter,
-            'DPTForDepthEstimation': _depth}
+            'DPTForDepthEstimation': _depth, 'CLIPVisionModelWithProjection': _vision}
 
 
 def _per_level(settings, key, default, levels):

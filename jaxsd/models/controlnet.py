@@ -23,7 +23,6 @@ from jaxsd.typing import Params
 GUESS_MODES = {'diffusers': lambda count: np.logspace(-1, 0, count),
                'original': lambda count: 0.825 ** np.arange(count - 1, -1, -1)}
 GUESS_MODES['soft'] = GUESS_MODES['original']
-FAMILIES = {768: '1.x', 1024: '2.x', 1280: 'the SDXL refiner', 2048: 'SDXL'}  # by width of the text
 
 
 def embed(params: Params, hint: Float[Array, 'B H W 3']) -> Float[Array, 'B h w C']:
@@ -69,7 +68,7 @@ def check(cfg: ControlNetConfig, unet_cfg: UNetConfig) -> None:
 
 def _family(cfg):
     width = cfg.cross_attention_dim
-    return f'{FAMILIES.get(width, "a model")} ({width}-wide text)'
+    return f'{unet.FAMILIES.get(width, "a model")} ({width}-wide text)'
 
 
 def init_from_unet(unet_params: Params, cfg: ControlNetConfig, rng: np.random.Generator) -> Params:

@@ -10,6 +10,7 @@ from jaxsd.config import (
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
+    VisionConfig,
 )
 from jaxsd.typing import Shapes
 
@@ -34,17 +35,34 @@ def text(c: TextConfig) -> Shapes:
     d, names = c.hidden_size, Shapes()
     names['text_model.embeddings.token_embedding.weight'] = (c.vocab_size, d)
     names['text_model.embeddings.position_embedding.weight'] = (c.max_position_embeddings, d)
-    for i in range(c.num_hidden_layers):
-        at = f'text_model.encoder.layers.{i}'
-        for proj in ('q_proj', 'k_proj', 'v_proj', 'out_proj'):
-            names |= linear(f'{at}.self_attn.{proj}', d, d)
-        names |= affine(f'{at}.layer_norm1', d) | affine(f'{at}.layer_norm2', d)
-        names |= linear(f'{at}.mlp.fc1', d, c.intermediate_size)
-        names |= linear(f'{at}.mlp.fc2', c.intermediate_size, d)
-    names |= affine('text_model.final_layer_norm', d)
+    names |= clip_layers('text_model', c) | affine('text_model.final_layer_norm', d)
     if c.projection_dim:
         names |= linear('text_projection', d, c.projection_dim, bias=False)
     return names
+
+
+def clip_layers(at: str, c: TextConfig | VisionConfig) -> Shapes:
+    """The transformer of either side of CLIP."""
+    d, names = c.hidden_size, Shapes()
+    for i in range(c.num_hidden_layers):
+        layer = f'{at}.encoder.layers.{i}'
+        for proj in ('q_proj', 'k_proj', 'v_proj', 'out_proj'):
+            names |= linear(f'{layer}.self_attn.{proj}', d, d)
+        names |= affine(f'{layer}.layer_norm1', d) | affine(f'{layer}.layer_norm2', d)
+        names |= linear(f'{layer}.mlp.fc1', d, c.intermediate_size)
+        names |= linear(f'{layer}.mlp.fc2', c.intermediate_size, d)
+    return names
+
+
+def vision(c: VisionConfig) -> Shapes:
+    """CLIPVisionModelWithProjection, c: VisionConfig."""
+    d, at = c.hidden_size, 'vision_model'
+    names: Shapes = {f'{at}.embeddings.class_embedding': (d,)}
+    names |= conv(f'{at}.embeddings.patch_embedding', 3, d, c.patch_size, bias=False)
+    names[f'{at}.embeddings.position_embedding.weight'] = (c.tokens, d)
+    names |= affine(f'{at}.pre_layrnorm', d) | clip_layers(at, c)  # so it is spelt in the files
+    names |= affine(f'{at}.post_layernorm', d)
+    return names | linear('visual_projection', d, c.projection_dim, bias=False)
 
 
 def resnet(at: str, i: int, o: int, time: int = 0) -> Shapes:

@@ -30,6 +30,7 @@ from jaxsd.models.layers import (
 )
 from jaxsd.typing import Params
 
+FAMILIES = {768: '1.x', 1024: '2.x', 1280: 'the SDXL refiner', 2048: 'SDXL'}  # by width of the text
 Cache = dict[str, Any]  # see `cross_attention_cache`
 Hook = Callable[[str, int, Array, Array, Array], Array | None]  # see `apply`
 
@@ -45,10 +46,11 @@ def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Ar
     t: training timesteps, 0 to 999, whole or not. added: SDXL's pooled text ++ sinusoids of
     the time ids. class_labels: rows of the class embedding, for models that have one.
     hook(place, heads, q, k, v): called at every self-attention, place its name in the checkpoint
-    ('mid_block.attentions.0.transformer_blocks.0.attn1'), q, k, v [B,T,C]; returns the attention's
-    output, or None to go on as usual. freeu: (b1, b2, s1, s2), each [] or [B]. residuals: a
-    ControlNet's, added to what `encode` gives, one for one. features: a
-    T2I-Adapter's, one per level, see `encode`. Both scaled, and summed over several networks.
+    ('mid_block.attentions.0.transformer_blocks.0.attn1'), and cross-attention ('... .attn2'),
+    q [B,T,C], k, v [B,S,C]; returns the attention's output, or None to go on as usual.
+    freeu: (b1, b2, s1, s2), each [] or [B]. residuals: a ControlNet's, added to what `encode`
+    gives, one for one. features: a T2I-Adapter's, one per level, see `encode`. Both scaled, and
+    summed over several networks.
     remat: the gradient computes what is inside of residual and transformer blocks again, instead
     of keeping it.
     Computes in the parameters' dtype and returns x's.
@@ -76,6 +78,19 @@ def cross_attention_cache(params: Params, context: Float[Array, 'B T D']) -> Cac
 
     visit(params, '')
     return cache
+
+
+def cross_attentions(cfg: UNetConfig) -> dict[str, int]:
+    """The cross-attentions of a U-Net -> {place, as `Hook` has it: its width}, in the order in
+    which diffusers counts them: the middle block is last."""
+    levels, each = list(enumerate(cfg.block_out_channels)), cfg.layers_per_block
+    attentions = [(f'down_blocks.{level}.attentions.{i}', width, cfg.depth('down', level, i))
+                  for level, width in levels for i in range(each)]
+    attentions += [(f'up_blocks.{up}.attentions.{i}', width, cfg.depth('up', level, i))
+                   for up, (level, width) in enumerate(reversed(levels)) for i in range(each + 1)]
+    attentions.append(('mid_block.attentions.0', levels[-1][1], cfg.mid_transformer_layers))
+    return {f'{place}.transformer_blocks.{k}.attn2': width
+            for place, width, depth in attentions for k in range(depth)}
 
 
 def embed_time(p: Params, t: Num[Array, ' B'], added: Float[Array, 'B A'] | None = None,
@@ -211,11 +226,12 @@ def _transformer(p, cfg, level, x, context, hook, place, again, crossed=None):
 
     def layer(block, here, h):
         n = layer_norm(block['norm1'], h)
-        watch = None if crossed or hook is None else functools.partial(hook, f'{here}.attn1')
+        watch, cross = (None if hook is None else functools.partial(hook, f'{here}.{name}')
+                        for name in ('attn1', 'attn2'))
         keys = _keys(block['attn1'], context if crossed else n)
-        h = h + _attend(block['attn1'], heads, n, *keys, watch)
+        h = h + _attend(block['attn1'], heads, n, *keys, None if crossed else watch)
         n, keys = layer_norm(block['norm2'], h), _keys(block['attn2'], context, f'{here}.attn2')
-        h = h + _attend(block['attn2'], heads, n, *keys)
+        h = h + _attend(block['attn2'], heads, n, *keys, cross)
         n = linear(block['ff']['net']['0']['proj'], layer_norm(block['norm3'], h))
         value, gate = jnp.split(n, 2, -1)  # GEGLU (Shazeer 2020), exact gelu
         return h + linear(block['ff']['net']['2'], value * gelu(gate))

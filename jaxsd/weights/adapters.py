@@ -178,7 +178,15 @@ def factors(model: Model, chosen: Iterable[str]) -> dict[str, Any]:
     """
     devices = {part: (leaf.dtype, _where(leaf)) for part, tree in model.params.items()
                for leaf in jax.tree.leaves(tree)[:1]}
-    return _factors(tuple(model.adapters[name] for name in chosen), tuple(devices.items()))
+    return _factors(tuple(_named(model, name) for name in chosen), tuple(devices.items()))
+
+
+def _named(model, name):
+    """A model's adapter; '/NAME': the LoRA of the IP-Adapter of this name."""
+    if name in model.adapters:
+        return model.adapters[name]
+    from jaxsd.weights.ip_adapters import lora
+    return lora(model.ip_adapters[name.removeprefix('/')], model.config.unet)
 
 
 def attach(params: Params, factors: Any, weights: jax.Array) -> Params:

@@ -15,6 +15,7 @@ from jaxsd.config import (
     T2IAdapterConfig,
     TinyVAEConfig,
     VAEConfig,
+    VisionConfig,
     read_config,
     read_network_config,
     versions,
@@ -211,13 +212,18 @@ def _preprocessor(c):
             'do_normalize': True, 'image_mean': [0.5] * 3, 'image_std': [0.5] * 3}
 
 
+def _vision(c):
+    return {'architectures': ['CLIPVisionModelWithProjection'], 'model_type': 'clip_vision_model',
+            'num_channels': 3, **_plain(c), 'torch_dtype': 'float32'}
+
+
 def _t2i_adapter(c):
     return {'_class_name': 'T2IAdapter', **_plain(c)}
 
 
 _NETWORKS = {VAEConfig: _vae, TinyVAEConfig: _tiny_vae,
              ControlNetConfig: _controlnet, T2IAdapterConfig: _t2i_adapter,
-             DPTConfig: _depth}
+             DPTConfig: _depth, VisionConfig: _vision}
 
 
 def _schedule(config):

@@ -70,9 +70,22 @@ class Network(_Tree):
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class IPAdapter(_Tree):
+    """An IP-Adapter: its config (IPAdapterConfig), its nested arrays, and the image encoder that it
+    reads pictures with (a Network) or None. A pytree of params and image_encoder."""
+
+    ARRAYS = ('params', 'image_encoder')
+
+    config: Any
+    params: Params
+    image_encoder: Network | None = None
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model(_Tree):
-    """A model's static description, its arrays and its tokenizers. A pytree of params and
-    controlnets, for jax.jit, jax.device_put, jax.tree.map and orbax; the rest is static.
+    """A model's static description, its arrays and its tokenizers. A pytree of params, controlnets
+    and ip_adapters, for jax.jit, jax.device_put, jax.tree.map and orbax; the rest is static.
 
     params: {component: nested dict of jax arrays}, in our axis order (models.spec.to_jax), keys
         as in a diffusers folder: params['unet']['conv_in']['weight'].
@@ -83,9 +96,10 @@ class Model(_Tree):
     adapters: {name: Adapter}, LoRAs and their like, that requests may name; left out too.
     embeddings: {name: Embedding}, textual inversions that prompts may name; left out too.
     upscalers: {name: Network}, of load_upscaler, that Hires may name; left out too.
+    ip_adapters: {name: IPAdapter}, that image prompts may name; left out too.
     """
 
-    ARRAYS = ('params', 'controlnets')
+    ARRAYS = ('params', 'controlnets', 'ip_adapters')
 
     config: ModelConfig
     params: dict
@@ -95,6 +109,7 @@ class Model(_Tree):
     adapters: dict = dataclasses.field(default_factory=dict)
     embeddings: dict = dataclasses.field(default_factory=dict)
     upscalers: dict = dataclasses.field(default_factory=dict)
+    ip_adapters: dict = dataclasses.field(default_factory=dict)
 
     def replace(self, **parts: Any) -> 'Model':
         """A copy with some parts replaced, e.g. `replace(params=...)`."""

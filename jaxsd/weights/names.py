@@ -17,6 +17,7 @@ from jaxsd.config import (
     TextConfig,
     TinyVAEConfig,
     UNetConfig,
+    VisionConfig,
 )
 from jaxsd.models import shapes
 from jaxsd.typing import Shapes
@@ -116,6 +117,9 @@ def is_extra(name: str, config: ModelConfig | Checked) -> bool:
     """
     layers = [getattr(config, part).num_hidden_layers for part in TEXT_ENCODERS
               if getattr(config, part, None)]
+    if isinstance(config, VisionConfig) and re.match(
+            r'text_(model|projection)\.|logit_scale$', name):
+        return True  # of both sides of CLIP in one file
     if name.startswith('depth_model.') and not getattr(config, 'depth_estimator', None):
         return True
     last = re.fullmatch(r'cond_stage_model\.(?:model|transformer)\.(?:transformer\.resblocks'
@@ -204,12 +208,14 @@ _EXTRA = re.compile(
 # What files are, by what a name in them starts with; the first that fits, so that a ControlNet is
 # seen beside the whole model that its first version came with.
 _TELLTALES = {
+    r'(image_proj|ip_adapter)\.': ('an IP-Adapter', 'load_ip_adapter'),
     r'(control_model\.)?(input_hint_block|zero_convs|controlnet_)':
         ('a ControlNet', 'load_controlnet'),
     r'model\.diffusion_model\.(?!.*lora[._])': ('a whole checkpoint', 'load'),
     r'(lora|lycoris)_|.*[._](lora|hada|lokr)[._]': ('a LoRA', 'load_adapter'),
     r'emb_params$|string_to_param\.|clip_[lg]$|text_encoders_[01]$|<.*>$':
         ('a textual inversion embedding', 'load_embedding'),
+    r'(vision_model|visual)\.': ('an image encoder', 'load_image_encoder'),
     r'(text_model|embeddings)\.': ('a text encoder', ''),
     r'(first_stage_model\.)?(encoder|decoder)\.|taesd_': ('a VAE', 'load_vae'),
     r'(params(_ema)?\.)?(conv_body|RRDB_trunk|model\.1\.sub|body\.\d+\.(rdb\d|weight)'
@@ -220,17 +226,33 @@ _TELLTALES = {
     r'unet\.conv_in\.': ('a whole checkpoint', 'load'),
 }
 
+_OPENCLIP_LAYERS = [
+    (r'self_attn\.[qkv]_proj\.', 'attn.in_proj_'),
+    (r'self_attn\.', 'attn.'),
+    (r'layer_norm', 'ln_'),
+    (r'mlp\.fc1', 'mlp.c_fc'),
+    (r'mlp\.fc2', 'mlp.c_proj'),
+]
+
 _OPENCLIP = [
     (r'^text_model\.embeddings\.position_embedding\.weight', 'positional_embedding'),
     (r'^text_model\.embeddings\.', ''),
     (r'^text_model\.encoder\.layers\.', 'transformer.resblocks.'),
     (r'^text_model\.final_layer_norm', 'ln_final'),
     (r'^text_projection\.weight', 'text_projection'),
-    (r'self_attn\.[qkv]_proj\.', 'attn.in_proj_'),
-    (r'self_attn\.', 'attn.'),
-    (r'layer_norm', 'ln_'),
-    (r'mlp\.fc1', 'mlp.c_fc'),
-    (r'mlp\.fc2', 'mlp.c_proj'),
+    *_OPENCLIP_LAYERS,
+]
+
+# Behind `visual.`, see parts.py.
+_OPENCLIP_VISION = [
+    (r'^vision_model\.embeddings\.patch_embedding', 'conv1'),
+    (r'^vision_model\.embeddings\.position_embedding\.weight', 'positional_embedding'),
+    (r'^vision_model\.embeddings\.', ''),
+    (r'^vision_model\.pre_layrnorm', 'ln_pre'),
+    (r'^vision_model\.post_layernorm', 'ln_post'),
+    (r'^vision_model\.encoder\.layers\.', 'transformer.resblocks.'),
+    (r'^visual_projection\.weight', 'proj'),
+    *_OPENCLIP_LAYERS,
 ]
 
 
@@ -367,6 +389,8 @@ def _text_rules(c):
 _RULES = {'unet': _unet_rules, 'vae': _vae_rules, 'controlnet': _controlnet_rules,
           't2i_adapter': _t2i_adapter_rules,
           'depth_estimator': lambda c: names_dpt.RULES,
+          'image_encoder': lambda c: _OPENCLIP_VISION,
+          'ip_adapter': lambda c: [],
           **dict.fromkeys(TEXT_ENCODERS, _text_rules)}
 
 
@@ -379,6 +403,6 @@ def _place(name, rules, prefix, part, shape):
         how = '1x1'
     elif 'in_proj_' in place or '.qkv.' in place:
         how = re.search(r'\.([qkv])(?:_proj|uery|ey|alue)\.', name)[1]
-    elif place == 'text_projection':
+    elif place in ('text_projection', 'proj'):
         how = 'T'
     return Place(prefix + place, how)

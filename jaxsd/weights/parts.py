@@ -1,4 +1,5 @@
-"""Read and write one network alone: a VAE, a ControlNet, a T2I-Adapter, a depth estimator."""
+"""Read and write one network alone: a VAE, a ControlNet, a T2I-Adapter, a depth estimator, an image
+encoder."""
 
 import dataclasses
 import pathlib
@@ -17,6 +18,7 @@ from jaxsd.config import (
     T2IAdapterConfig,
     TinyVAEConfig,
     VAEConfig,
+    VisionConfig,
     read_config,
     read_network_config,
 )
@@ -69,18 +71,29 @@ def _t2i_adapters():
     return [dataclasses.replace(c, in_channels=n) for c in kinds for n in (3, 1)]  # 1: gray hints
 
 
+def _image_encoders():
+    """OpenCLIP's ViT-H/14 and ViT-bigG/14, and OpenAI's ViT-L/14."""
+    return [VisionConfig(), VisionConfig(hidden_size=1664, intermediate_size=8192,
+                                         num_hidden_layers=48, projection_dim=1280),
+            VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                         hidden_act='quick_gelu', projection_dim=768)]
+
+
 KINDS = {
     'vae': Kind('VAE', ('AutoencoderKL', 'AutoencoderTiny'), _vaes, ('', 'first_stage_model.')),
     'controlnet': Kind('ControlNet', ('ControlNetModel',), _controlnets, ('', 'control_model.')),
     't2i_adapter': Kind('T2I-Adapter', ('T2IAdapter',), _t2i_adapters),
     'depth_estimator': Kind('depth estimator', ('DPTForDepthEstimation',), lambda: [DPTConfig()],
                             ('', 'depth_model.model.')),
+    'image_encoder': Kind('CLIP image encoder', ('CLIPVisionModelWithProjection',), _image_encoders,
+                          ('', 'visual.')),
 }
 
 
 # The kind of a config, whose files have original names.
 ORIGINAL = {VAEConfig: 'vae', TinyVAEConfig: 'vae', ControlNetConfig: 'controlnet',
-            T2IAdapterConfig: 't2i_adapter', DPTConfig: 'depth_estimator'}
+            T2IAdapterConfig: 't2i_adapter', DPTConfig: 'depth_estimator',
+            VisionConfig: 'image_encoder'}
 
 
 def load_vae(path: Path, dtype: DTypeLike | None = 'float32',
@@ -109,6 +122,14 @@ def load_depth_estimator(path: Path, dtype: DTypeLike | None = 'float32',
                          device: 'Device | None' = None) -> Network:
     """Read MiDaS' hybrid DPT, a Network for `run.depth.estimate`; arguments as of `load_part`."""
     return load_part('depth_estimator', path, dtype, config, device)
+
+
+def load_image_encoder(path: Path, dtype: DTypeLike | None = 'float32',
+                       config: VisionConfig | None = None,
+                       device: 'Device | None' = None) -> Network:
+    """Read CLIP's vision transformer, a Network for `load_ip_adapter`; arguments as of
+    `load_part`."""
+    return load_part('image_encoder', path, dtype, config, device)
 
 
 def load_part(kind: str, path: Path, dtype: DTypeLike | None = 'float32',
@@ -186,13 +207,14 @@ def save_network(network: Network, path: Path, dtype: DTypeLike | None = None,
         if path.is_dir() or path.suffix != '.safetensors':
             raise ValueError(f'{path}: expected the name of a .safetensors file')
         kind = next(k for c, k in ORIGINAL.items() if isinstance(network.config, c))
-        prefix = 'control_model.' if kind == 'controlnet' else ''
+        prefix = {'controlnet': 'control_model.', 'image_encoder': 'visual.'}.get(kind, '')
         table = names.network_places(kind, network.config, shapes, prefix)
         write_tensors(path, stored(arrays, shapes, table, as_dtype(dtype)))
         return
     with replacing_folder(path) as temporary:
         write_network_config(network.config, temporary)
-        part = 'depth_estimator' if isinstance(network.config, DPTConfig) else 'network'
+        theirs = isinstance(network.config, (DPTConfig, VisionConfig))  # transformers'
+        part = 'depth_estimator' if theirs else 'network'
         write_component(temporary, part, shapes, arrays, as_dtype(dtype))
 
 
@@ -203,6 +225,8 @@ def _open_folder(kind, folder, config, half):
                                 f'the folder of a {KINDS[kind].what} or of a whole model')
     config = config or read_network_config(inside, KINDS[kind].classes)
     tensors = network_tensors(kind, component_files(inside, half))
+    tensors = {n: where for n, where in tensors.items()
+               if kind != 'image_encoder' or not names.is_extra(n, config)}
     return _source(kind, inside, config, tensors, _places(kind, config, '', tensors))
 
 

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import TINY
 
+from jaxsd.config import read_config
 from jaxsd.models import shapes, spec, unet
 from jaxsd.models.layers import attention, attention_received
 
 CONFIG = TINY['sd1'].unet
 PARAMS = spec.init(0, TINY['sd1'])['unet']
-PLACES = [f'{block}.attentions.{i}.transformer_blocks.0.attn1' for block, i in (
-    ('down_blocks.0', 0), ('mid_block', 0), ('up_blocks.1', 0), ('up_blocks.1', 1))]
+PLACES = [f'{block}.attentions.{i}.transformer_blocks.0.attn{n}' for block, i in (
+    ('down_blocks.0', 0), ('mid_block', 0), ('up_blocks.1', 0), ('up_blocks.1', 1)) for n in (1, 2)]
 
 
 def program(**more):
@@ -33,15 +34,16 @@ def evaluate(freeu=None, hook=None):
 
 def identity(place, heads, q, k, v):
     """The identity in the middle, the usual attention, given back, elsewhere."""
-    return v if place == PLACES[1] else attention(q, k, v, heads)
+    return v if place == PLACES[2] else attention(q, k, v, heads)
 
 
-def test_a_hook_sees_every_self_attention_and_changes_nothing_by_looking():
+def test_a_hook_sees_every_attention_and_changes_nothing_by_looking():
     seen = []
 
     def hook(place, heads, q, k, v):
         seen.append(place)
-        assert heads == 4 and q.shape == k.shape == v.shape
+        assert heads == 4 and k.shape == v.shape
+        assert k.shape == (q.shape if place.endswith('attn1') else (2, 7, q.shape[2]))
 
     assert str(program(hook=hook)) == str(program())
     assert seen == PLACES
@@ -60,7 +62,21 @@ def test_only_cross_attention_has_no_self_attention_to_hook():
     jax.eval_shape(lambda p: unet.apply(
         p, config, jnp.ones((1, 8, 8, 4)), jnp.zeros(1), jnp.ones((1, 7, 32)),
         hook=lambda place, *_: seen.append(place)), params)
-    assert seen == PLACES[1:2]
+    assert seen == [place for place in PLACES if place != PLACES[0] and (
+        place.endswith('attn2') or place.startswith('mid'))]
+
+
+def test_the_cross_attentions_are_known_without_the_parameters():
+    cross = [place for place in PLACES if place.endswith('attn2')]
+    assert unet.cross_attentions(CONFIG) == {  # the middle block is last
+        place: 64 if place.startswith('mid') else 32 for place in [cross[0], *cross[2:], cross[1]]}
+    uneven = dataclasses.replace(  # as of distilled networks
+        CONFIG, transformer_layers=(2, 0), transformer_depths=(2, 0, 0, 0, 1, 3),
+        mid_transformer_layers=-1)
+    for config in (uneven, *(read_config(version).unet for version in ('sd15', 'sd21', 'sdxl'))):
+        found = {name.removesuffix('.to_k.weight'): shape[0]
+                 for name, shape in shapes.unet(config).items() if 'attn2.to_k.' in name}
+        assert unet.cross_attentions(config) == found
 
 
 def test_attention_received_is_softmax_summed_over_queries():

@@ -46,6 +46,8 @@ BASE = {
     'CLIPTextConfig': {'vocab_size': 100, 'hidden_size': 32, 'intermediate_size': 48,
                        'num_hidden_layers': 2, 'num_attention_heads': 4, 'eos_token_id': 99,
                        'max_position_embeddings': 16},
+    'CLIPVisionConfig': {'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,
+                         'num_attention_heads': 4, 'image_size': 96},
 }
 # {key: settings that give their output}; a setting alone is the value of the key.
 SHARED_SAME = {
@@ -109,6 +111,11 @@ SAME = {
         'hidden_act': ['gelu'], 'layer_norm_eps': [0.01], 'attention_dropout': [0.5],
         'eos_token_id': [2, 50], 'pad_token_id': [0], 'bos_token_id': [0],
         'initializer_range': [0.5], 'initializer_factor': [0.5]},
+    'CLIPVisionConfig': {
+        'hidden_size': [64], 'intermediate_size': [40], 'projection_dim': [24],
+        'num_hidden_layers': [1, 3], 'num_attention_heads': [2], 'image_size': [64, 99],
+        'patch_size': [16, 25], 'hidden_act': ['gelu'], 'layer_norm_eps': [0.01],
+        'attention_dropout': [0.5], 'initializer_range': [0.5], 'initializer_factor': [0.5]},
 }
 REFUSED = {
     'UNet2DConditionModel': SHARED_REFUSED | {
@@ -134,6 +141,8 @@ REFUSED = {
                         'encoder_block_out_channels': [[6, 8]]},
     'T2IAdapter': {'adapter_type': ['light_adapter'], 'channels': ['x', []]},
     'CLIPTextConfig': {'hidden_act': ['relu'], 'hidden_size': ['32', 33], 'vocab_size': [0]},
+    'CLIPVisionConfig': {'hidden_act': ['relu'], 'hidden_size': ['32', 33], 'num_channels': [4],
+                         'model_type': ['siglip_vision_model']},
 }
 # diffusers has the key, and stops at any value of it.
 THEY_REFUSE = {'UNet2DConditionModel': {'num_attention_heads'}}
@@ -144,7 +153,11 @@ GENERIC = set(transformers.PretrainedConfig().to_dict()) | {
     'transformers_version', '_name_or_path', 'model_type'}
 
 READERS = jc.NETWORKS | {'UNet2DConditionModel': jc._unet,
-                         'CLIPTextConfig': lambda c: jc._text(c, 'CLIPTextModelWithProjection', 0)}
+                         'CLIPTextConfig': lambda c: jc._text(c, 'CLIPTextModelWithProjection', 0),
+                         'CLIPVisionConfig': jc._vision}
+# transformers' classes, and the networks that they describe.
+CLIP = {'CLIPTextConfig': transformers.CLIPTextModelWithProjection,
+        'CLIPVisionConfig': transformers.CLIPVisionModelWithProjection}
 
 
 def jit(network):
@@ -152,8 +165,8 @@ def jit(network):
 
 
 def keys(kind):
-    if kind == 'CLIPTextConfig':
-        return set(transformers.CLIPTextConfig().to_dict()) - GENERIC
+    if kind in CLIP:
+        return set(getattr(transformers, kind)().to_dict()) - GENERIC
     return set(inspect.signature(getattr(diffusers, kind).__init__).parameters) - {'self'}
 
 
@@ -167,7 +180,7 @@ def cases(table):
 @pytest.mark.parametrize('kind', BASE)
 def test_every_key_is_decided(kind):
     decided = SAME[kind].keys() | REFUSED[kind].keys() | THEY_REFUSE.get(kind, set())
-    assert decided == keys(kind)
+    assert decided - GENERIC == keys(kind)
 
 
 @pytest.mark.parametrize('kind, changed', cases(REFUSED))
@@ -189,8 +202,8 @@ def test_same(kind, changed):
     settings = json.loads(json.dumps(BASE[kind] | changed))
     cfg = READERS[kind](settings)
     torch.manual_seed(0)
-    if kind == 'CLIPTextConfig':
-        module = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**settings))
+    if kind in CLIP:
+        module = CLIP[kind](getattr(transformers, kind)(**settings))
     else:
         module = getattr(diffusers, kind)(**settings)
     module = excite(module, 1)
@@ -292,9 +305,19 @@ def check_text(module, cfg, rng):
     close(found.pooled, out.text_embeds)
 
 
+def check_vision(module, cfg, rng):
+    assert shapes.vision(cfg) == shapes_of(module)
+    pixels = rng.normal(size=(2, cfg.image_size, cfg.image_size, 3)).astype(np.float32)
+    found = jit(clip.encode_image)(arrays(module), cfg, pixels)
+    with torch.no_grad():
+        out = module(nchw(pixels), output_hidden_states=True)
+    close(found.hidden, out.hidden_states[-2])
+    close(found.embeds, out.image_embeds)
+
+
 CHECKS = {'UNet2DConditionModel': check_unet, 'ControlNetModel': check_controlnet,
           'AutoencoderKL': check_vae, 'AutoencoderTiny': check_vae, 'T2IAdapter': check_adapter,
-          'CLIPTextConfig': check_text}
+          'CLIPTextConfig': check_text, 'CLIPVisionConfig': check_vision}
 
 
 # Schedulers: what a model was trained on is read; how a sampler steps, and which timesteps it
