@@ -66,8 +66,8 @@ class Identity:
 
     settings: what is common to all of them: hashes of the weights and of the code, the Engine's
     slots (None: chosen by size), tile, and over how many devices the weights are spread (None:
-    not). Adapters, embeddings, ControlNets, upscalers and the code of plugins count for the
-    requests that name them.
+    not). Adapters, embeddings, ControlNets, IP-Adapters, upscalers and the code of plugins count
+    for the requests that name them.
     """
 
     def __init__(self, model: Model, refiner: Model | None = None, *, slots: int | None,
@@ -90,6 +90,10 @@ class Identity:
         model = self.model
         return {'controlnets': {name: digest(found.params)
                                 for name, found in model.controlnets.items()},
+                'ip_adapters': {
+                    name: [f'{net.config} {digest(net.params)}'
+                           for net in (found, found.image_encoder) if net]
+                    for name, found in model.ip_adapters.items()},
                 'adapters': {name: digest([found.deltas, {n: e.vectors for n, e in
                                                           found.embeddings.items()}])
                              for name, found in model.adapters.items()},
@@ -103,6 +107,7 @@ class Identity:
         of the program that makes it; None: the Engine's choice."""
         words = ' '.join(getattr(request, name) or '' for name in PROMPTS).lower()
         names = {'controlnets': [control.net for control in request.controls],
+                 'ip_adapters': [prompt.net for prompt in request.image_prompts],
                  'adapters': parse_prompts(request).adapters,
                  'embeddings': [n for n in self._named['embeddings'] if n.lower() in words],
                  'upscalers': [request.hires.upscaler] if isinstance(request.hires, Hires) and (

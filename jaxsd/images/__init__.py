@@ -4,6 +4,7 @@ from jaxsd.images.fitting import (
     box,
     check_sizes,
     cover,
+    cubic,
     downsample,
     feather,
     fit,
@@ -14,6 +15,6 @@ from jaxsd.images.pose import Person, Pose, draw_pose, read_pose
 from jaxsd.images.preprocess import PREPROCESSORS, canny, depth, hint, scribble, tile
 from jaxsd.images.reading import read, read_bytes, read_gray, read_texts
 
-__all__ = ['PREPROCESSORS', 'Person', 'Pose', 'box', 'canny', 'check_sizes', 'cover', 'depth',
-           'downsample', 'draw_pose', 'feather', 'fit', 'hint', 'pad', 'paste', 'read',
+__all__ = ['PREPROCESSORS', 'Person', 'Pose', 'box', 'canny', 'check_sizes', 'cover', 'cubic',
+           'depth', 'downsample', 'draw_pose', 'feather', 'fit', 'hint', 'pad', 'paste', 'read',
            'read_bytes', 'read_gray', 'read_pose', 'read_texts', 'scribble', 'tile']

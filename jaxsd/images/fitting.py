@@ -164,3 +164,20 @@ def downsample(mask: Mask, factor: int) -> Float32[np.ndarray, 'h w']:
         raise ValueError(f'a mask of {columns}x{rows}: expected multiples of {factor}')
     cells = mask.reshape(rows // factor, factor, columns // factor, factor)
     return cells.max((1, 3))
+
+
+def cubic(maps: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Maps [...,H,W] at height x width, float64, by cubic convolution without antialiasing, as
+    torch.nn.functional.interpolate's bicubic."""
+    return _cubic(maps.shape[-2], height) @ maps @ _cubic(maps.shape[-1], width).T
+
+
+def _cubic(n, m):
+    """The matrix [m,n] of cubic convolution from n to m samples, with A=-0.75 (Keys 1981)."""
+    at = (np.arange(m)[:, None] + 0.5) * n / m - 0.5
+    taps = np.floor(at) + np.arange(-1, 3)  # [m,4]
+    d = abs(at - taps)
+    weights = np.where(d <= 1, 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4))
+    matrix = np.zeros((m, n))
+    np.add.at(matrix, (np.arange(m)[:, None], np.clip(taps, 0, n - 1).astype(int)), weights)
+    return matrix

@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8, UInt16
 
 from jaxsd.config import ModelConfig
+from jaxsd.images import cubic
 from jaxsd.models import dpt
 from jaxsd.weights import Model, Network
 
@@ -67,21 +68,10 @@ def resized(depth: Float[np.ndarray, 'B H W'], height: int,
         raise ValueError(f'depth map: expected [B,H,W], found {list(depth.shape)}')
     if not np.isfinite(depth).all():
         raise ValueError('depth map: expected finite values, found NaN or infinity')
-    depth = _cubic(depth.shape[1], height) @ depth @ _cubic(depth.shape[2], width).T
+    depth = cubic(depth, height, width)
     low, high = depth.min((1, 2), keepdims=True), depth.max((1, 2), keepdims=True)
     flat = high - low <= 1e-9 * np.maximum(abs(low), abs(high))  # rounding is 1e-16 of the values
     if flat.any():
         raise ValueError(f'depth map: expected differing values, found only {low[flat][0]:g}; '
                          'give a map in which some things are nearer than others')
     return (depth - low) / (high - low)
-
-
-def _cubic(n, m):
-    """The matrix [m,n] of cubic convolution from n to m samples, with A=-0.75 (Keys 1981)."""
-    at = (np.arange(m)[:, None] + 0.5) * n / m - 0.5
-    taps = np.floor(at) + np.arange(-1, 3)  # [m,4]
-    d = abs(at - taps)
-    weights = np.where(d <= 1, 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4))
-    matrix = np.zeros((m, n))
-    np.add.at(matrix, (np.arange(m)[:, None], np.clip(taps, 0, n - 1).astype(int)), weights)
-    return matrix

@@ -28,7 +28,7 @@ from jaxsd.run.inputs import inputs, program
 from jaxsd.run.replica import Kind, Replica, Stage, look
 from jaxsd.run.request import Request, resolve
 from jaxsd.run.steps import beside, chunk
-from jaxsd.run.text_conditioning import parse_prompts
+from jaxsd.run.text_conditioning import parse_for
 from jaxsd.weights import Model, Network
 
 ROWS = 4  # of a sampler's table that a program runs before it returns
@@ -173,7 +173,7 @@ class Engine:
         if len(self.nets) == 1:
             found = [inputs(self.nets[0], [request], noise, [init_image])]
         else:
-            plain = request.replace(controls=())  # made for the base model
+            plain = request.replace(controls=(), image_prompts=())  # made for the base model
             found = [inputs(self.nets[0], [request], noise, [init_image], 'base'),
                      inputs(self.nets[1], [plain], self._nothing(request), [init_image], 'refiner')]
         rows = found[0].rows
@@ -181,7 +181,8 @@ class Engine:
             raise ValueError(f'{rows.rule.name}: expected a sampler without a step of its own '
                              'where the weights are spread over devices, which go row by row '
                              'together')
-        names, slots = tuple(sorted(parse_prompts(request).adapters)), self.slots_of(request)
+        names = tuple(sorted(parse_for(self.nets[0], request).adapters))
+        slots = self.slots_of(request)
         return [Stage(Kind(i, request.height, request.width, program(data), names * (i == 0),
                            slots), data._replace(factors=None))
                 for i, data in enumerate(found)], init_image

@@ -15,7 +15,7 @@ from jaxsd.images.reading import Picture
 from jaxsd.models import controlnet, t2i_adapter
 from jaxsd.run import depth
 from jaxsd.run.request import Request
-from jaxsd.run.steps import over_rows
+from jaxsd.run.steps import fractions, over_rows, span
 from jaxsd.sampling.choice import unknown
 from jaxsd.weights import Model
 
@@ -112,7 +112,8 @@ def inputs(model: Model, requests: Sequence[Request], init_images: Sequence[Init
             raise ValueError('image: expected one, the small picture that this model enlarges')
         for r in requests:
             for name, given in (('mask', r.mask), ('outpaint', r.outpaint), ('depth', r.depth),
-                                ('controls', r.controls or None)):
+                                ('controls', r.controls or None),
+                                ('image_prompts', r.image_prompts or None)):
                 if given is not None:
                     raise ValueError(f'{name}: an upscaler follows its image and text alone')
         found['low_res'] = np.stack([c.image for c in init_images])
@@ -136,7 +137,7 @@ def inputs(model: Model, requests: Sequence[Request], init_images: Sequence[Init
             images.downsample(c.mask, factor)[..., None] for c in init_images])
         found['differential'] = np.array([r.mask_mode == 'strength' for r in requests])
         strength = over_rows(
-            [max(r.strength, 1e-6) * (1 - _fractions(levels))  # above 0: black is never inpainted
+            [max(r.strength, 1e-6) * (1 - fractions(levels))  # above 0: black is never inpainted
              for r, levels in zip(requests, sigmas)],
             sigmas, rows, 'mask_mode=strength', found['differential']).astype(np.float32)
     if task == 'depth':
@@ -146,12 +147,6 @@ def inputs(model: Model, requests: Sequence[Request], init_images: Sequence[Init
                          'depth), or give the map as the hint of a depth ControlNet')
     hints, control = _controls(model, requests, sigmas, rows, prompts)
     return found | {'hints': hints}, strength, control
-
-
-def _fractions(levels):
-    """The part of the steps that lies before each, [steps]; [0.] for one without steps."""
-    steps = max(len(levels) - 1, 1)
-    return np.arange(steps) / steps
 
 
 def _init_weight(request, c, shape, factor, seen):
@@ -230,7 +225,7 @@ def _controls(model, requests, sigmas, rows, prompts):
             images.fit(images.read(c.image), r.width, r.height, r.resize)
             for c, r in zip(mine, requests)])
         weights[name] = over_rows(
-            [_weights(c, net, _fractions(levels), prompts) for c, levels in zip(mine, sigmas)],
+            [_weights(c, net, fractions(levels), prompts) for c, levels in zip(mine, sigmas)],
             sigmas, rows, f'control {name!r} with start or end',
             [c is not None and (c.start, c.end) != (0, 1) for c in mine]).astype(np.float32)
     return hints, weights
@@ -249,8 +244,7 @@ def _weights(control, net, before, prompts):
         pooled = net.config.global_pool_conditions
     if control is None:
         return np.zeros((len(before), len(prompts), count))
-    after = (np.arange(len(before)) + 1) / len(before)
-    on = (before >= control.start) & (after <= control.end)
+    on = span(before, control.start, control.end)
     only = pooled or control.guess not in (None, 'soft')
     counted = prompts if only else np.ones(len(prompts))
     profile = np.ones(count)

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 from jaxsd import images
 from jaxsd.config import ModelConfig
 from jaxsd.run import picture
-from jaxsd.run.request import MAX_SIDE, Control, Request
+from jaxsd.run.request import MAX_SIDE, Control, ImagePrompt, Request
 from jaxsd.sampling import plugins
 from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
 from jaxsd.typing import Path
 
 # Fields of a Request, and what else is in a record, that name files, folders and models.
-PATHS = ('image', 'mask', 'depth', 'schedule', 'wildcards', 'controls')
-NAMES = ('checkpoint', 'base', 'vae', 'refiner', 'control', 'lora', 'embeddings', 'upscalers')
+PATHS = ('image', 'mask', 'depth', 'schedule', 'wildcards', 'controls', 'image_prompts')
+NAMES = ('checkpoint', 'base', 'vae', 'refiner', 'control', 'lora', 'embeddings', 'upscalers',
+         'ip_adapter', 'image_encoder')
 
 
 class Metadata(NamedTuple):
@@ -44,9 +45,13 @@ class Metadata(NamedTuple):
     def check_files(self, names: Collection[str] = PATHS) -> None:
         """Raises ValueError where a file that these fields name has changed since, and
         FileNotFoundError where it is gone."""
-        given = [self.fields.get(name) for name in names if name != 'controls']
+        given = [self.fields.get(name) for name in names
+                 if name not in ('controls', 'image_prompts')]
         if 'controls' in names:
             given += [control.image for control in self.fields.get('controls', ())]
+        if 'image_prompts' in names:
+            given += [source for prompt in self.fields.get('image_prompts', ())
+                      for source in prompt.sources]
         for path in given:
             if path in self.files and picture.digest(path) != self.files[path]:
                 raise ValueError(f'{path} has changed since the picture was made from it')
@@ -121,7 +126,8 @@ def _whole(low, high):
 RUN = {  # what `picture.record` is given beside the request, where it is given
     **dict.fromkeys(('checkpoint', 'base', 'dtype', 'prediction', 'vae', 'refiner', 'model',
                      'device', 'id'), _text),
-    **dict.fromkeys(('control', 'lora', 'embeddings', 'upscalers', 'plugin'), _several),
+    **dict.fromkeys(('control', 'lora', 'embeddings', 'upscalers', 'ip_adapter', 'image_encoder',
+                     'plugin'), _several),
     **dict.fromkeys(('ema', 'strays'), _flag),
     'slots': _whole(1, MOST),
     'tile': _whole(0, MAX_SIDE),
@@ -144,6 +150,7 @@ def _recorded(path, text):
         found = {name: tuples(value) for name, value in run.pop('request').items()}
         controls, image = found.pop('controls', ()), found.get('image')
         hints = [dict(control) for control in controls]
+        looks = [dict(prompt) for prompt in found.pop('image_prompts', ())]
         if not _text(found['prompt']) or not all(map(_text, files.values())):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -175,6 +182,15 @@ def _recorded(path, text):
             notes += [f'ControlNet {hint["net"]!r}: its hint was given as an array, which the '
                       'record does not hold' for hint in hints if hint not in kept]
             found['controls'] = tuple(Control(**hint) for hint in kept)
+        arrays = [look for look in looks if any(
+            _lost(value) for values in look.values()
+            for value in (values if isinstance(values, tuple) else (values,)))]
+        notes += [f'image prompt {look["net"]!r}: was given as an array, which the record does '
+                  'not hold' for look in arrays]
+        found['image_prompts'] = tuple(ImagePrompt(**look) for look in looks if look not in arrays)
+        for source in [s for prompt in found['image_prompts'] for s in prompt.sources]:
+            if not isinstance(source, (str, type(None))):
+                raise ValueError(f'image_prompts: {source!r}: expected a path')
         Request(**found | {'image': image or 'given later'})
         for name in ('image', 'mask', 'depth', 'wildcards'):
             kinds = (str, type(None), *[dict] * (name == 'wildcards'))

@@ -9,8 +9,9 @@ import numpy as np
 
 from jaxsd import sampling
 from jaxsd.config import TEXT_ENCODERS, ModelConfig
+from jaxsd.models import ip_adapter
 from jaxsd.prompt import blocks, conditioning
-from jaxsd.run import image_conditioning
+from jaxsd.run import image_conditioning, image_prompts
 from jaxsd.run.image_conditioning import InitImage
 from jaxsd.run.request import Request
 from jaxsd.run.steps import Steps, chunk, over_rows
@@ -18,7 +19,7 @@ from jaxsd.run.text_conditioning import (
     adapters_of,
     arrange_texts,
     embeddings_of,
-    parse_prompts,
+    parse_for,
     variants,
 )
 from jaxsd.sampling.guidance_options import stack, table
@@ -53,6 +54,7 @@ class Inputs(NamedTuple):
     mask: np.ndarray | None = None  # [B,h,w,1]: 1 where all is new
     differential: np.ndarray | None = None  # bool [B]: the mask says how strongly
     hints: dict | None = None  # {ControlNet: uint8 [B,H,W,3]}
+    image_prompts: dict | None = None  # {IP-Adapter: image_prompts.Prompted}
     skip: np.ndarray | None = None  # int32 [B]: layers of the text encoders that are left out
     adapters: dict | None = None  # {component: [B,A]}: weights of the adapters
     embeddings: dict | None = None  # {text encoder: [E,D]}: vectors beyond its vocabulary
@@ -87,7 +89,8 @@ def lengthened(data: Inputs) -> Inputs:
 
 def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None = None,
            init_images: Sequence[InitImage] | None = None, stage: str | None = None) -> Inputs:
-    """Resolved requests -> Inputs, numpy on the host: tokens, tables, keys. Compiles nothing.
+    """Resolved requests -> Inputs, numpy on the host: tokens, tables, keys. Compiles nothing but
+    networks that look at pictures: depth estimators, and image encoders of IP-Adapters.
 
     init_images: of `image_conditioning.load`, opened here if None. stage: 'base' or 'refiner', the
     part of the steps up to `switch` or from there on; a refiner starts from `noise`, the base's
@@ -105,13 +108,14 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
                              f'{name} looks at; this one has none there')
     if init_images is None:
         init_images = [image_conditioning.load(r, config) for r in requests]
-    parsed = [parse_prompts(r) for r in requests]
+    parsed = [parse_for(model, r) for r in requests]
     sigmas, starts, tables = zip(*(_table(r, config.schedule, stage) for r in requests))
     rows = sampling.stack(tables, max(len(t.sigma) for t in tables))
     keys = np.array([divmod(r.seed, 2**32) for r in requests], np.uint32)
     words, text, prompts = _text(model, requests, parsed, sigmas, rows, stage)
     images, strength, control = image_conditioning.inputs(
         model, requests, init_images, sigmas, rows, prompts)
+    prompted, image_weights = image_prompts.inputs(model, requests, sigmas, rows, prompts)
     start, fresh = _noise(config, requests, rows, noise, stage)
     if stage == 'refiner':
         keys, starts = keys ^ REFINER, np.ones(len(requests))
@@ -122,20 +126,25 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
     guidance = _guidance(requests, parsed, sigmas, rows)
     return Inputs(
         keys=keys, sigma=np.array(starts, np.float32),
-        steps=Steps(rows, call, guidance, text, control, strength, fresh),
-        **start, **words, **images)
+        steps=Steps(rows, call, guidance, text, control, image_weights, strength, fresh),
+        image_prompts=prompted, **start, **words, **images)
 
 
 def networks(model: Model, data: Inputs) -> tuple[Params, ModelConfig]:
     """What `pipeline` takes beside a batch's Inputs -> (params, config): the model's own, less what
-    has done its work on the host, and the ControlNets and adapters that the batch names."""
+    has done its work on the host, and the ControlNets, IP-Adapters and adapters that the batch
+    names."""
     nets = {name: model.controlnets[name] for name in data.hints or ()}
     params = {part: tree for part, tree in model.params.items() if part != 'depth_estimator'}
     params['controlnet'] = {name: net.params for name, net in nets.items()}
+    prompted = {name: model.ip_adapters[name] for name in data.image_prompts or ()}
+    params['ip_adapter'] = {name: ip_adapter.by_place(net.params, model.config.unet)
+                            for name, net in prompted.items()}
     if data.factors:
         params['adapters'] = data.factors
     return params, model.config.replace(
-        controlnets=tuple((name, net.config) for name, net in nets.items()))
+        controlnets=tuple((name, net.config) for name, net in nets.items()),
+        ip_adapters=tuple((name, net.config) for name, net in prompted.items()))
 
 
 def has_steps(request: Request) -> bool:

@@ -150,7 +150,7 @@ def _processor():
 def digest(path: Path) -> str:
     """The sha256 of a picture's pixels, with gray to its 16 bits and transparency, or of a file
     that is no picture. Raises as `images.read` does."""
-    if os.fspath(path).endswith('.json'):
+    if os.fspath(path).endswith(('.json', '.npy')):
         return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
     return hashlib.sha256(images.read(path).tobytes()
                           + images.read_gray(path).tobytes()).hexdigest()
@@ -160,6 +160,8 @@ def files(request: Request) -> set[str]:
     """The paths of the files that a request names."""
     given: list[Any] = [request.image, request.mask, request.depth,
                         *(c.image for c in request.controls)]
+    for prompt in request.image_prompts:
+        given += prompt.sources
     if str(request.schedule).endswith('.json'):
         given.append(request.schedule)
     return {os.fspath(path) for path in given if isinstance(path, (str, os.PathLike))}
@@ -170,7 +172,8 @@ def _fields(request):
 
 
 def describe(value: Any) -> Any:
-    """What JSON does not know: controls, paths, and pictures given as such, by their hash."""
+    """What JSON does not know: controls, image prompts, paths, and pictures given as such, by their
+    hash."""
     if dataclasses.is_dataclass(value):
         return _fields(value)
     if isinstance(value, os.PathLike):

@@ -17,6 +17,7 @@ from jaxsd.models.layers import attention, attention_received, prepared
 from jaxsd.models.tiling import tiled
 from jaxsd.prompt import conditioning
 from jaxsd.prompt.conditioning import Conditioning
+from jaxsd.run import image_prompts
 from jaxsd.run.inputs import Inputs
 from jaxsd.run.steps import Steps
 from jaxsd.typing import Params
@@ -42,6 +43,7 @@ class Encoded(NamedTuple):
     extra: Any = None  # [B,h,w,E]: channels beside the latents
     labels: Any = None  # int [B,P]: classes
     hints: Any = ()  # {ControlNet: [B,h,w,C]}, from controlnet.embed; t2i_adapter.apply's list
+    image_prompts: Any = None  # {IP-Adapter: image_prompts.Keys}
     init_latents: Any = None  # [B,h,w,L], kept where the mask is 0
     mask: Any = None  # [B,h,w,1]: mask, 1 where all is painted
     differential: Any = None  # bool [B]: new where the mask is at least the step's strength
@@ -120,6 +122,7 @@ def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioni
     hints = {name: _embed(cfg, params['controlnet'][name], inputs.hints[name] / 255)
              for name, cfg in config.controlnets}
     return Encoded(text, inputs.keys, inputs.adapters, inputs.given, extra, inputs.labels, hints,
+                   image_prompts.encode(params, config, inputs.image_prompts),
                    None if inputs.mask is None else init, inputs.mask, inputs.differential), x
 
 
@@ -194,10 +197,17 @@ def _network(params, config, encoded, step, which, pag, sag):
     def beside(a):
         return jnp.repeat(a, parts, 0)
 
+    prompted = None
+    if encoded.image_prompts is not None:
+        prompted = image_prompts.attend(config.unet, encoded.image_prompts, step.image_prompts,
+                                        which)
+
     def net(x, t, i):
         received = []
 
         def hook(place, heads, q, k, v):
+            if place.endswith('attn2'):
+                return prompted(place, heads, q, k, v) if prompted else None
             if sag is not None and place == SAG_PLACE:
                 received.append(attention_received(q, k, heads))
             if pag is not None and place.startswith(PAG_PLACES):  # the identity, not attention

@@ -23,7 +23,7 @@ from jaxsd.run.pipeline import Encoded
 from jaxsd.run.programs import PROGRAMS
 from jaxsd.run.steps import beside, chunk
 from jaxsd.weights import adapters
-from jaxsd.weights.model import Model, Network
+from jaxsd.weights.model import IPAdapter, Model, Network
 
 TEXTS, KINDS = 8, 16  # encoded texts, and programs of kinds, that a replica keeps
 WORDS = ('tokens', 'ids', 'zero', 'skip', 'embeddings')  # fields of Inputs for encode_text alone
@@ -133,7 +133,7 @@ class StagePrograms:
 
         words, rest = _parts(data)
         text = traced(_encode_text, (*TEXT_ENCODERS, 'unet', 'adapters'), words, config=config)
-        encoded, state = traced(_encode, ('vae', 'controlnet'), rest, config=config,
+        encoded, state = traced(_encode, ('vae', 'controlnet', 'ip_adapter'), rest, config=config,
                                 height=kind.height, width=kind.width, tile=replica.tile)
         one, width = (encoded._replace(text=text), state), replica.width(kind.slots)
         traced(_advance, ('unet', 'controlnet', 'adapters'), [one] * width,
@@ -217,7 +217,9 @@ def placed(model: Model, device: jax.Device | Mesh) -> Model:
             params = jax.device_put(model.params, device)
             params = params | {'unet': _once(params['unet'])}
             nets = {name: _once(net) for name, net in nets.items()}
-        found[device] = model.replace(params=params, controlnets={
+        pictures = {name: IPAdapter(net.config, jax.device_put(net.params, _here(device)))
+                    for name, net in model.ip_adapters.items()}  # their encoders work elsewhere
+        found[device] = model.replace(params=params, ip_adapters=pictures, controlnets={
             name: type(net)(net.config, nets[name]) for name, net in model.controlnets.items()})
     return found[device]
 

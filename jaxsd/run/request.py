@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
+
 from jaxsd import images
 from jaxsd.config import ModelConfig
 from jaxsd.images.opencv import opencv
@@ -34,6 +36,10 @@ UPSCALERS = ('latent', 'latent_bicubic', 'latent_bicubic_antialiased', 'latent_n
 RESIZE = ('crop', 'pad', 'stretch')
 FILLS = ('original', 'edge', 'noise', 'latent')
 MASK_MODES = ('blend', 'strength')
+# Weights of the blocks for an image prompt of SDXL, of InstantStyle (Wang et al. 2024,
+# https://arxiv.org/abs/2404.02733).
+BLOCKS = {'style': {'up': {'block_0': (0, 1, 0)}}, 'layout': {'down': {'block_2': (0, 1)}},
+          'style+layout': {'down': {'block_2': (0, 1)}, 'up': {'block_0': (0, 1, 0)}}}
 WEIGHTINGS = ('a1111', 'no_norm', 'comfy', 'compel', 'none', 'plain')
 CUTS = ('comma', 'hard', 'word')
 PROMPTS = ('prompt', 'negative_prompt', 'prompt_2', 'negative_prompt_2')
@@ -67,12 +73,68 @@ class Control:
         if self.image is None:
             raise ValueError(f'control {self.net!r}: expected image=, the hint to follow')
         check_number('control scale', self.scale)
-        check_number('control start', self.start, 0, 1)
-        check_number('control end', self.end, 0, 1)
-        if self.start >= self.end:
-            raise ValueError(f'control start={self.start}, end={self.end}: expected start < end')
+        _check_span('control', self.start, self.end)
         if self.guess is not None:
             one_of('guess mode', self.guess, GUESS_MODES)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImagePrompt:
+    """A picture as a prompt, by an IP-Adapter; all of it but the number of pictures is data.
+
+    net: its name among model.ip_adapters. image: a picture as for Request.image, of which the
+    square in the middle is seen, or a list of pictures that are seen as one. It counts times
+    `weight` from the fraction `start` of the steps to the fraction `end`. mask: where it counts, at
+    the picture's size: white is 1. blocks: the weight is multiplied by one for each block, as in
+    diffusers' set_ip_adapter_scale: {'down': {'block_2': [0, 1]}, 'mid': 0.5, 'up': 1}, where what
+    is left out is 0; or the name of one of BLOCKS, of SDXL.
+    embeds: the image encoder's features in the image's place (of the kind base [P], of plus and
+    full face [T,D]), or the embedding of a face (insightface's, [512]) for FaceID, beside the image
+    for FaceID plus; an array, or the path of a .npy file; with one more axis for several pictures.
+    negative_embeds: the same for the negative prompt; None: zeros, of plus and full face the
+    features of an image that is 0.
+    """
+
+    net: str
+    image: 'ImageLike | Sequence[ImageLike] | None' = None
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask: 'ImageLike | None' = None
+    blocks: str | Mapping[str, Any] | None = None
+    embeds: 'Path | np.ndarray | None' = None
+    negative_embeds: 'Path | np.ndarray | None' = None
+
+    def __post_init__(self):
+        if not isinstance(self.net, str):
+            raise ValueError(f'image prompt net={self.net!r}: expected the name of an IP-Adapter')
+        if self.image is None and self.embeds is None:
+            raise ValueError(f'image prompt {self.net!r}: expected image= or embeds=, what to '
+                             'follow')
+        if isinstance(self.image, (tuple, list)):
+            object.__setattr__(self, 'image', tuple(self.image))
+            if not self.image:
+                raise ValueError(f'image prompt {self.net!r}: expected at least one image')
+        check_number('image prompt weight', self.weight)
+        _check_span('image prompt', self.start, self.end)
+        if isinstance(self.blocks, str):
+            one_of('blocks of an image prompt', self.blocks, BLOCKS)
+        elif self.blocks is not None and (not isinstance(self.blocks, Mapping)
+                                          or not self.blocks.keys() <= {'down', 'mid', 'up'}):
+            raise ValueError(f'image prompt blocks={self.blocks!r}: expected weights of '
+                             f"'down', 'mid' and 'up', or one of {', '.join(BLOCKS)}")
+
+    @property
+    def pictures(self) -> tuple:
+        """The images, none, one or several."""
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
+
+    @property
+    def sources(self) -> tuple:
+        """All that it is read from: paths, pictures, arrays or None."""
+        return *self.pictures, self.mask, self.embeds, self.negative_embeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +215,7 @@ class Request:
     outpaint: Sequence[int] | None = None  # pixels to add: (left, top, right, bottom)
     depth: 'ImageLike | None' = None  # depth models: near is white; None: estimated from the image
     controls: Sequence[Control] = ()
+    image_prompts: Sequence[ImagePrompt] = ()
     hires: 'Hires | Mapping[str, Any] | None' = None  # a second, larger pass, or its fields
     class_label: int | None = None  # class-conditional models; upscaler: noise level, None: 20
     negative_class_label: int | None = None  # None: the last class; upscaler: the same level
@@ -285,6 +348,11 @@ class Request:
             raise ValueError(f'controls: {names} names a ControlNet twice; give it a second name '
                              'in model.controlnets')
         object.__setattr__(self, 'controls', tuple(self.controls))
+        prompts = self.image_prompts
+        if not isinstance(prompts, (tuple, list)) or not all(
+                isinstance(prompt, ImagePrompt) for prompt in prompts):
+            raise ValueError(f'image_prompts={prompts!r}: expected a list of jaxsd.ImagePrompt')
+        object.__setattr__(self, 'image_prompts', tuple(prompts))
         self._check_hires()
 
     def _check_hires(self):
@@ -487,6 +555,13 @@ def _weights(adapters):
             check_number(f'weight of adapter {name!r}', value)
         found[name] = both
     return found
+
+
+def _check_span(what, start, end):
+    check_number(f'{what} start', start, 0, 1)
+    check_number(f'{what} end', end, 0, 1)
+    if start >= end:
+        raise ValueError(f'{what} start={start}, end={end}: expected start < end')
 
 
 def _integer(name, value, low, high=None):

@@ -20,8 +20,23 @@ class Steps(NamedTuple):
     guidance: Guidance
     text_index: Any = None  # int32 [...,P]: the text of each part of the guidance; None: its own
     control: dict | None = None  # {ControlNet: [...,P,N]}: weights of its N outputs
+    image_prompts: dict | None = None  # {IP-Adapter: [...,J,L]}: see image_prompts
     strength: Any = None  # a mask from here up is painted, where it says how strongly
     noise: Any = None  # [...,h,w,L]: of stochastic samplers, where it is not drawn from the key
+
+
+def fractions(levels: np.ndarray) -> np.ndarray:
+    """The part of the steps that lies before each, [steps]; [0.] for one without steps. levels: a
+    picture's noise levels, [steps + 1]."""
+    steps = max(len(levels) - 1, 1)
+    return np.arange(steps) / steps
+
+
+def span(before: np.ndarray, start: float, end: float) -> np.ndarray:
+    """bool [steps]: those from a fraction of the steps to another, as of diffusers' ControlNets.
+    before: of `fractions`."""
+    after = (np.arange(len(before)) + 1) / len(before)
+    return (before >= start) & (after <= end)
 
 
 def over_rows(values: Sequence[np.ndarray], sigmas: Sequence[np.ndarray], rows: Any, what: str,

@@ -68,6 +68,15 @@ def parse_prompts(request: Request) -> Prompts:
     return Prompts(roles, weights, named)
 
 
+def parse_for(model: Model, request: Request) -> Prompts:
+    """`parse_prompts`, with the LoRAs that files of the request's IP-Adapters bring, which hold in
+    the U-Net; they are called '/' and the IP-Adapter's name."""
+    parsed = parse_prompts(request)
+    nets = {prompt.net for prompt in request.image_prompts if prompt.net in model.ip_adapters}
+    return parsed._replace(adapters=parsed.adapters | {
+        f'/{name}': (1.0, 0.0) for name in sorted(nets) if model.ip_adapters[name].config.rank})
+
+
 def _by_step(part, steps):
     """The segments of each step; of a prompt that the other text encoder does not have, none.
 
@@ -134,8 +143,9 @@ def adapters_of(model: Model,
                 parsed: Sequence[Prompts]) -> tuple[dict[str, Any] | None, Arrays | None]:
     """The adapters that a batch names -> their `factors` and weights {component: float32 [B,A]}."""
     names = sorted({name for r in parsed for name in r.adapters})
+    loras = [f'/{name}' for name, net in model.ip_adapters.items() if net.config.rank]
     for name in names:
-        if name not in model.adapters:
+        if name not in model.adapters and name not in loras:
             raise unknown('adapter', name, model.adapters) if model.adapters else ValueError(
                 f'adapter {name!r}: the model has none; expected '
                 'model.replace(adapters={name: jaxsd.load_adapter(path, model)})')

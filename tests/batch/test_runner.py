@@ -8,6 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import tiny_ip_adapters
 from flax import traverse_util
 from mains import ROOT, run_code
 from run.test_engine import _requests
@@ -142,6 +143,24 @@ def test_ids_are_of_what_files_hold_not_of_their_names(tiny_model, tmp_path):
     a, b, c = (ids.of(r) for r in Engine(model).resolve([
         Request('x', seed=1, image=str(tmp_path / name)) for name in ('a.png', 'b.png', 'c.png')]))
     assert a == b != c
+
+
+def test_ids_know_image_prompts(tiny_model, tmp_path):
+    from PIL import Image
+    model, kinds = tiny_model('sd1'), {'base': 'base', 'plus': 'plus'}
+    nets = [tiny_ip_adapters.adapters(model.config.unet, tmp_path, tiny_ip_adapters.encoder(seed),
+                                      **kinds) for seed in (0, 1)]
+    for name, value in (('a.png', 10), ('b.png', 10), ('c.png', 11)):
+        Image.new('RGB', (64, 64), (value, 0, 0)).save(tmp_path / name)
+
+    def of(name='a.png', net='base', look=0, **fields):
+        own = model.replace(ip_adapters=nets[look])
+        prompt = jaxsd.ImagePrompt(net, str(tmp_path / name), **fields)
+        one, = Engine(own).resolve([Request('x', seed=1, image_prompts=[prompt])])
+        return Identity(own, slots=8).of(one)
+
+    assert of() == of('b.png')
+    assert len({of(), of('c.png'), of(net='plus'), of(look=1), of(weight=2), of(end=0.5)}) == 6
 
 
 def test_ids_know_the_embeddings_in_adapters(tiny_model):

@@ -12,7 +12,7 @@ from mains import ROOT
 from PIL import Image
 
 from jaxsd.run import infotext, picture
-from jaxsd.run.request import WEIGHTINGS, Control, Hires, Request
+from jaxsd.run.request import WEIGHTINGS, Control, Hires, ImagePrompt, Request
 from jaxsd.sampling.names import SAMPLER_NAMES, SCHEDULE_NAMES
 
 BLANK = np.zeros((8, 8, 3), np.uint8)
@@ -210,6 +210,30 @@ def test_files_that_changed_and_pictures_that_were_none(tmp_path):
     assert [note.split(':')[0] for note in past.notes] == ['image', "ControlNet 'net'"]
 
 
+def test_image_prompts_in_a_record(tmp_path):
+    for name in 'ab':
+        Image.new('RGB', (8, 8)).save(tmp_path / f'{name}.png')
+    np.save(tmp_path / 'face.npy', np.zeros(4))
+    a, b, face = (str(tmp_path / name) for name in ('a.png', 'b.png', 'face.npy'))
+    request = Request(image_prompts=[
+        ImagePrompt('plus', [a, b], 0.5, end=0.7, blocks={'up': {'block_0': [0, 1, 0]}}),
+        ImagePrompt('face', embeds=face, mask=b), ImagePrompt('plus', BLANK)])
+    path = _record(tmp_path / 'c.png', request, ip_adapter=['plus=x'], image_encoder=['y'])
+    past = infotext.read(path)
+    assert past.run['ip_adapter'] == ['plus=x'] and past.run['image_encoder'] == ['y']
+    assert {'ip_adapter', 'image_encoder', 'image_prompts'} == past.named().keys()
+    assert past.notes == ["image prompt 'plus': was given as an array, which the record does not "
+                          'hold']
+    plus, other = Request(**past.fields).image_prompts
+    assert vars(other) == vars(request.image_prompts[1])
+    assert vars(plus) == vars(request.image_prompts[0]) | {'blocks': {'up': {'block_0': [0, 1, 0]}}}
+    past.check_files()
+    np.save(tmp_path / 'face.npy', np.ones(4))
+    with pytest.raises(ValueError, match='face.npy has changed since'):
+        past.check_files()
+    past.check_files(['image'])
+
+
 def test_a_schedule_file_that_changed(tmp_path):
     levels = tmp_path / 'levels.json'
     levels.write_text('[9, 1, 0]')
@@ -242,13 +266,16 @@ JSON = st.recursive(
         st.text(max_size=5) | st.sampled_from(['sha256', 'image', 'net']), values, max_size=3),
     max_leaves=8)
 RECORD = json.loads(picture.record(
-    Request(image=BLANK, controls=[Control('net', BLANK)]), checkpoint='c', base=None, ema=False,
+    Request(image=BLANK, controls=[Control('net', BLANK)],
+            image_prompts=[ImagePrompt('net', BLANK)]), checkpoint='c', base=None, ema=False,
     dtype='float32', tile=0, batch=1, lora=['a'], hint_size=[8, 8], id='x'))
 
 
 @settings(max_examples=500, deadline=None)
 @given(st.sampled_from([(key,) for key in RECORD] + [('request', key) for key in RECORD['request']]
-                       + [('request', 'controls', 0, key) for key in ('net', 'image', 'scale')]),
+                       + [('request', 'controls', 0, key) for key in ('net', 'image', 'scale')]
+                       + [('request', 'image_prompts', 0, key) for key in (
+                           'net', 'image', 'weight', 'blocks', 'embeds', 'x')]),
        JSON)
 def test_any_value_in_a_record_is_taken_as_a_plan_takes_it_or_is_one_line(place, value):
     record = part = json.loads(json.dumps(RECORD))
