@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import os
 import pathlib
 import warnings
@@ -120,13 +121,15 @@ def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
              device: Device | None = None, strays: bool = False,
              controlnets: Mapping[str, Path] = MappingProxyType({}), fitting: bool = False,
              upscalers: Mapping[str, Path] = MappingProxyType({}),
-             ) -> tuple[Model, dict[str, list[str]]]:
+             ip_adapters: Mapping[str, Path] = MappingProxyType({}),
+             image_encoders: Sequence[Path] = ()) -> tuple[Model, dict[str, list[str]]]:
     """The model with what resolved requests name -> it, and what a picture's record says of that.
 
     requests: None: whatever is there counts as named. loras, embeddings: {name: path}, see `files`;
     ControlNets that requests name are named by their paths, `controlnets` {name: path} are there
-    beside them. strays: see `jaxsd.load_adapter`. fitting: leave out LoRAs and embeddings that are
-    not for this model, with a warning. upscalers: {name: path}, for Hires.
+    beside them. strays: see `jaxsd.load_adapter`. fitting: leave out LoRAs, embeddings and
+    IP-Adapters that are not for this model, with a warning. upscalers: {name: path}, for Hires.
+    ip_adapters: {name: path}, each with the one of image_encoders that gives what it reads.
     """
     import jaxsd
     from jaxsd.run.hires import passes
@@ -141,6 +144,8 @@ def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
         embeddings = {name: path for name, path in embeddings.items() if name.lower() in words}
         used = {request.hires.upscaler for request in requests if isinstance(request.hires, Hires)}
         upscalers = {name: path for name, path in upscalers.items() if name in used}
+        seen = {prompt.net for request in requests for prompt in request.image_prompts}
+        ip_adapters = {name: path for name, path in ip_adapters.items() if name in seen}
     model = model.replace(
         controlnets={n: jaxsd.load_controlnet(p, dtype, device=device)
                      for n, p in {**{n: n for n in nets}, **controlnets}.items()},
@@ -149,10 +154,32 @@ def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
         embeddings=_loaded(embeddings, fitting, lambda n, p: jaxsd.load_embedding(
             p, model.config, n)),
         upscalers=_loaded(upscalers, fitting, lambda n, p: jaxsd.load_upscaler(
-            p, dtype, device)))
-    return model, {flag: [f'{name}={path}' for name, path in found.items()]
-                   for flag, found in (('lora', loras), ('embeddings', embeddings),
-                                       ('upscalers', upscalers))}
+            p, dtype, device)),
+        ip_adapters=_ip_adapters(model, ip_adapters, image_encoders, dtype, device, fitting))
+    encoders = {'image_encoder': [str(path) for path in image_encoders]} if ip_adapters else {}
+    return model, encoders | {flag: [f'{name}={path}' for name, path in found.items()]
+                              for flag, found in (('lora', loras), ('embeddings', embeddings),
+                                                  ('upscalers', upscalers),
+                                                  ('ip_adapter', ip_adapters))}
+
+
+def _ip_adapters(model, paths, image_encoders, dtype, device, fitting):
+    """{name: IPAdapter} of files, each with an image encoder that fits, if there is one."""
+    import jaxsd
+    from jaxsd.models import ip_adapter
+    from jaxsd.weights.ip_adapters import check_encoder, fits
+    encoders = [jaxsd.load_image_encoder(path, dtype, device=device)
+                for path in image_encoders] if paths else []
+
+    def load(name, path):
+        found = jaxsd.load_ip_adapter(path, None, dtype, device)
+        ip_adapter.check(found.config, model.config.unet)
+        own = [encoder for encoder in encoders if fits(found.config, encoder.config)]
+        if encoders and not own:
+            check_encoder(path, found.config, encoders[0])
+        return dataclasses.replace(found, image_encoder=own[0] if own else None)
+
+    return _loaded(paths, fitting, load)
 
 
 def _loaded(paths, fitting, load):
@@ -200,7 +227,8 @@ def shorten(text: str) -> str:
     return repr(text) if len(text) <= 200 else f'{text[:200]!r}... ({len(text)} characters)'
 
 
-def words(flag: str, text: str) -> dict[str, Any]:
+def words(flag: str, text: str,
+          example: str = '"net=PATH, image=PATH, scale=0.5"') -> dict[str, Any]:
     """'net=a/b, scale=0.5' -> a dict; values that are no Python literals are strings, paths too."""
     check_length(text)
     found = {}
@@ -208,7 +236,7 @@ def words(flag: str, text: str) -> dict[str, Any]:
         name, equals, value = (piece.strip() for piece in part.partition('='))
         if not equals or not name.isidentifier() or name in found:
             raise ValueError(f'{flag}={shorten(text)}: expected names with values, for example '
-                             '"net=PATH, image=PATH, scale=0.5"')
+                             f'{example}')
         try:
             found[name] = ast.literal_eval(value)
         except NO_LITERAL:

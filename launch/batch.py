@@ -36,6 +36,8 @@ def define_plan():
                               'jaxsd.Request), .csv (with a head) or .txt (prompts); repeat.')
     flags.DEFINE_multi_string('prompt', [], 'A prompt, beside or instead of files; repeat.')
     flags.DEFINE_string('negative_prompt', '', 'For requests that have none.')
+    flags.DEFINE_multi_string('image_prompt', None, 'Of requests that name none: "net=NAME, '
+                              'image=PATH", as of launch.generate; repeat for several.')
     flags.DEFINE_string('wildcards', None, 'A folder of NAME.txt, for __NAME__ in prompts.')
     flags.DEFINE_string('seeds', '0', 'Of requests that name none: 7, 0-99 or 1,5,10-12.')
     flags.DEFINE_multi_string('grid', [], "A field of Request and its values, 'guidance=4,7'; "
@@ -77,7 +79,8 @@ def plan():
     """What the flags ask for -> requests, entries that cannot be read, the grid's axes."""
     from jaxsd.batch import folder, plan
     defaults = {**fields(FLAGS.config), 'negative_prompt': FLAGS.negative_prompt,
-                'wildcards': FLAGS.wildcards}
+                'wildcards': FLAGS.wildcards,
+                'image_prompts': [*map(generate.image_prompt, FLAGS.image_prompt or ())]}
     seeds, axes = plan.seeds(FLAGS.seeds), plan.grid(FLAGS.grid)
     items = [plan.Item({**defaults, 'prompt': text}, '--prompt') for text in FLAGS.prompt]
     bad = []

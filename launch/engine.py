@@ -32,18 +32,19 @@ def describe():
     plugins = [os.path.abspath(path) for path in FLAGS.plugin]
     return {**{name: recipe[name] for name in generate.RECIPE}, **({'plugin': plugins} if plugins
                                                                    else {}),
-            **{name: FLAGS[name].value for name in ('vae', 'refiner', 'strays')
+            **{name: FLAGS[name].value for name in ('vae', 'refiner', 'strays', 'image_encoder')
                if FLAGS[name].value},
             **{name: [f'{key}={path}' for key, path in files(
                 f'--{name}', FLAGS[name].value or ()).items()] for name in (
-                    'lora', 'embeddings', 'upscalers')},
+                    'lora', 'embeddings', 'upscalers', 'ip_adapter')},
             'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'slots': FLAGS.slots,
             'weights': FLAGS.weights}
 
 
 def build(how, requests=None, devices=None, lone=False):
     """-> Engine, Identity, and `how` with what it came to: dtype, the model's name, the settings
-    that ids are made of, and of LoRAs and embeddings those that the requests name (None: all).
+    that ids are made of, and of LoRAs, embeddings and IP-Adapters those that the requests name
+    (None: all).
     lone: as of Engine."""
     import jaxsd
     from jaxsd.batch.identity import Identity
@@ -57,12 +58,13 @@ def build(how, requests=None, devices=None, lone=False):
     if how.get('vae'):
         model = model.with_vae(jaxsd.load_vae(how['vae'], dtype))
     refiner = load(recipe, how['refiner'], strays=strays)[0] if how.get('refiner') else None
-    adapters, embeddings, controlnets, upscalers = (
+    adapters, embeddings, controlnets, upscalers, ip_adapters = (
         files(f'--{flag}', how.get(flag, ())) for flag in (
-            'lora', 'embeddings', 'controlnet', 'upscalers'))
+            'lora', 'embeddings', 'controlnet', 'upscalers', 'ip_adapter'))
     model, named = complete(model, requests, dtype, adapters, embeddings, strays=strays,
                             controlnets=controlnets, fitting=how.get('fitting', False),
-                            upscalers=upscalers)
+                            upscalers=upscalers, ip_adapters=ip_adapters,
+                            image_encoders=how.get('image_encoder', ()))
     tile = how['tile'] or None
     spread = how['weights'] == 'sharded' or how['weights'] == 'auto' and not _fits(model, refiner)
     engine = Engine(model, refiner, how['slots'], tile, devices, spread, lone=lone)

@@ -27,7 +27,8 @@ CONFIGS = ROOT / 'configs'
 FLAGS = flags.FLAGS
 # What a picture's record holds beside its request, under the names of the recipe and the flags.
 RECIPE = ('checkpoint', 'base', 'ema', 'dtype', 'prediction', 'tile')
-GIVEN = ('vae', 'refiner', 'control', 'lora', 'embeddings', 'upscalers', 'strays')
+GIVEN = ('vae', 'refiner', 'control', 'lora', 'embeddings', 'upscalers', 'ip_adapter',
+         'image_encoder', 'strays')
 OF_RECIPE = 'Of the recipe'  # so the help of its fields begins
 ASKED = ('negative_prompt', 'prompt_2', 'negative_prompt_2', 'strength', 'mask', 'depth',
          'wildcards')
@@ -56,6 +57,10 @@ def define_flags():
         'start=0, end=1, guess=original (or diffusers, soft), preprocess=canny (with its low=100, '
         'high=200; scribble, tile, or pose from JSON); '
         'repeat for several.')
+    flags.DEFINE_multi_string(
+        'image_prompt', None, 'A picture as a prompt, "net=NAME, image=PATH" by a name of '
+        '--ip_adapter, with perhaps weight=1, start=0, end=1, mask=PATH, blocks=style (SDXL), or '
+        'embeds=PATH.npy; repeat for several.')
     flags.DEFINE_boolean('warm', False, 'Compile what these flags need, for later starts, and draw '
                          'nothing.')
     flags.DEFINE_string('wildcards', None, 'A folder of NAME.txt, for __NAME__ in prompts.')
@@ -85,6 +90,12 @@ def define_model_flags():
     flags.DEFINE_multi_string(
         'lora', None, 'A LoRA for <lora:name:0.8> in prompts, "[name=]PATH", or a folder of them; '
         'repeat for several.')
+    flags.DEFINE_multi_string(
+        'ip_adapter', None, 'An IP-Adapter for image prompts, "[name=]PATH", or a folder of them; '
+        'repeat for several.')
+    flags.DEFINE_multi_string(
+        'image_encoder', None, 'The CLIP that IP-Adapters see pictures with (folder or file); '
+        'repeat where they differ.')
     flags.DEFINE_boolean('strays', False, 'Leave out tensors of the checkpoint, and layers of '
                          'LoRAs, that are not the model\'s, with a warning.')
     flags.DEFINE_string('compilation_cache', None, 'A folder for compiled programs, so that the '
@@ -131,8 +142,13 @@ def run():
     if FLAGS.control:
         controls = _controls(*hint_size or (None, None), past)
         requests = [request.replace(controls=controls) for request in requests]
-    adapters, embeddings, upscalers = (files(f'--{name}', FLAGS[name].value or ())
-                                       for name in ('lora', 'embeddings', 'upscalers'))
+    adapters, embeddings, upscalers, ip_adapters = (
+        files(f'--{name}', FLAGS[name].value or ())
+        for name in ('lora', 'embeddings', 'upscalers', 'ip_adapter'))
+    if FLAGS.image_prompt:
+        prompts = [image_prompt(text) for text in FLAGS.image_prompt]
+        requests = [request.replace(image_prompts=prompts) for request in requests]
+    _check_ip_adapters(requests, ip_adapters)
     out = picture.check_folder(FLAGS.out)
     for path in sorted({path for request in requests for path in picture.files(request)}):
         if not os.path.exists(path):
@@ -158,7 +174,8 @@ def run():
         _note(notes)
     _check_adapters(requests, adapters)
     model, named = complete(model, requests, dtype, adapters, embeddings, strays=FLAGS.strays,
-                            upscalers=upscalers)
+                            upscalers=upscalers, ip_adapters=ip_adapters,
+                            image_encoders=FLAGS.image_encoder or ())
     print(f'{printable(name)}: {model.config.version}, {dtype}, on {jax.local_device_count()} '
           f'{jax.default_backend()} device(s), loaded in {time.perf_counter() - start:.1f} s')
 
@@ -213,7 +230,8 @@ def _check_names(past, recipe):
     stands in a flag or in the recipe, or --trust is given. Raises ValueError, OSError."""
     said = config_flags.get_override_values(FLAGS['config'])
     given = {name for name in (*GIVEN, *ASKED, 'image', 'checkpoint') if FLAGS[name].present} | {
-        *said, *fields(recipe, said)} | ({'controls'} if FLAGS['control'].present else set())
+        *said, *fields(recipe, said)} | {field for field, flag in (
+            ('controls', 'control'), ('image_prompts', 'image_prompt')) if FLAGS[flag].present}
     named = {name: value for name, value in past.named().items() if name not in given}
     from jaxsd.run.infotext import brief
     strange = [name for name, value in named.items() if recipe.get(name) != value]
@@ -242,6 +260,27 @@ def _check_adapters(requests, loras):
         if not loras:
             raise ValueError(f'adapter {name!r}: expected its file as --lora=PATH')
         choose('adapter', name, loras)
+
+
+def image_prompt(text):
+    """An --image_prompt flag -> ImagePrompt."""
+    from jaxsd.run.request import ImagePrompt
+    from jaxsd.sampling.choice import one_of
+    given = words('--image_prompt', text, '"net=NAME, image=PATH, weight=0.6"')
+    for name in given:
+        one_of('field of --image_prompt', name, ImagePrompt.__dataclass_fields__)
+    if 'net' not in given:
+        raise ValueError(f'--image_prompt="{text}": expected net=NAME in it, of --ip_adapter')
+    return ImagePrompt(**given)
+
+
+def _check_ip_adapters(requests, ip_adapters):
+    from jaxsd.sampling.choice import choose
+    for name in sorted({prompt.net for request in requests for prompt in request.image_prompts}):
+        if not ip_adapters:
+            raise ValueError(f'image prompt net={name!r}: expected its file as '
+                             f'--ip_adapter={name}=PATH, and --image_encoder=PATH')
+        choose('IP-Adapter', name, ip_adapters)
 
 
 def _hint_size(request, past):

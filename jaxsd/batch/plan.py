@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxsd.run.infotext import tuples
-from jaxsd.run.request import MAX_SEED, PROMPTS, Control, Request
+from jaxsd.run.request import MAX_SEED, PROMPTS, Control, ImagePrompt, Request
 from jaxsd.sampling.choice import one_of
 from jaxsd.typing import Path
 
@@ -54,7 +54,8 @@ def read(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Item], list[Pars
     path: .jsonl (an object of Request's fields on each line), .csv (their names in the first line)
     or .txt (a prompt on each line), in UTF-8, or in UTF-16 with its byte order mark.
     defaults: fields that entries leave open.
-    Controls are objects of Control's fields; their hints are taken as they are.
+    Controls and image prompts are objects of Control's and ImagePrompt's fields; hints are taken as
+    they are.
     Raises OSError, and ValueError for another kind of file.
     """
     path = pathlib.Path(path)
@@ -166,6 +167,9 @@ def _checked(fields, column, defaults, folder):
                   if isinstance(found.get(name), str)}
         if 'controls' in found:
             found['controls'] = tuple(_control(each, folder) for each in found['controls'])
+        if 'image_prompts' in found:
+            found['image_prompts'] = tuple(_image_prompt(each, folder)
+                                           for each in found['image_prompts'])
         found = {**defaults, **found}
         Request(**found)
         return found
@@ -181,6 +185,25 @@ def _control(given, folder):
     for name in given:
         one_of('field of controls', name, Control.__dataclass_fields__)
     return Control(**{**given, 'image': os.path.join(folder, given['image'])})
+
+
+def _image_prompt(given, folder):
+    """An object in `image_prompts` -> an ImagePrompt."""
+    if not isinstance(given, dict) or not isinstance(given.get('net'), str):
+        raise ValueError(f'image_prompts: {given!r}: expected objects with net and image')
+    for name in given:
+        one_of('field of image_prompts', name, ImagePrompt.__dataclass_fields__)
+
+    def inside(source):
+        if isinstance(source, (tuple, list)):
+            return tuple(map(inside, source))
+        if not isinstance(source, (str, type(None))):
+            raise ValueError(f'image_prompts: {source!r}: expected a path')
+        return source if source is None else os.path.join(folder, source)
+
+    paths = ('image', 'mask', 'embeds', 'negative_embeds')
+    return ImagePrompt(**{name: inside(value) if name in paths else value
+                          for name, value in given.items()})
 
 
 def _decoded(path):

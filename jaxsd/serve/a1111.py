@@ -19,7 +19,7 @@ from jaxsd import images
 from jaxsd.images.reading import Picture
 from jaxsd.run import infotext
 from jaxsd.run.hires import enlarge
-from jaxsd.run.request import MAX_SEED, Control, Hires, Request, random_seed
+from jaxsd.run.request import MAX_SEED, Control, Hires, ImagePrompt, Request, random_seed
 from jaxsd.run.upscale import to_size
 from jaxsd.sampling import SAMPLERS
 from jaxsd.sampling.choice import choose, one_of, unknown
@@ -34,6 +34,9 @@ MODULES = {  # of sd-webui-controlnet: the preprocessor here, and what its thres
     'none': ('none', ()), 'canny': ('canny', ('low', 'high')), 'scribble': (
         'scribble', ('threshold',)), 'tile': ('tile', ('factor',)), 'tile_resample': (
         'tile', ('factor',))}
+# Of units whose model is an IP-Adapter, which chooses what is looked at itself.
+LOOKS = ('ip-adapter-auto', 'ip-adapter_clip_sd15', 'ip-adapter_clip_sdxl',
+         'ip-adapter_clip_sdxl_plus_vith', 'ip-adapter_clip_h', 'ip-adapter_clip_g')
 CHURN = {'s_churn': 0, 's_tmin': 0, 's_tmax': 0, 's_noise': 1}  # A1111's defaults, left to samplers
 
 LEAST = 1e-6  # denoising_strength 0 is one step too in A1111
@@ -76,14 +79,14 @@ def brief(value: object) -> str:
 def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
              model: str | Sequence[str] = '', vae: str = '', refiner: str = '',
              read: Callable[..., np.ndarray] = images.read_bytes,
-             controlnets: Collection[str] = (),
-             upscalers: Collection[str] = ()) -> list[Request]:
+             controlnets: Collection[str] = (), upscalers: Collection[str] = (),
+             ip_adapters: Collection[str] = ()) -> list[Request]:
     """A Body -> its Requests, with seeds that count up.
 
     defaults: arguments of Request, for what the body leaves open. model, vae, refiner: the names
     of what is loaded; the model may have several. read: decodes pictures, as images.read_bytes
-    does. controlnets, upscalers: names of those there are. Raises ValueError for what is wrong or
-    too much.
+    does. controlnets, upscalers, ip_adapters: names of those there are. Raises ValueError for what
+    is wrong or too much.
     """
     given = {**defaults, 'prompt': body.prompt or '', 'negative_prompt': body.negative_prompt or ''}
     given |= {ours: getattr(body, theirs) for ours, theirs in (
@@ -110,7 +113,7 @@ def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
         # There the second pass makes as many steps as it is given.
         given['schedule_options'] = {'convention': 'comfyui', **(given.get('schedule_options') or
                                                                  {})}
-    given |= _scripts(body, given, limits, read, controlnets)
+    given |= _scripts(body, given, limits, read, controlnets, ip_adapters)
     seed = -1 if body.seed is None else body.seed
     seed = random_seed() if seed == -1 else seed % (MAX_SEED + 1)  # as torch has negative ones
     first = Request(**given)
@@ -236,9 +239,9 @@ def _pictures(body, limits, read):
         body.inpaint_full_res_padding or 0, 'fill': FILLS[body.inpainting_fill or 0]}
 
 
-def _scripts(body, given, limits, read, controlnets):
+def _scripts(body, given, limits, read, controlnets, ip_adapters):
     """alwayson_scripts -> arguments of Request."""
-    controls = []
+    controls, prompts = [], []
     for name, script in (body.alwayson_scripts or {}).items():
         if name.lower() != 'controlnet':
             raise ValueError(f'alwayson_scripts.{name}: there is no such script, only ControlNet')
@@ -255,8 +258,27 @@ def _scripts(body, given, limits, read, controlnets):
                              4 * limits.pixels)
             elif (image := given.get('image')) is None:
                 raise ValueError(f'{where}.image: expected the hint')
-            controls.append(_control(unit, image, given, controlnets))
-    return {'controls': controls} if controls else {}
+            if unit.module in LOOKS:
+                prompts.append(_image_prompt(unit, image, ip_adapters))
+            else:
+                controls.append(_control(unit, image, given, controlnets))
+    return {name: found for name, found in (('controls', controls), ('image_prompts', prompts))
+            if found}
+
+
+def _image_prompt(unit, image, ip_adapters):
+    """A ControlUnit whose module is one of LOOKS, and its picture -> ImagePrompt."""
+    net = one_of('IP-Adapter', (unit.model or '').partition(' [')[0], ip_adapters)
+    if (unit.control_mode or 0) not in (0, 'Balanced'):
+        raise ValueError(f'control_mode={brief(unit.control_mode)}: expected Balanced with '
+                         f'{unit.module}')
+    return ImagePrompt(net, image, *_weight(unit))
+
+
+def _weight(unit):
+    """A ControlUnit's weight, start and end."""
+    return (1.0 if unit.weight is None else unit.weight, unit.guidance_start or 0.0,
+            1.0 if unit.guidance_end is None else unit.guidance_end)
 
 
 def _control(unit, image, given, controlnets):
@@ -281,9 +303,7 @@ def _control(unit, image, given, controlnets):
                    unit.threshold_a, unit.threshold_b)
     if width and height and image.shape[1] * height != image.shape[0] * width:
         image = images.fit(image, width, height, resize[unit.resize_mode])
-    return Control(net, image, 1.0 if unit.weight is None else unit.weight,
-                   unit.guidance_start or 0.0,
-                   1.0 if unit.guidance_end is None else unit.guidance_end, guess[mode])
+    return Control(net, image, *_weight(unit), guess[mode])
 
 
 def detect(module: str, image: Picture, resolution: int | None = None, a: float | None = None,

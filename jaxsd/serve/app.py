@@ -217,7 +217,8 @@ class Service:
         requests, job = self.submit(loaded, a1111.requests(
             body, self.defaults, settings.limits, (loaded.model, *self.current().aliases),
             loaded.vae, loaded.refiner, functools.partial(self.decode, images.read_bytes),
-            queue.engine.nets[0].controlnets, queue.engine.nets[0].upscalers))
+            queue.engine.nets[0].controlnets, queue.engine.nets[0].upscalers,
+            queue.engine.nets[0].ip_adapters))
         job.batch = body.batch_size or 1
         name = body.force_task_id
         if self.tasks.setdefault(job if name is None else name, job) is not job:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jaxsd.sampling.choice import unknown
 
-KINDS = ('checkpoints', 'vaes', 'lora', 'embeddings', 'controlnet', 'upscalers')
+KINDS = ('checkpoints', 'vaes', 'lora', 'embeddings', 'controlnet', 'upscalers', 'ip_adapter')
 
 
 class Weights(NamedTuple):
@@ -61,7 +61,7 @@ class Choices:
         return changed
 
     def _hash(self):
-        for kind in ('checkpoints', 'vaes', 'lora', 'controlnet'):
+        for kind in ('checkpoints', 'vaes', 'lora', 'controlnet', 'ip_adapter'):
             for path in list(self._files.get(kind, {}).values()):
                 try:
                     self._hashes[path] = sha256(path)

@@ -79,18 +79,20 @@ def add(app: fastapi.FastAPI, service: Any, errors: Callable, reads: Callable) -
         return []
 
     async def scripts() -> dict[str, list[str]]:
-        names = ['controlnet'] if loaded().controlnets else []
+        names = ['controlnet'] if loaded().controlnets or loaded().ip_adapters else []
         return {'txt2img': names, 'img2img': names}
 
     async def cmd_flags() -> dict[str, Any]:
         return {'api': True, 'nowebui': True, 'api_auth': service.settings.key is not None}
 
     async def model_list() -> dict[str, list[str]]:
-        titles = {one.name: one.title for one in service.choices.all('controlnet')}
-        return {'model_list': [titles.get(name, name) for name in loaded().controlnets]}
+        titles = {one.name: one.title for kind in ('controlnet', 'ip_adapter')
+                  for one in service.choices.all(kind)}
+        return {'model_list': [titles.get(name, name)
+                               for name in (*loaded().controlnets, *loaded().ip_adapters)]}
 
     async def module_list() -> dict[str, list[str]]:
-        return {'module_list': list(a1111.MODULES)}
+        return {'module_list': [*a1111.MODULES, *a1111.LOOKS]}
 
     async def version() -> dict[str, int]:
         return {'version': 3}  # of the units that sd-webui-controlnet takes
@@ -182,7 +184,7 @@ def _refresh(service):
         traceback.print_exception(error)
         raise HTTPError(500, 'failed', 'the files could not be listed, see the log of the server'
                         ) from None
-    if changed & {'lora', 'embeddings', 'controlnet', 'upscalers'}:
+    if changed & {'lora', 'embeddings', 'controlnet', 'upscalers', 'ip_adapter'}:
         service.switch()
 
 

@@ -42,6 +42,23 @@ def test_controls_are_objects(tmp_path):
     assert bad[0].source == 'a.jsonl:2:2' and "did you mean 'scale'" in bad[0].error
 
 
+def test_image_prompts_are_objects(tmp_path):
+    items, bad = _read(tmp_path, 'a.jsonl', '\n'.join(map(json.dumps, [
+        {'image_prompts': [{'net': 'plus', 'image': ['a.png', 'b.png'], 'weight': 0.5},
+                           {'net': 'face', 'embeds': 'face.npy', 'mask': 'm.png'}]},
+        {'image_prompts': [{'net': 'plus', 'image': 'a.png', 'wieght': 1}]},
+        {'image_prompts': [{'net': 'plus', 'image': 3}]}, {'image_prompts': [3]},
+        {'image_prompts': [{'net': 'plus'}]}])))
+    plus, face = items[0].fields['image_prompts']
+    assert (plus.net, plus.weight, face.net, face.image) == ('plus', 0.5, 'face', None)
+    assert plus.image == (str(tmp_path / 'a.png'), str(tmp_path / 'b.png'))
+    assert (face.embeds, face.mask) == (str(tmp_path / 'face.npy'), str(tmp_path / 'm.png'))
+    assert [one.source.split(':')[1] for one in bad] == ['2', '3', '4', '5']
+    for one, words in zip(bad, ("did you mean 'weight'", '3: expected a path',
+                                'expected objects with net and image', 'expected image= or')):
+        assert words in one.error
+
+
 @pytest.mark.parametrize('line, column, words', [
     ('{"prompt": "a",}', 16, 'property name'),
     ('{"prompt": "a" "steps": 3}', 16, "','"),
@@ -67,7 +84,8 @@ def test_broken_lines_name_line_and_column(tmp_path, line, column, words):
 @given(st.lists(st.one_of(st.binary(max_size=60).map(lambda b: b.replace(b'\n', b'')), st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(
-        ['prompt', 'steps', 'controls', 'image', 'guidance', 'adapters', 'seed', 'x']), x),
+        ['prompt', 'steps', 'controls', 'image', 'guidance', 'adapters', 'seed', 'x', 'net',
+         'image_prompts']), x),
     max_leaves=6).map(lambda v: json.dumps(v).encode())), max_size=4))
 def test_whatever_stands_in_a_file_is_an_item_or_bad(lines):
     text = b'\n'.join(lines).decode(errors='surrogateescape')

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import numpy as np
+import tiny_ip_adapters
 from conftest import TINY
 from mains import ROOT
 from PIL import Image, PngImagePlugin
@@ -75,6 +76,12 @@ def write(folder):
     network = Network(depth, spec.init_part(np.random.default_rng(0), shapes.dpt(depth)))
     network.params['head']['head']['4']['bias'] += 1  # clear of the last ReLU
     save_network(network, files / 'depth')
+
+    looks = tiny_ip_adapters.encoder()
+    save_network(looks, files / 'image_encoder')
+    for name, kind, family in (('ip-adapter-plus_sd15', 'plus', 'sd1'),
+                               ('ip-adapter_sdxl_vit-h', 'base', 'sdxl')):
+        tiny_ip_adapters.adapters(TINY[family].unet, files, looks, **{name: kind})
 
     (files / 'wildcards' / 'colour.txt').write_text('red\ngreen\n')
     (files / 'prompts.txt').write_text('red apple\nrocket\n')

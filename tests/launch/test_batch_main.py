@@ -12,9 +12,12 @@ import time
 
 import numpy as np
 import pytest
+import tiny_ip_adapters
+from conftest import TINY
 from mains import ROOT, devices, environment, free_port, run_main
 from PIL import Image
 
+import jaxsd
 from jaxsd.batch import folder
 
 
@@ -257,8 +260,31 @@ def test_a_folder_of_something_else_is_refused_first(tmp_path):
     (('--prompt=a', '--seeds=0-99999999999'), '100000000000 seeds, expected at most 1000000'),
     (('--prompt=a', '--config.width=65536', '--config.height=65536'), '65536x65536: expected at'),
     (('--prompt=a', '--grid=stesp=3'), "did you mean 'steps'"),
+    (('--prompt=a', '--image_prompt=net=x'), 'expected image= or embeds='),
     (('--requests=nothing.jsonl',), 'nothing.jsonl')])
 def test_wrong_flags_are_told_in_one_line(tmp_path, flags, words):
     status, _, error = _batch(tmp_path / 'run', *flags)
     assert status == 1 and words in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_image_prompts(checkpoint, tmp_path):
+    """Of a plan, relative to its file, and by a flag for requests that have none."""
+    tiny_ip_adapters.adapters(TINY['sd1'].unet, tmp_path, plus='plus')
+    jaxsd.save_network(tiny_ip_adapters.encoder(), tmp_path / 'look')
+    for name, seed in (('a', 0), ('b', 1)):
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f'{name}.png')
+    plan = tmp_path / 'plan.jsonl'
+    plan.write_text('\n'.join(json.dumps({'prompt': 'cat', **fields}) for fields in (
+        {}, {'image_prompts': [{'net': 'plus', 'image': 'b.png', 'weight': 0.5}]},
+        {'image_prompts': [{'net': 'plus', 'image': 'a.png'}]})))
+    flags = (f'--checkpoint={checkpoint}', f'--requests={plan}', '--steps=2', '--seeds=0',
+             f'--ip_adapter={tmp_path}/plus.safetensors', f'--image_encoder={tmp_path}/look',
+             f'--image_prompt=net=plus, image={tmp_path}/a.png')
+    status, _, error = _batch(tmp_path / 'run', *flags)
+    assert status == 0, error
+    assert len(set(_hashes(tmp_path / 'run').values())) == 2  # the last is the flag's, made once
+    status, _, error = _batch(tmp_path / 'run', *flags)
+    assert status == 0 and '0 to make' in error

@@ -8,7 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_ip_adapters
 from absl import flags
+from conftest import TINY
 from mains import ROOT, run_main
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import load_file, save_file
@@ -162,6 +164,38 @@ def test_emoji_with_a_hint(run, repeat, drawn):
     _, error = run(f'--from={made}', '--trust')
     assert re.search('error: .*a.png has changed since .* was made from it\n$', error)
     run(f'--from={made}', '--trust', flag)  # given anew, it may be another
+
+
+def test_image_prompts(run, repeat, checkpoint, drawn):
+    tiny_ip_adapters.adapters(TINY['sd1'].unet, drawn, plus='plus', face=('faceid', {'rank': 2}))
+    jaxsd.save_network(tiny_ip_adapters.encoder(), drawn / 'look')
+    np.save(drawn / 'face.npy', np.arange(12, dtype=np.float32))
+    model = [f'--checkpoint={checkpoint}', '--prompt=cat', '--seed=7', '--width=64', '--height=64']
+    nets = [f'--ip_adapter={drawn}/plus.safetensors', f'--ip_adapter=it={drawn}/face.safetensors']
+    look, plus = f'--image_encoder={drawn}/look', f'--image_prompt=net=plus, image={drawn}/a.png'
+    (made,), _ = run(*model, *nets, look, f'{plus}, weight=0.6, end=0.5, mask={drawn}/mask.png',
+                     f'--image_prompt=net=it, embeds={drawn}/face.npy')
+    repeat(made)
+    _, error = run(f'--from={made}')
+    assert re.search('error: .* names image_prompts=.*ip_adapter=.*image_encoder=.*--trust', error)
+    with _unpainted():
+        (again,), _ = run(f'--from={made}', '--trust', f'{plus}, weight=2')
+    record = infotext.read(again)
+    [prompt] = record.fields['image_prompts']
+    assert (prompt.net, prompt.weight, prompt.mask) == ('plus', 2, None)
+    assert record.run['ip_adapter'] == [f'plus={drawn}/plus.safetensors']  # what is not used is not
+    Image.open(drawn / 'b.png').save(drawn / 'a.png')
+    _, error = run(f'--from={made}', '--trust')
+    assert re.search('error: .*a.png has changed since .* was made from it\n$', error)
+    for more, message in (
+            ([plus], "net='plus': expected its file as --ip_adapter=plus=PATH, and --image_enc"),
+            ([plus, nets[1]], "unknown IP-Adapter 'plus'"),
+            ([plus, nets[0]], '--image_encoder=PATH'),
+            ([plus, nets[0], f'--image_encoder={checkpoint}'], 'folder of a CLIP image encoder'),
+            ([f'{plus}, wieght=1', *nets], "did you mean 'weight'"),
+            (['--image_prompt=image=a.png'], 'expected net=NAME in it'),
+            (['--image_prompt=net=plus'], 'expected image= or embeds=')):
+        assert message in run(*model, *more)[1]
 
 
 def test_adapters_embeddings_and_wildcards(run, repeat, checkpoint, drawn):

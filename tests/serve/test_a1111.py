@@ -239,6 +239,30 @@ def test_wrong_img2img(fields, message):
         read(schemas.Img2Img, **given)
 
 
+def test_units_of_ip_adapters():
+    image = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+
+    def read(**unit):
+        unit = {'image': png(image), 'module': 'ip-adapter_clip_h', 'model': 'plus [1234]', **unit}
+        body = a1111.parse(schemas.Txt2Img, json.dumps(
+            {'alwayson_scripts': {'controlnet': {'args': [unit]}}}).encode())
+        [found] = a1111.requests(body, DEFAULTS, LIMITS, 'emoji', controlnets=['edges'],
+                                 ip_adapters=['plus'])
+        return found
+
+    [prompt] = read(weight=0.6, guidance_end=0.8, pixel_perfect=True).image_prompts
+    assert (prompt.net, prompt.weight, prompt.start, prompt.end) == ('plus', 0.6, 0, 0.8)
+    np.testing.assert_array_equal(prompt.image, image)
+    assert read(module='none', model='edges').controls and not read(
+        module='none', model='edges').image_prompts
+    for unit, message in (({'model': 'edges'}, "unknown IP-Adapter 'edges'"),
+                          ({'control_mode': 2}, 'control_mode=2: expected Balanced'),
+                          ({'module': 'ip-adapter_face_id'}, 'unknown ControlNet'),
+                          ({'module': 'ip-adapter_face_id', 'model': 'edges'}, 'unknown module')):
+        with pytest.raises(ValueError, match=message):
+            read(**unit)
+
+
 @pytest.mark.parametrize('data', [b'', b'[', b'{"a":', b'null', b'3', b'"x"', b'\xff\xfe{}',
                                   b'{"prompt": "\\ud800"}', b'[' * 10**5, b'{"a":' * 10**5])
 def test_what_is_no_json(data):
