@@ -259,7 +259,7 @@ def files(flag: str, texts: Iterable[str]) -> dict[str, str]:
     from jaxsd.weights import embeddings
     from jaxsd.weights.files import PICKLES
     inside, models = flag == '--embeddings', flag in MODELS
-    endings, found = embeddings.ENDINGS if inside else ('.safetensors', *PICKLES), {}
+    endings, found = embeddings.ENDINGS if inside else ('.safetensors', '.gguf', *PICKLES), {}
     for text in texts:
         name, equals, path = text.partition('=')
         path = pathlib.Path(text if os.path.exists(text) or not equals else path)

@@ -134,6 +134,7 @@ def describe(path):
     """What `inspect` prints: (label, text), from the headers alone; and the file's hashes."""
     from jaxsd.weights import names, reading
     from jaxsd.weights.files import open_tensors
+    from jaxsd.weights.gguf_file import GGUFFile
     from jaxsd.weights.pickles import PickleFile
     if path.is_dir():
         yield from _model(reading.open_source(path))
@@ -141,7 +142,8 @@ def describe(path):
     file = open_tensors(path)
     what, reader, _ = names.kind(file.shapes)
     yield 'is', what
-    yield 'format', 'a pickle of torch.save' if isinstance(file, PickleFile) else 'safetensors'
+    yield 'format', {PickleFile: 'a pickle of torch.save', GGUFFile: 'GGUF'}.get(
+        type(file), 'safetensors')
     if reader == 'load':
         yield from _whole(path, file)
     else:

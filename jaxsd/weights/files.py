@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from jaxsd.typing import Path
+from jaxsd.weights.gguf_file import GGUFFile
 from jaxsd.weights.pickles import PickleFile, read_at
 
 # A tensor to write: its shape, its dtype, and what makes the array.
@@ -82,12 +83,14 @@ def printable(text: str) -> str:
 
 
 def open_tensors(path: Path) -> 'Reader':
-    """The reader for a file of tensors, by what is in it: TensorFile, or pickles.PickleFile.
+    """The reader for a file of tensors, by what is in it: TensorFile, PickleFile or GGUFFile.
 
-    Both have `path`, `metadata`, `shapes`, `dtypes` and `read`, and raise alike. Weights with a
+    All have `path`, `metadata`, `shapes`, `dtypes` and `read`, and raise alike. Weights with a
     scale beside them are read as their product.
     """
     path = pathlib.Path(path)
+    if path.is_file() and _head(path)[:4] == b'GGUF':
+        return GGUFFile(path)
     file = (TensorFile if not path.is_file() or _is_safetensors(path) else PickleFile)(path)
     return ScaledFile(file) if any(map(_BESIDE.fullmatch, file.shapes)) else file
 
@@ -120,7 +123,7 @@ class ScaledFile:
         return array.astype(np.float32) * self._file.read(self._scales[name]).astype(np.float32)
 
 
-Reader = TensorFile | PickleFile | ScaledFile  # what open_tensors gives
+Reader = TensorFile | PickleFile | ScaledFile | GGUFFile  # what open_tensors gives
 
 # What stands beside float8 weights: scales of weights, of inputs, and marks of the file or a layer.
 _BESIDE = re.compile(r'(.*\.)?(?:(scale_weight|weight_scale)|scale_input|input_scale|scaled_fp8'
@@ -129,12 +132,16 @@ _BESIDE = re.compile(r'(.*\.)?(?:(scale_weight|weight_scale)|scale_input|input_s
 
 def _is_safetensors(path):
     """By the brace that opens its header; by its name where the file is cut before that."""
-    with open(path, 'rb') as file:
-        head = file.read(9)
+    head = _head(path)
     if head[8:] == b'{':
         return True
     return not (path.suffix in PICKLES or head[:4] == b'PK\x03\x04'
                 or head[:1] == b'\x80' and head[1:2] in (b'\x02', b'\x03', b'\x04', b'\x05'))
+
+
+def _head(path):
+    with open(path, 'rb') as file:
+        return file.read(9)
 
 
 def _header(path):
