@@ -6,13 +6,15 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxsd.typing import Path
 
 VERSIONS = pathlib.Path(__file__).parent / 'versions'
 TEXT_ENCODERS = ('text_encoder', 'text_encoder_2')
+# The fields of a ScheduleConfig that say how a model was trained, without EDM.
+BETAS = ('beta_start', 'beta_end', 'beta_schedule', 'rescale_betas_zero_snr', 'trained_betas')
 
 
 def ranged(default: Any, low: float | None = None, high: float | None = None,
@@ -179,6 +181,8 @@ class UNetConfig(Checked):
     num_class_embeds: int = ranged(0, 0, 10**7)  # rows of the class embedding table; 0: none
     added_dim: int = ranged(0, 0, WIDTH)  # width of SDXL's `added` vector; 0: none
     added_time_dim: int = ranged(256, 1, WIDTH)  # sinusoids per time id inside `added`
+    # Sinusoids of the guidance scale that the network takes as an input (LCM); 0: it takes none.
+    time_cond_proj_dim: int = ranged(0, 0, WIDTH)
     sample_size: int = ranged(64, 1, WIDTH)  # the native latent height and width
 
     def check(self) -> None:
@@ -417,6 +421,9 @@ class ModelConfig:
     zero_negative: bool = False  # an empty negative prompt is zeros, not an encoded '' (SDXL base)
     # The released version it equals, see versions(); a label, no part of what the config is.
     version: str = dataclasses.field(default='custom', compare=False)
+    # What suits it, see `run.request.suit`: arguments of a Request, and `scheduler`, the settings
+    # of a scheduler_config.json. No part of what the config is either.
+    defaults: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def replace(self, **parts: Any) -> 'ModelConfig':
         """A copy with some parts replaced, e.g. `replace(schedule=...)`."""
@@ -439,6 +446,26 @@ class ModelConfig:
                 f'(inpainting), or {image} more and a low_res_scheduler (upscaler)')
         return found
 
+    def check_fit(self) -> None:
+        """Raises ValueError, one line, where the networks are not made for each other."""
+        texts = [text for text in (self.text_encoder, self.text_encoder_2) if text is not None]
+        width = sum(text.hidden_size for text in texts)
+        if texts and width != self.unet.cross_attention_dim:
+            raise ValueError(f'the text encoders give features of {width}, and the U-Net takes '
+                             f'cross_attention_dim={self.unet.cross_attention_dim}: expected the '
+                             'text encoders that it was trained with')
+        if self.unet.out_channels != self.vae.latent_channels:
+            raise ValueError(f'the U-Net has out_channels={self.unet.out_channels}, and the VAE '
+                             f'latent_channels={self.vae.latent_channels}: expected the VAE that '
+                             'it was trained with')
+        ids = (5 if self.aesthetic else 6) * self.unet.added_time_dim
+        if texts and self.unet.added_dim and self.unet.added_dim != texts[-1].projection_dim + ids:
+            raise ValueError(
+                f'the U-Net takes projection_class_embeddings_input_dim={self.unet.added_dim}, and '
+                f'the text encoder and the sizes give {texts[-1].projection_dim} + {ids}: expected '
+                'the text encoder that it was trained with, and requires_aesthetics_score for a '
+                'refiner alone')
+
     def with_prediction(self, prediction_type: str) -> 'ModelConfig':
         """A copy with another prediction type: epsilon, v_prediction or sample."""
         schedule = dataclasses.replace(self.schedule, prediction_type=prediction_type)
@@ -460,30 +487,32 @@ def read_config(folder: Path) -> ModelConfig:
     that is damaged or asks for something that jaxsd does not implement.
     """
     folder = VERSIONS / folder if str(folder) in versions() else pathlib.Path(folder)
-    index = _read(folder / 'model_index.json', _index)
-    unet = _read(folder / 'unet' / 'config.json', _unet)
+    index = read_json(folder / 'model_index.json', _index)
+    unet = read_json(folder / 'unet' / 'config.json', _unet)
     parts = {
         'unet': unet,
         'vae': read_network_config(folder / 'vae', ('AutoencoderKL', 'AutoencoderTiny')),
-        'schedule': _read(folder / 'scheduler' / 'scheduler_config.json', _schedule),
+        'schedule': read_json(folder / 'scheduler' / 'scheduler_config.json', schedule_config),
         'aesthetic': index['requires_aesthetics_score'],
         'zero_negative': (unet.added_dim > 0 if index['force_zeros_for_empty_prompt'] is None
                           else index['force_zeros_for_empty_prompt']),
     }
     for name in TEXT_ENCODERS:
         if index[name]:
-            parts[name] = _read(folder / name / 'config.json',
-                                functools.partial(_text, kind=index[name], xl=unet.added_dim > 0))
+            build = functools.partial(_text, kind=index[name], xl=unet.added_dim > 0)
+            parts[name] = read_json(folder / name / 'config.json', build)
     if index['low_res_scheduler']:
-        parts['low_res'] = _read(folder / 'low_res_scheduler' / 'scheduler_config.json', _schedule)
+        parts['low_res'] = read_json(folder / 'low_res_scheduler' / 'scheduler_config.json',
+                                     schedule_config)
         parts['max_noise_level'] = index['max_noise_level']
-        if 'force_upcast' not in _read(folder / 'vae' / 'config.json', dict):
+        if 'force_upcast' not in read_json(folder / 'vae' / 'config.json', dict):
             # The release is older than the key, which diffusers takes for true; only its
             # pipelines of upscalers and of SDXL look at it.
             parts['vae'] = dataclasses.replace(parts['vae'], force_upcast=True)
     if index['depth_estimator']:
-        parts['depth_estimator'] = _read(folder / 'depth_estimator' / 'config.json', _depth)
-    config = ModelConfig(**parts)
+        parts['depth_estimator'] = read_json(folder / 'depth_estimator' / 'config.json', _depth)
+    scheduler = read_json(folder / 'scheduler' / 'scheduler_config.json', _distilled_for)
+    config = ModelConfig(**parts, defaults=index['_jaxsd'] | scheduler)
     if folder.parent == VERSIONS:
         return config.replace(version=folder.name)
     # Backwards: of 1.4 and 1.5, and of 2.0 and 2.1, which are alike, the later one.
@@ -506,7 +535,7 @@ def read_network_config(folder: Path, classes: Sequence[str] | None = None) -> A
                              f'expected {" or ".join(classes)}')
         return NETWORKS[kind](content)
 
-    return _read(pathlib.Path(folder) / 'config.json', network)
+    return read_json(pathlib.Path(folder) / 'config.json', network)
 
 
 def _same(config, released):
@@ -518,7 +547,7 @@ def _same(config, released):
     return same == config and released.vae.factor == config.vae.factor
 
 
-def _read(path, build):
+def read_json(path: pathlib.Path, build: Callable[[dict], Any]) -> Any:
     """build(content) of a JSON file that holds an object; errors name the file, in one line."""
     if not path.exists():
         part = path.parent.name if path.name != 'model_index.json' else 'model_index.json'
@@ -568,8 +597,8 @@ _FIXED = {
         'time_embedding_dim': (None,), 'class_embed_type': (None,), 'attention_type': ('default',),
         'addition_embed_type': (None, 'text_time'), 'encoder_hid_dim': (None,),
         'encoder_hid_dim_type': (None,), 'class_embeddings_concat': (False,),
-        'cross_attention_norm': (None,), 'time_cond_proj_dim': (None,), 'conv_in_kernel': (3,),
-        'conv_out_kernel': (3,), 'timestep_post_act': (None,), 'time_embedding_act_fn': (None,),
+        'cross_attention_norm': (None,), 'conv_in_kernel': (3,), 'conv_out_kernel': (3,),
+        'timestep_post_act': (None,), 'time_embedding_act_fn': (None,),
         'resnet_skip_time_act': (False,), 'resnet_out_scale_factor': (1.0,),
         'mid_block_only_cross_attention': (None, False),
         'controlnet_conditioning_channel_order': ('rgb',),
@@ -611,10 +640,10 @@ _FIXED = {
 
 # Settings of which null is what diffusers takes them for where a file leaves them out.
 _NULL = ('sample_size', 'num_class_embeds', 'addition_time_embed_dim', 'num_attention_heads',
-         'projection_class_embeddings_input_dim', 'shift_factor', 'latents_mean', 'latents_std',
-         'trained_betas', 'sigma_min', 'sigma_max', 'backbone_config', 'low_res_scheduler',
-         'depth_estimator', 'image_encoder', 'force_zeros_for_empty_prompt', *TEXT_ENCODERS,
-         'tokenizer', 'tokenizer_2', '_class_name')
+         'time_cond_proj_dim', 'projection_class_embeddings_input_dim', 'shift_factor',
+         'latents_mean', 'latents_std', 'trained_betas', 'sigma_min', 'sigma_max',
+         'backbone_config', 'low_res_scheduler', 'depth_estimator', 'image_encoder',
+         'force_zeros_for_empty_prompt', *TEXT_ENCODERS, 'tokenizer', 'tokenizer_2', '_class_name')
 
 # Schedulers of diffusers whose models jaxsd samples: (beta_start, beta_end, beta_schedule) that
 # they take where a file does not say. How they step and space timesteps is a request's to say.
@@ -633,10 +662,19 @@ _PIPELINE = re.compile(r'(StableDiffusion(XL)?|LatentConsistencyModel)(ControlNe
                        r'(Img2Img|Inpaint|Depth2Img|Upscale)?Pipeline(Legacy)?')
 
 
+# Settings that are taken apart before a config class checks them.
+_LEVELS: tuple[Any, str] = (list, tuple), 'a list of one entry per level'
+_KINDS = {'block_out_channels': _LEVELS, 'down_block_types': _LEVELS, 'up_block_types': _LEVELS,
+          'backbone_config': (dict, 'an object of settings')}
+
+
 def _settings(kind, content):
     """A config.json's settings over diffusers' defaults; ValueError for what is not implemented."""
     given = {k: v for k, v in content.items() if v is not None or k not in _NULL}
     settings = {**_DEFAULTS.get(kind, {}), **given}
+    for key, (kinds, what) in _KINDS.items():
+        if key in settings and not isinstance(settings[key], kinds):
+            raise ValueError(f'{key}: expected {what}, found {settings[key]!r:.100}')
     for key, values in _FIXED[kind].items():
         found = settings.get(key, values[0])
         found = tuple(found) if isinstance(found, list) and isinstance(values[0], tuple) else found
@@ -667,13 +705,15 @@ def _index(content):
         found[name] = index.get(name, default)
         if not isinstance(found[name], (bool, type(default))):
             raise ValueError(f'{name}: expected true or false, found {found[name]!r:.100}')
+    found['_jaxsd'] = sampling_defaults(index.get('_jaxsd', {}))
     found['max_noise_level'] = level = index.get('max_noise_level', 350)
     if not isinstance(level, int) or not 0 <= level < 1000:
         raise ValueError(f'max_noise_level: expected a whole number from 0 to 999, found {level!r}')
     return found
 
 
-def _schedule(content):
+def schedule_config(content: Mapping[str, Any]) -> ScheduleConfig:
+    """What a scheduler_config.json says of the forward diffusion."""
     settings = _settings('scheduler', content)
     kind = str(settings.get('_class_name', 'DDIMScheduler')).removesuffix('Scheduler')
     if kind in EDM_SCHEDULERS:
@@ -685,6 +725,39 @@ def _schedule(content):
     settings = {**defaults, **settings}
     edm = ('edm', 'sigma_min', 'sigma_max', 'sigma_data')  # others' sigmas are ends of a schedule
     return _pick(ScheduleConfig, {k: v for k, v in settings.items() if k not in edm})
+
+
+def _distilled_for(content):
+    """{'scheduler': its settings} of a scheduler that a model needs: LCM's and TCD's, and timesteps
+    that begin with the last one, as of models distilled to few steps or trained to zero terminal
+    SNR. Others, as 1.x's PNDM, are what was usual when the folder was written: {}."""
+    name = str(content.get('_class_name')).removesuffix('Scheduler')
+    if name not in ('LCM', 'TCD') and content.get('timestep_spacing') != 'trailing':
+        return {}
+    known = ('_diffusers_version', 'num_train_timesteps', 'prediction_type', *BETAS)
+    return {'scheduler': {k: v for k, v in content.items() if k not in known}}
+
+
+def sampling_defaults(given: Any) -> dict[str, Any]:
+    """What a model says of how it is sampled, checked: arguments of a Request, and `scheduler`.
+
+    A schedule is a name or a list of levels, and no file. Raises ValueError.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f'_jaxsd: expected an object such as {{"steps": 4}}, found {given!r:.100}')
+    kinds: dict[str, Any] = {
+        'sampler': str, 'schedule': (str, list), 'steps': int, 'guidance': (int, float),
+        'sampler_options': dict, 'schedule_options': dict, 'scheduler': dict}
+    for name, value in given.items():
+        if name not in kinds:
+            raise ValueError(f'_jaxsd: {name!r:.100} is unknown; expected some of '
+                             f'{", ".join(kinds)}')
+        if not isinstance(value, kinds[name]) or isinstance(value, bool):
+            raise ValueError(f'_jaxsd: {name}={value!r:.100} is of the wrong kind')
+        if name == 'schedule' and isinstance(value, str) and not value.isidentifier():
+            raise ValueError(f'_jaxsd: schedule={value!r:.100}: expected a name, or a list of '
+                             'noise levels')
+    return given
 
 
 def _text(content, kind, xl):
@@ -721,6 +794,9 @@ def _unet(content, cls=UNetConfig):
     attention = [kind.startswith('CrossAttn') for kind in kinds[0]]
     heads = 'num_attention_heads' if settings.get('num_attention_heads') else 'attention_head_dim'
     added = settings.get('addition_embed_type') == 'text_time'
+    if added and 'projection_class_embeddings_input_dim' not in settings:
+        raise ValueError("addition_embed_type='text_time': expected "
+                         'projection_class_embeddings_input_dim as well')
     single = {key: _alike(settings, key) for key in
               ('layers_per_block', 'cross_attention_dim', 'sample_size') if key in settings}
     mid = {'UNetMidBlock2D': -1, None: -2}.get(

@@ -29,10 +29,11 @@ MODELS = ('--checkpoints', '--vaes', '--controlnet')  # flags of which a folder 
 FIELDS = {
     'width': (int, 'pixels, those that the model is made for if left out'),
     'height': (int, 'the same'),
-    'steps': (25, 'steps of the sampler'),
-    'guidance': (7.0, 'classifier-free guidance scale, 1 for none'),
-    'sampler': ('dpmpp_2m', 'its name, see docs/samplers.md'),
-    'schedule': ('karras', 'noise schedule: a name, a .json file, or levels as 14.6,7.3,1,0'),
+    'steps': (int, 'steps of the sampler, those that suit the model if left out, most often 25'),
+    'guidance': (float, 'classifier-free guidance scale, 1 for none; the same, most often 7'),
+    'sampler': (str, 'its name, see docs/samplers.md; the same, most often dpmpp_2m'),
+    'schedule': (str, 'noise schedule: a name, a .json file, levels as 14.6,7.3,1,0, or '
+                 'diffusers:PATH, a scheduler_config.json; the same, most often karras'),
     'eta': (float, "noise of ddim and the ancestral samplers, the sampler's own if left out"),
     'sampler_options': ('', '"order=3, solver_type=heun", written like arguments in Python'),
     'schedule_options': ('', 'the same for the schedule'),
@@ -66,8 +67,8 @@ def recipe(checkpoint: Path, size: int | None, **changes: Any) -> ConfigDict:
 
 def get_config() -> ConfigDict:
     """The recipe of a checkpoint that is given without one: its file says version, size, prediction
-    and guidance."""
-    return recipe('', None, guidance=placeholder(float))
+    and what suits it."""
+    return recipe('', None)
 
 
 def fields(config: ConfigDict, only: Collection[str] | None = None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import jaxsd
 from jaxsd import recipe
 from jaxsd.models import vae
 from jaxsd.run import picture
+from jaxsd.run.request import suit
 
 from . import emoji_sets, plain_errors, retrieval
 
@@ -149,6 +150,7 @@ def run():
     fixed = (lists / 'emoji_eval.txt').read_text().splitlines()
     plain = fixed if FLAGS.captions == 'fixed' else reference['captions'][reference['plain']]
     model, _, _ = recipe.load(config, FLAGS.checkpoint)
+    config.guidance = suit(recipe.fields(config), model.config)['guidance']
     if FLAGS.lora:
         model = jaxsd.merge(model, {jaxsd.load_adapter(FLAGS.lora, model): 1.0})
 

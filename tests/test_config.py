@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import random
 import shutil
 
 import pytest
 
 import jaxsd
 from jaxsd import config as jc
+from jaxsd.run import resolve
 from jaxsd.weights import write_config
 
 SD15, XL = jc.VERSIONS / 'sd15', jc.VERSIONS / 'sdxl'
@@ -36,9 +38,12 @@ SCHEDULER, INDEX = 'scheduler/scheduler_config.json', 'model_index.json'
     (UNET, {'norm_num_groups': True}, 'norm_num_groups: expected a whole number, found True'),
     (UNET, {'norm_num_groups': None}, 'norm_num_groups: expected a whole number, found None'),
     (UNET, {'attention_head_dim': 7}, 'expected multiples of attention heads=7, found 320'),
-    (UNET, {'block_out_channels': 320}, 'not of the kind that diffusers writes'),
+    (UNET, {'block_out_channels': 320}, 'block_out_channels: expected a list of one entry per'),
     (UNET, {'block_out_channels': []}, '0 levels, down_block_types and up_block_types have 4'),
-    (UNET, {'down_block_types': 7}, 'not of the kind that diffusers writes'),
+    (UNET, {'down_block_types': 7}, 'down_block_types: expected a list of one entry per level'),
+    (UNET, {'addition_embed_type': 'text_time'}, 'projection_class_embeddings_input_dim as well'),
+    (VAE, {'up_block_types': None}, 'up_block_types: expected a list of one entry per level'),
+    (INDEX, {'_jaxsd': {'steps': 1.5}}, '_jaxsd: steps=1.5 is of the wrong kind'),
     (UNET, {'mid_block_type': 'MidBlock'}, "mid_block_type='MidBlock' is not implemented"),
     (UNET, {'reverse_transformer_layers_per_block': [1, 1]}, 'one entry for each of the 4'),
     (UNET, {'reverse_transformer_layers_per_block': [1, [2, 1], 1, 1]}, 'expected 3 numbers for'),
@@ -140,3 +145,44 @@ def test_configs_check_themselves():
     assert jc.UNetConfig(heads=[8, 8, 8, 8]) == jc.UNetConfig()
     for version in jaxsd.versions():
         jaxsd.read_config(version)
+
+
+WRONG = [None, True, 'x', '1', -1, 0, 7, 1.5, 1e400, float('nan'), 10**12, [], [1], ['a'], [None],
+         [[1, 2], [3]], [1] * 40, {}, {'a': 1}]
+
+
+@pytest.mark.parametrize('version', ['sdxl', 'sd2_depth', 'x4_upscaler'])
+def test_any_wrong_value_is_one_line_that_names_it(version, tmp_path):
+    """Of a draw of all settings and values: it is read, or refused by the file's and its name."""
+    shutil.copytree(jc.VERSIONS / version, tmp_path / 'a')
+    files = [file for file in sorted((tmp_path / 'a').rglob('*config.json'))
+             if 'tokenizer' not in str(file)]
+    changes = [(file, key, value) for file in [*files, tmp_path / 'a' / 'model_index.json']
+               for key in json.loads(file.read_text()) for value in WRONG]
+    refused = 0
+    for file, key, value in random.Random(0).sample(changes, 100):
+        text = file.read_text()
+        file.write_text(json.dumps(json.loads(text) | {key: value}))
+        try:
+            config = jc.read_config(tmp_path / 'a')
+            assert config.unet.block_out_channels
+        except (ValueError, FileNotFoundError) as error:
+            refused += 1
+            assert '\n' not in str(error) and 'Error' not in str(error), (file, key, value)
+            assert str(error).startswith(str(tmp_path))
+        file.write_text(text)
+    assert refused > 20
+
+
+def test_networks_that_are_not_made_for_each_other():
+    for version in jc.versions():
+        jc.read_config(version).check_fit()
+    sd15, sd21, xl = map(jc.read_config, ('sd15', 'sd21', 'sdxl'))
+    for config, said in (
+            (sd15.replace(text_encoder=sd21.text_encoder), 'features of 1024, .*dim=768'),
+            (xl.replace(text_encoder=None), 'features of 1280, .*dim=2048'),
+            (xl.replace(aesthetic=True), r'input_dim=2816, .* give 1280 \+ 1280'),
+            (sd15.replace(unet=dataclasses.replace(sd15.unet, out_channels=8)),
+             'out_channels=8, .*latent_channels=4')):
+        with pytest.raises(ValueError, match=said):
+            resolve([jaxsd.Request('a')], config)

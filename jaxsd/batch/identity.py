@@ -22,7 +22,7 @@ from jaxsd.run.engine import slots_for
 from jaxsd.run.programs import recall, remember
 from jaxsd.run.request import PROMPTS, UPSCALERS, Hires, Request
 from jaxsd.run.text_conditioning import parse_prompts
-from jaxsd.sampling import plugins
+from jaxsd.sampling import plugins, schedule_file
 from jaxsd.weights import Model
 
 # The rooms whose code pictures depend on; a comment or docstring changes nothing.
@@ -117,6 +117,8 @@ class Identity:
         if own := plugins.used(request):
             used['plugins'] = own
         hashes = {name: self._file(name) for name in picture.files(request)}
+        if file := schedule_file(request.schedule):
+            hashes[str(request.schedule)] = hashes[file]
         fields = json.loads(json.dumps(vars(request) | {'wildcards': None},
                                        default=picture.describe))
         fields = jax.tree.map(lambda value: hashes.get(value, value), fields)  # by content

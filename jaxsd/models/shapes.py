@@ -105,6 +105,8 @@ def unet_encoder(c: UNetConfig) -> tuple[Shapes, list[int]]:
         if width:
             names |= linear(f'{name}.linear_1', width, time)
             names |= linear(f'{name}.linear_2', time, time)
+    if c.time_cond_proj_dim:
+        names |= linear('time_embedding.cond_proj', c.time_cond_proj_dim, channels[0], bias=False)
     if c.num_class_embeds:
         names['class_embedding.weight'] = (c.num_class_embeds, time)
 

@@ -39,7 +39,8 @@ def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Ar
           context: Float[Array, 'B T D'] | Cache, added: Float[Array, 'B A'] | None = None,
           class_labels: Int[Array, ' B'] | None = None, hook: Hook | None = None,
           freeu: Sequence[Array] | None = None, residuals: Sequence[Array] | None = None,
-          features: Iterable[Array] = (), remat: bool = False) -> Float[Array, 'B H W O']:
+          features: Iterable[Array] = (), remat: bool = False,
+          guidance: Float[Array, ' B'] | None = None) -> Float[Array, 'B H W O']:
     """The network's output for x at the timesteps t; O = cfg.out_channels.
 
     context: features of the text, or their `cross_attention_cache` where they serve many times.
@@ -52,10 +53,10 @@ def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Ar
     gives, one for one. features: a T2I-Adapter's, one per level, see `encode`. Both scaled, and
     summed over several networks.
     remat: the gradient computes what is inside of residual and transformer blocks again, instead
-    of keeping it.
+    of keeping it. guidance: the guidance scale, for models that take it as an input (LCM).
     Computes in the parameters' dtype and returns x's.
     """
-    time = embed_time(params, t, added, class_labels)
+    time = embed_time(params, t, added, class_labels, guidance)
     states = encode(params, cfg, x, time, context, hook=hook, features=features, remat=remat)
     if residuals is not None:
         states = [s + r.astype(s.dtype) for s, r in zip(states, residuals, strict=True)]
@@ -94,10 +95,19 @@ def cross_attentions(cfg: UNetConfig) -> dict[str, int]:
 
 
 def embed_time(p: Params, t: Num[Array, ' B'], added: Float[Array, 'B A'] | None = None,
-               class_labels: Int[Array, ' B'] | None = None) -> Float[Array, 'B D']:
+               class_labels: Int[Array, ' B'] | None = None,
+               guidance: Float[Array, ' B'] | None = None) -> Float[Array, 'B D']:
     """The time embedding that every residual block sees; arguments as of `apply`."""
     width, dtype = p['conv_in']['weight'].shape[-1], p['conv_in']['weight'].dtype
-    time = _embed(p['time_embedding'], timestep_embedding(t, width).astype(dtype))
+    embedding, sinusoids = p['time_embedding'], timestep_embedding(t, width).astype(dtype)
+    if ('cond_proj' in embedding) != (guidance is not None):
+        takes = 'cond_proj' in embedding
+        raise ValueError(f'guidance: the scale is {"an" if takes else "no"} input of this network, '
+                         f'so it must {"" if takes else "not "}be given')
+    if guidance is not None:
+        scale = guidance_embedding(guidance, embedding['cond_proj']['weight'].shape[0])
+        sinusoids = sinusoids + linear(embedding['cond_proj'], scale.astype(dtype))
+    time = _embed(embedding, sinusoids)
     for name, value in (('add_embedding', added), ('class_embedding', class_labels)):
         if (name in p) != (value is not None):
             kind = {'add_embedding': 'added', 'class_embedding': 'class_labels'}[name]
@@ -108,6 +118,15 @@ def embed_time(p: Params, t: Num[Array, ' B'], added: Float[Array, 'B A'] | None
     if class_labels is not None:
         time = time + p['class_embedding']['weight'][class_labels]
     return time
+
+
+def guidance_embedding(guidance: Float[Array, ' B'], dim: int) -> Float[Array, 'B D']:
+    """Sinusoids of w = guidance - 1, times 1000, sines first; as of LCM (section 4.3 of
+    https://arxiv.org/abs/2310.04378), diffusers' get_guidance_scale_embedding."""
+    half = dim // 2
+    frequency = np.exp(-np.log(10000.0) / max(half - 1, 1) * np.arange(half)).astype(np.float32)
+    angle = 1000 * (guidance.astype(jnp.float32) - 1)[:, None] * frequency
+    return jnp.pad(jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1), ((0, 0), (0, dim % 2)))
 
 
 def encode(p: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], time: Float[Array, 'B D'],

@@ -11,7 +11,7 @@ from jaxsd import images
 from jaxsd.config import ModelConfig
 from jaxsd.run import picture
 from jaxsd.run.request import MAX_SIDE, Control, ImagePrompt, Request
-from jaxsd.sampling import plugins
+from jaxsd.sampling import plugins, schedule_file
 from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
 from jaxsd.typing import Path
 
@@ -37,7 +37,7 @@ class Metadata(NamedTuple):
         fields = {name: self.fields.get(name) for name in PATHS}
         if not isinstance(fields['wildcards'], str):  # the lists themselves
             fields.pop('wildcards')
-        if not str(fields['schedule']).endswith('.json'):
+        if schedule_file(fields['schedule']) is None:
             fields.pop('schedule')
         named = fields | {name: self.run.get(name) for name in NAMES}
         return {name: value for name, value in named.items() if value}
@@ -52,9 +52,14 @@ class Metadata(NamedTuple):
         if 'image_prompts' in names:
             given += [source for prompt in self.fields.get('image_prompts', ())
                       for source in prompt.sources]
-        for path in given:
+        for path in map(_file_named, given):
             if path in self.files and picture.digest(path) != self.files[path]:
                 raise ValueError(f'{path} has changed since the picture was made from it')
+
+
+def _file_named(value):
+    """The file that a field's value names: a schedule's stands in its name."""
+    return schedule_file(value) or value if isinstance(value, str) else value
 
 
 def read(path: Path, upscalers: Collection[str] = ()) -> Metadata:
@@ -440,7 +445,7 @@ def _sampling(pairs, program, notes):
     """Sampler, schedule and their options -> fields of a Request; takes them out of the pairs."""
     name, kind = pairs.pop('Sampler', ''), pairs.pop('Schedule type', '')
     sampler, schedule, habits = find_sampler(name)
-    if sampler is None:
+    if sampler is None and name:
         notes.append(f'Sampler: {name} is not known here: name one as --config.sampler')
     if kind == 'Automatic':
         schedule = schedule or AUTOMATIC.get(sampler)

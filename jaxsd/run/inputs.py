@@ -109,7 +109,7 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
     if init_images is None:
         init_images = [image_conditioning.load(r, config) for r in requests]
     parsed = [parse_for(model, r) for r in requests]
-    sigmas, starts, tables = zip(*(_table(r, config.schedule, stage) for r in requests))
+    sigmas, starts, tables, calls = zip(*(_table(r, config.schedule, stage) for r in requests))
     rows = sampling.stack(tables, max(len(t.sigma) for t in tables))
     keys = np.array([divmod(r.seed, 2**32) for r in requests], np.uint32)
     words, text, prompts = _text(model, requests, parsed, sigmas, rows, stage)
@@ -123,10 +123,11 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
             images['init_weight'] = np.zeros_like(images['init_weight'])
     rows, count = jax.tree.map(np.float32, rows), len(rows.sigma)
     call = np.broadcast_to(np.arange(count, dtype=np.int32)[:, None], (count, len(requests)))
-    guidance = _guidance(requests, parsed, sigmas, rows)
+    guidance = _guidance(config, requests, parsed, sigmas, rows)
     return Inputs(
         keys=keys, sigma=np.array(starts, np.float32),
-        steps=Steps(rows, call, guidance, text, control, image_weights, strength, fresh),
+        steps=Steps(rows, call, guidance, text, control, image_weights, strength,
+                    _timesteps(calls, count), fresh),
         image_prompts=prompted, **start, **words, **images)
 
 
@@ -153,16 +154,17 @@ def has_steps(request: Request) -> bool:
 
 
 def _table(request, schedule, stage=None):
-    """A request's sigmas, the one that its stage starts from, and the stage's table, with A1111's
-    habit for the samplers that need it."""
-    options = dict(request.schedule_options)
-    if request.sampler in sampling.DISCARD_PENULTIMATE['a1111']:
-        options.setdefault('discard_penultimate', True)
+    """A request's sigmas, the level of the noise that its stage starts from, and the stage's table,
+    with A1111's habit for the samplers that need it; and the timesteps of its rows, where the noise
+    levels do not say them."""
+    levels = dict(request.schedule_options)
+    if request.sampler in sampling.DISCARD_PENULTIMATE['a1111'] and not _of_diffusers(request):
+        levels.setdefault('discard_penultimate', True)
     if request.strength < 1:
-        options = {'convention': 'diffusers', **options, 'denoise': request.strength}
+        levels = {'convention': 'diffusers', **levels, 'denoise': request.strength}
     sigmas = part = np.zeros(1)
     if has_steps(request):
-        sigmas = part = sampling.schedule(request.schedule, request.steps, schedule, **options)
+        sigmas = part = sampling.schedule(request.schedule, request.steps, schedule, **levels)
     if stage is not None:
         # As diffusers' denoising_end: a fraction of the timesteps trained on, not of the steps.
         count = schedule.num_train_timesteps
@@ -174,11 +176,50 @@ def _table(request, schedule, stage=None):
     if request.eta is not None:
         options['eta'] = request.eta
     if len(part) == 1:
-        return sigmas, part[0], sampling.idle()
-    return sigmas, part[0], sampling.plan(request.sampler, part, config=schedule, **options)
+        return sigmas, part[0], sampling.idle(), None
+    if options.get('ratio') is True:  # diffusers'
+        options['ratio'] = schedule.num_train_timesteps // request.steps
+    rows = sampling.plan(request.sampler, part, config=schedule, **options)
+    if not _of_diffusers(request):
+        return sigmas, part[0], rows, None
+    called = sampling.called_at(request.schedule, request.steps, schedule, **levels)
+    if called.unit and part[-1] == sigmas[-1]:
+        last = rows.mix[:, 0] if isinstance(rows, sampling.Row) else rows.fields.get('scale', [1])
+        last[-1] /= np.hypot(1, sigmas[-1])
+    start = called.start if part[0] == sigmas[0] else None
+    return sigmas, start or part[0], rows, _called(rows, called, schedule)
 
 
-def _guidance(requests, parsed, sigmas, rows):
+def _of_diffusers(request):
+    return str(request.schedule).startswith('diffusers')
+
+
+def _called(rows, called, schedule):
+    """The timesteps of a table's rows [calls]; None where their noise levels say as much."""
+    sigma = np.maximum(rows.sigma, 1e-12)
+    said = sampling.sigma_to_t(sigma, schedule)
+    step = np.abs(np.log(called.sigmas[:-1]) - np.log(sigma)[:, None]).argmin(1)
+    exact = np.isclose(called.sigmas[step], rows.sigma, rtol=1e-9, atol=0)
+    found = np.where(exact, called.timesteps[step], said)
+    live = rows.sigma > 0
+    if sampling.free(rows) or np.abs(found - said)[live].max(initial=0) <= 1e-3:
+        return None
+    return np.where(live, found, -1)
+
+
+def _timesteps(calls, count):
+    """Those of `_called`, of all pictures -> float32 [rows,B], -1 where the noise level says it;
+    None where it does so for all."""
+    if all(some is None for some in calls):
+        return None
+    found = np.full((count, len(calls)), -1, np.float32)
+    for i, some in enumerate(calls):
+        if some is not None:
+            found[:len(some), i] = some
+    return found
+
+
+def _guidance(config, requests, parsed, sigmas, rows):
     """The batch's Guidance of [calls,B]."""
     for r in requests:
         varied = [name for name, value in (('guidance', r.guidance), *r.guidance_options.items())
@@ -187,7 +228,8 @@ def _guidance(requests, parsed, sigmas, rows):
             raise ValueError(f'{varied[0]} over the steps: expected a constant with '
                              f'{r.sampler}, which chooses its own steps')
     return jax.tree.map(np.float32, stack([
-        table(r.guidance, r.guidance_options, s, rows.sigma[:, i], p.weights)
+        table(r.guidance, r.guidance_options, s, rows.sigma[:, i], p.weights,
+              config.unet.time_cond_proj_dim > 0, rows.unguided)
         for i, (r, p, s) in enumerate(zip(requests, parsed, sigmas))]))
 
 

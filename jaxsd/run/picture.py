@@ -22,7 +22,7 @@ import jaxsd
 from jaxsd import images
 from jaxsd.images.reading import Picture
 from jaxsd.run.request import Hires, Request
-from jaxsd.sampling import plugins
+from jaxsd.sampling import plugins, schedule_file
 from jaxsd.sampling.names import A1111_SAMPLERS, A1111_SCHEDULES
 from jaxsd.typing import Path
 
@@ -48,9 +48,9 @@ def parameters(request: Request, model: str = '', vae: str = '', refiner: str = 
     if isinstance(request.hires, Hires):
         strength = request.hires.strength
     pairs = {
-        'Steps': request.steps,
-        'Sampler': A1111_SAMPLERS.get(request.sampler, request.sampler),
-        'Schedule type': _schedule(request.schedule),
+        'Steps': request.steps or '',
+        'Sampler': A1111_SAMPLERS.get(request.sampler, request.sampler) or '',
+        'Schedule type': '' if request.schedule is None else _schedule(request.schedule),
         'CFG scale': '' if request.guidance is None else _short(np.ravel(request.guidance)[0]),
         'Seed': request.seed,
         'Size': f'{request.width}x{request.height}',
@@ -162,8 +162,7 @@ def files(request: Request) -> set[str]:
                         *(c.image for c in request.controls)]
     for prompt in request.image_prompts:
         given += prompt.sources
-    if str(request.schedule).endswith('.json'):
-        given.append(request.schedule)
+    given.append(schedule_file(request.schedule))
     return {os.fspath(path) for path in given if isinstance(path, (str, os.PathLike))}
 
 

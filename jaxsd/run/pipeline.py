@@ -172,8 +172,9 @@ def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[
             return sampling.denoiser(_network(params, config, encoded, step, which, pag, sag),
                                      schedule)
 
+        every = [1] if guidance.scale is None else [*range(parts), *perturbed]
         guided = sampling.guided(
-            model([*range(parts), *perturbed], guidance.pag, guidance.sag), guidance,
+            model(every, guidance.pag, guidance.sag), guidance,
             schedule.prediction_type, model([0]), schedule.sigma_data if schedule.edm else None)
         if encoded.mask is not None:
             mask = encoded.mask
@@ -204,6 +205,9 @@ def _network(params, config, encoded, step, which, pag, sag):
 
     def net(x, t, i):
         received = []
+        if step.timestep is not None:
+            given = beside(jnp.broadcast_to(step.timestep, len(x) // parts))
+            t = jnp.where(given >= 0, given, t)
 
         def hook(place, heads, q, k, v):
             if place.endswith('attn2'):
@@ -214,16 +218,15 @@ def _network(params, config, encoded, step, which, pag, sag):
                 last = (np.arange(len(q)) % parts == parts - 1)[:, None, None]
                 return jnp.where(last, v, attention(q, k, v, heads))
 
-        freeu = step.guidance.freeu
-        if freeu is not None:
-            freeu = [beside(jnp.broadcast_to(a, len(x) // parts)) for a in freeu]
+        freeu, scale = jax.tree.map(lambda a: beside(jnp.broadcast_to(a, len(x) // parts)),
+                                    (step.guidance.freeu, step.guidance.embedded))
         residuals, features = _controls(
             params.get('controlnet'), config.controlnets, weights, (x, t, plain),
             jax.tree.map(beside, encoded.hints), added, labels)
         if encoded.extra is not None:
             x = jnp.concatenate([x, beside(encoded.extra)], -1)
         out = unet.apply(params['unet'], config.unet, x, t, context, added, labels, hook=hook,
-                         freeu=freeu, residuals=residuals, features=features)
+                         freeu=freeu, residuals=residuals, features=features, guidance=scale)
         return (out, *received) if received else out
 
     return net

@@ -17,7 +17,7 @@ from jaxsd.config import ModelConfig
 from jaxsd.images.opencv import opencv
 from jaxsd.models.controlnet import GUESS_MODES
 from jaxsd.prompt.wildcards import expand
-from jaxsd.sampling import SAMPLERS, known_schedule
+from jaxsd.sampling import SAMPLERS, known_schedule, schedulers
 from jaxsd.sampling.choice import check_number, choose, flag, one_of
 from jaxsd.sampling.guidance_options import check, per_step
 from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
@@ -46,6 +46,8 @@ PROMPTS = ('prompt', 'negative_prompt', 'prompt_2', 'negative_prompt_2')
 NOISES = ('threefry', 'torch', 'philox')
 # The scale that suits a version, as its recipe in configs/ has it; '': of all others.
 GUIDANCE = {'': 7.0, 'sdxl': 6.0, 'sdxl_refiner': 6.0, 'x4_upscaler': 9.0}
+USUAL = {'sampler': 'dpmpp_2m', 'schedule': 'karras', 'steps': 25}
+SUITED = ('sampler', 'schedule', 'steps', 'guidance', 'sampler_options', 'schedule_options')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,11 +196,12 @@ class Request:
     prompt: str = ''  # A1111's language, see docs
     negative_prompt: str = ''
     seed: int = -1  # 0 to 2^64 - 1; -1: picked at random by `resolve`
-    sampler: str = 'dpmpp_2m'  # or as A1111 ('DPM++ 2M Karras') and diffusers name it
-    schedule: ScheduleLike = 'karras'  # a name, a schedule file (.json), or the levels
-    steps: int = 25
-    guidance: float | Sequence[float] | None = None  # classifier-free, or one a step; 1: none;
-    # None: what suits the model's version, see GUIDANCE
+    # None of these four: what suits the model, see `suit`.
+    sampler: str | None = None  # or as A1111 ('DPM++ 2M Karras') and diffusers name it
+    schedule: ScheduleLike | None = None  # a name, a schedule file (.json), the levels, or
+    # 'diffusers:PATH', a scheduler_config.json
+    steps: int | None = None
+    guidance: float | Sequence[float] | None = None  # classifier-free, or one a step; 1: none
     width: int | None = None  # pixels; None: the model's native size
     height: int | None = None
     force_size: bool = False  # take one so far from the native size that only noise can come of it
@@ -243,7 +246,8 @@ class Request:
     def __post_init__(self):
         for name in ('sampler', *PROMPTS):
             value = getattr(self, name)
-            if not isinstance(value, str) and not (name.endswith('_2') and value is None):
+            if not isinstance(value, str) and not (
+                    (name.endswith('_2') or name == 'sampler') and value is None):
                 raise ValueError(f'{name}={value!r}: expected a string')
             try:
                 (value or '').encode()
@@ -252,9 +256,11 @@ class Request:
                                  f'{error.start}, which is no character') from None
         flag('force_size', self.force_size)
         self._translate()
-        choose('sampler', self.sampler, SAMPLERS)
-        known_schedule(self.schedule)
-        if not isinstance(self.schedule, str):
+        if self.sampler is not None:
+            choose('sampler', self.sampler, SAMPLERS)
+        if self.schedule is not None:
+            known_schedule(self.schedule)
+        if not isinstance(self.schedule, str | None):
             plain = (os.fspath(self.schedule) if isinstance(self.schedule, os.PathLike)
                      else tuple(map(float, self.schedule)))
             if len(plain) > MAX_STEPS + 1:
@@ -264,14 +270,14 @@ class Request:
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f'{name}={getattr(self, name)!r}: expected a mapping')
         _integer('seed', self.seed, -1, MAX_SEED)
-        _integer('steps', self.steps, 1, MAX_STEPS)
-        for name in ('width', 'height'):
+        for name, most in (('steps', MAX_STEPS), ('width', MAX_SIDE), ('height', MAX_SIDE)):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1, MAX_SIDE)
+                _integer(name, getattr(self, name), 1, most)
+        steps = self.steps or 0
         if self.guidance is not None:
             object.__setattr__(self, 'guidance',
-                               per_step('guidance', self.guidance, self.steps, low=0))
-        object.__setattr__(self, 'guidance_options', check(self.guidance_options, self.steps))
+                               per_step('guidance', self.guidance, steps, low=0))
+        object.__setattr__(self, 'guidance_options', check(self.guidance_options, steps))
         for name in ('eta', 'aesthetic', 'negative_aesthetic'):
             if name != 'eta' or self.eta is not None:
                 check_number(name, getattr(self, name))
@@ -293,7 +299,7 @@ class Request:
         found = {}
         if isinstance(self.schedule, str):
             found['schedule'] = SCHEDULE_NAMES.get(self.schedule.lower(), self.schedule)
-        if self.sampler not in SAMPLERS:
+        if self.sampler is not None and self.sampler not in SAMPLERS:
             sampler, schedule, options = find_sampler(self.sampler)
             if sampler:
                 found['sampler'] = sampler
@@ -384,9 +390,10 @@ class Request:
             raise ValueError(f'{width}x{height}: expected at most {MAX_PIXELS} pixels, such as '
                              f'{math.isqrt(MAX_PIXELS)}x{math.isqrt(MAX_PIXELS)}')
         size = self.noise_batch[1] if self.noise == 'torch' else 1
-        if self.noise != 'threefry' and width * height * self.steps * size > MAX_DRAWN:
+        steps = self.steps or USUAL['steps']
+        if self.noise != 'threefry' and width * height * steps * size > MAX_DRAWN:
             raise ValueError(
-                f'noise={self.noise!r}: {width}x{height} pixels times {self.steps} steps times '
+                f'noise={self.noise!r}: {width}x{height} pixels times {steps} steps times '
                 f'{size}, the size of noise_batch: expected at most {MAX_DRAWN}, as all of its '
                 'noise is drawn beforehand; noise=threefry needs no memory')
 
@@ -405,8 +412,8 @@ class Request:
 
 
 def resolve(requests: Sequence[Request], config: ModelConfig) -> list[Request]:
-    """Fill in what a request leaves open: size, guidance, strength, a random seed for -1, and the
-    choices of dynamic prompts, `{a|b}` and `__name__`, which the seed makes.
+    """Fill in what a request leaves open: size, what `suit` does, strength, a random seed for -1,
+    and the choices of dynamic prompts, `{a|b}` and `__name__`, which the seed makes.
 
     `generate` does this itself; call it first to know the seeds and prompts that it will use.
     Warns of a size far from the model's own. Raises ValueError for a size or a strength that the
@@ -414,10 +421,12 @@ def resolve(requests: Sequence[Request], config: ModelConfig) -> list[Request]:
     """
     if isinstance(requests, Request):
         raise ValueError('requests: expected a list of Request, found a single Request')
+    config.check_fit()
     factor = config.vae.factor
     native = config.unet.sample_size * factor
     resolved = []
     for request in requests:
+        request = request.replace(**suit({name: getattr(request, name) for name in SUITED}, config))
         width, height = _size(request, config)
         size = {'width': width or request.width or native,
                 'height': height or request.height or native}
@@ -439,12 +448,66 @@ def resolve(requests: Sequence[Request], config: ModelConfig) -> list[Request]:
             own = {name: expand(getattr(hires, name), seed, request.wildcards)
                    for name in PROMPTS[:2] if getattr(hires, name) is not None}
             hires = dataclasses.replace(hires, **cast(dict[str, Any], own))
-        guidance = (GUIDANCE.get(config.version, GUIDANCE['']) if request.guidance is None
-                    else request.guidance)
         resolved.append(request.replace(seed=seed, strength=_strength(request, config),
-                                        guidance=guidance, hires=hires, **size,
-                                        **prompts))
+                                        hires=hires, **size, **prompts))
     return resolved
+
+
+def suit(given: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Arguments of a Request -> them, with what suits the model in the place of a sampler, a
+    schedule, steps and guidance that are None or missing.
+
+    In this order: what the model's folder says of it (ModelConfig.defaults: `_jaxsd` in
+    model_index.json, and its scheduler where the model was distilled for it); what the network or
+    its training needs: LCM's scheduler where the guidance scale is an input of the network,
+    'trailing' timesteps at zero terminal SNR; GUIDANCE of its version, and USUAL. Options of a
+    sampler and of a schedule count where these do. A schedule of diffusers brings its sampler.
+    """
+    own = _usual(config)
+    for name in ('sampler', 'schedule'):
+        if name in config.defaults:  # and no options of another
+            own.pop(f'{name}_options', None)
+    own |= config.defaults
+    found, chosen = dict(given), schedulers.of_schedule(given.get('schedule'))
+    if chosen is not None and found.get('sampler') is None:
+        options = found.get('schedule_options') or {}
+        own['sampler'], own['sampler_options'] = schedulers.sampler_of(chosen or {
+            '_class_name': options.get('scheduler', 'DPMSolverMultistep'), 'clip_sample': False,
+            **options})
+    elif 'sampler' in config.defaults:
+        one_of('sampler in _jaxsd, the defaults of the model,', own['sampler'], SAMPLERS)
+    for name in ('sampler', 'schedule'):
+        if found.get(name) is None:
+            options = f'{name}_options'
+            found[options] = {**own.get(options, {}), **(found.get(options) or {})}
+    for name in ('sampler', 'schedule', 'steps', 'guidance'):
+        if found.get(name) is None:
+            found[name] = own[name]
+    return found
+
+
+def _usual(config):
+    """What suits a model of which nobody says more than its config -> fields of a Request."""
+    found: dict[str, Any] = {**USUAL, 'guidance': GUIDANCE.get(config.version, GUIDANCE[''])}
+    embedded, scheduler = config.unet.time_cond_proj_dim > 0, config.defaults.get('scheduler')
+    if scheduler is None and embedded:
+        scheduler = {'_class_name': 'LCMScheduler'}
+    if scheduler is None and config.schedule.rescale_betas_zero_snr:
+        # Section 3.3 of https://arxiv.org/abs/2305.08891; as a folder of such a model is written.
+        scheduler = {'_class_name': 'EulerDiscreteScheduler' if config.unet.added_dim else
+                     'DDIMScheduler', 'timestep_spacing': 'trailing', 'clip_sample': False,
+                     'set_alpha_to_one': False}
+    if scheduler is None:
+        return found
+    try:
+        found['sampler'], found['sampler_options'] = schedulers.sampler_of(scheduler)
+        found['schedule'] = 'diffusers'
+        found['schedule_options'] = schedulers.level_options(scheduler)
+    except ValueError as error:
+        warnings.warn(f'the scheduler in the model\'s folder is left out: {error}', stacklevel=4)
+    if found['sampler'] in ('lcm', 'tcd'):
+        found |= {'steps': 4, 'guidance': 8.5 if embedded else 1.0}  # diffusers' for LCM
+    return found
 
 
 def _check_hires(request, config, width, height):

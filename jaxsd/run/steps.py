@@ -22,6 +22,7 @@ class Steps(NamedTuple):
     control: dict | None = None  # {ControlNet: [...,P,N]}: weights of its N outputs
     image_prompts: dict | None = None  # {IP-Adapter: [...,J,L]}: see image_prompts
     strength: Any = None  # a mask from here up is painted, where it says how strongly
+    timestep: Any = None  # at which the model is called, -1: as the noise level says
     noise: Any = None  # [...,h,w,L]: of stochastic samplers, where it is not drawn from the key
 
 

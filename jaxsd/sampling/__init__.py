@@ -3,7 +3,14 @@
 from .denoise import denoiser, guided, inpainted, pair, timestep
 from .levels import alphas_cumprod, betas, model_sigmas, sigma_to_t, t_to_sigma
 from .noise import draw, fresh, initial, keys, of_row
-from .noise_schedule import CONVENTIONS, DISCARD_PENULTIMATE, known_schedule, schedule
+from .noise_schedule import (
+    CONVENTIONS,
+    DISCARD_PENULTIMATE,
+    called_at,
+    known_schedule,
+    schedule,
+    schedule_file,
+)
 from .plans import SAMPLERS, calls, plan
 from .scan import (
     Call,
@@ -27,9 +34,9 @@ from .tables import HISTORY, NOISE, Custom, Row, Rows, mix, pairs, row, slope
 
 __all__ = [
     'CONVENTIONS', 'Call', 'Custom', 'DISCARD_PENULTIMATE', 'HISTORY', 'NOISE', 'Row', 'Rows',
-    'SAMPLERS', 'SCHEDULES', 'State', 'advance', 'alphas_cumprod', 'betas', 'bucket',
+    'SAMPLERS', 'SCHEDULES', 'State', 'advance', 'alphas_cumprod', 'betas', 'bucket', 'called_at',
     'calls', 'denoiser', 'draw', 'free', 'fresh', 'going', 'guided', 'idle', 'init', 'initial',
     'inpainted', 'keys', 'known_schedule', 'log_probability', 'mix', 'model_sigmas', 'of_row',
-    'pad', 'pair', 'pairs', 'plan', 'randn', 'row', 'sample', 'schedule', 'sigma_to_t', 'slope',
-    'stack', 'step', 't_to_sigma', 'timestep', 'write_schedule',
+    'pad', 'pair', 'pairs', 'plan', 'randn', 'row', 'sample', 'schedule', 'schedule_file',
+    'sigma_to_t', 'slope', 'stack', 'step', 't_to_sigma', 'timestep', 'write_schedule',
 ]

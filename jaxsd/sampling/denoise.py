@@ -84,7 +84,8 @@ def guided(denoise: Denoise, guidance: Guidance | ArrayLike, prediction_type: st
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): uncond + g (cond - uncond).
 
     denoise: takes `parts` pictures per image in `pair`'s order: uncond, cond (or several, see
-    `compose`), then perp_neg's negatives and the perturbed one, where there are any. guidance: g,
+    `compose`), then perp_neg's negatives and the perturbed one, where there are any; cond alone
+    where the scale is None. guidance: g,
     [] or [B], or a Guidance, data. prediction_type, and sigma_data of an EDM
     model: of the network, for the kinds that act on its prediction.
     unguided: the denoiser of the unconditional pictures alone, for self-attention guidance;
@@ -99,6 +100,8 @@ def guided(denoise: Denoise, guidance: Guidance | ArrayLike, prediction_type: st
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
         out = denoise(pair(*[x] * parts), pair(*[sigma] * parts), i)
         out, *received = out if isinstance(out, tuple) else (out,)
+        if guidance.scale is None:
+            return out, out
         out = out.reshape(-1, parts, *x.shape[1:])
         uncond, cond, *more = (out[:, k] for k in range(parts))
         row = jax.tree.map(lambda a: spread(jnp.asarray(a, out.dtype), x.ndim), guidance.at(i))

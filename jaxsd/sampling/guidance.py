@@ -47,7 +47,7 @@ class Projection(NamedTuple):
 class Guidance(NamedTuple):
     """How an image is guided: numbers, or arrays [B] or [calls,B] (a value per row and image)."""
 
-    scale: Any = 1.0  # classifier-free guidance
+    scale: Any = 1.0  # classifier-free guidance; None: the prompt alone, with no second picture
     rescale: Any = None  # phi
     threshold: Threshold | None = None
     zero_star: ZeroStar | None = None
@@ -58,10 +58,14 @@ class Guidance(NamedTuple):
     freeu: tuple | None = None  # b1, b2, s1, s2: for `unet.apply`
     prompts: tuple | None = None  # a weight for each of several prompts, see `compose`
     function: Custom | None = None  # of one's own, see `jaxsd.guidance`; its field `on`, 0: off
+    embedded: Any = None  # a scale that the network takes as an input, for `unet.apply`
 
     @property
     def parts(self) -> int:
-        """Pictures that the network sees per image: uncond, conds, negatives, perturbed."""
+        """Pictures that the network sees per image: uncond, conds, negatives, perturbed; or the
+        prompt's alone."""
+        if self.scale is None:
+            return 1
         return (1 + len(self.prompts or (1,)) + len(self.perp_neg or ())
                 + (self.pag is not None))
 

@@ -15,13 +15,21 @@ OFF = Guidance(1.0, 0.0, Threshold(1.0, 1.0, 0.0), ZeroStar(0.0, 0.0),
                Projection(1.0, np.inf, 0.0, 1.0), (), 0.0, 0.0, (1.0, 1.0, 1.0, 1.0), (1.0,))
 
 
+# Kinds that need no picture without the prompt, and those that a network which takes the scale as
+# an input leaves possible.
+ALONE = ('freeu', 'interval', 'interval_sigma')
+
+
 def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np.ndarray,
-          levels: np.ndarray, prompts: Sequence[float] = (1.0,)) -> Guidance:
+          levels: np.ndarray, prompts: Sequence[float] = (1.0,), embedded: bool = False,
+          unguided: bool = False) -> Guidance:
     """One image's guidance -> Guidance of [calls]; what `options` does not name stays None.
 
     scale: a number or one per step; options: from `check`; sigmas [steps + 1]; levels [calls]: the
     noise level of each row, 0 where it calls no model; prompts: the weights of several prompts. A
-    value per step holds for all calls of the step (`steps_of`).
+    value per step holds for all calls of the step (`steps_of`). embedded: the network takes the
+    scale as an input, and sees the prompt alone; so it does where the scale is 1, unless the
+    sampler wants the `unguided` output. Raises ValueError for kinds that embedded leaves no room.
     """
     levels, steps = np.asarray(levels), len(sigmas) - 1
     step = steps_of(sigmas, levels)
@@ -59,13 +67,20 @@ def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np
             'on': on.astype(np.float64)})
     if tuple(prompts) != (1.0,):
         found['prompts'] = tuple(map(rows, prompts))
-    return Guidance(scale, **found)
+    others = [name for name in options if name not in ALONE] + ['AND'] * ('prompts' in found) + [
+        'a CFG++ sampler'] * unguided
+    if embedded:
+        if others:
+            raise ValueError(f'{others[0]}: expected none with this model, which takes the '
+                             'guidance scale as an input and sees no negative prompt')
+        found['embedded'] = scale
+    return Guidance(None if embedded or not others and (scale == 1).all() else scale, **found)
 
 
 def steps_of(sigmas: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """The step, 0 to steps - 1, in which each row calls its model; sigmas [steps + 1], levels
     [calls]: the noise level of each row."""
-    reached = np.asarray(sigmas)[:, None] >= np.asarray(levels) * (1 - 1e-9)  # their rounding
+    reached = np.asarray(sigmas)[:, None] >= np.asarray(levels) * (1 - 1e-6)  # float32
     return np.clip(reached.sum(0) - 1, 0, max(len(sigmas) - 2, 0))
 
 
@@ -76,7 +91,8 @@ def stack(tables: Sequence[Guidance]) -> Guidance:
     """
     negatives = max(len(t.perp_neg or ()) for t in tables)
     prompts = max(len(t.prompts or (1,)) for t in tables)
-    off = jax.tree.map(lambda value: np.full(tables[0].scale.shape, value), OFF._replace(
+    shape = next(iter(jax.tree.leaves(list(tables))), np.zeros(0)).shape
+    off = jax.tree.map(lambda value: np.full(shape, value), OFF._replace(
         perp_neg=(0.0,) * negatives, prompts=(1.0, *(0.0,) * (prompts - 1))))
     own = [t.function for t in tables if t.function is not None]
     if len({function.rule for function in own}) > 1:
@@ -124,9 +140,10 @@ def check(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 def per_step(name: str, value: Any, steps: int | None, low: float = -np.inf,
              high: float = np.inf) -> Any:
-    """Check a number, or (unless steps is None) one for each step -> a number or a tuple."""
+    """Check a number, or (unless steps is None) one for each step -> a number or a tuple. steps 0:
+    not known yet, any number of them."""
     if steps is not None and isinstance(value, (list, tuple, np.ndarray)):
-        if len(value) != steps:
+        if steps and len(value) != steps:
             raise ValueError(f'{name}: expected a number or {steps} of them, one per step; '
                              f'found {len(value)}')
         return tuple(per_step(name, v, None, low, high) for v in value)

@@ -1,11 +1,32 @@
 """Multistep samplers: one call a step, and the outputs of steps before (Adams and relatives)."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from .choice import choose, unknown
-from .tables import HISTORY, Row, ancestral, mix, pairs, row, sde_noise, slope, table, within
+from jaxsd.config import ScheduleConfig
+
+from .choice import one_of, unknown
+from .first_order import known
+from .levels import sigma_to_t, t_to_sigma
+from .tables import (
+    HISTORY,
+    Custom,
+    Row,
+    Rule,
+    ancestral,
+    custom,
+    mix,
+    pairs,
+    row,
+    sde_noise,
+    slope,
+    table,
+    within,
+)
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(32)  # exact here to float64's last digits
 
@@ -64,6 +85,60 @@ def plms(sigmas: np.ndarray) -> Iterator[Row]:
             yield row(a, mix(x=1, y=past[-1], e=[new, *past[:-1]]), push=slope(a))
         else:
             yield row(a, mix(x=1, e=[new, *past]), push=slope(a))
+
+
+class Slopes(NamedTuple):
+    """What an image of pndm keeps: where its step began, a sum of slopes, those of steps before."""
+
+    begun: jax.Array
+    total: jax.Array
+    past: tuple
+
+
+def _pndm_init(x):
+    return Slopes(x, 0 * x, (0 * x,) * 3)
+
+
+def _pndm_step(x, state, row, denoised):
+    slope = (x - denoised) / row.sigma
+    begun = jnp.where(row.first > 0, x, state.begun)
+    along = row.own * slope + row.sum * state.total + sum(
+        weight * e for weight, e in zip(row.past, state.past))
+    past = tuple(jnp.where(row.first > 0, new, old)
+                 for new, old in zip((slope, *state.past), state.past))
+    total = state.total * (1 - row.first) + row.share * slope
+    return row.scale * (begun + row.length * along), Slopes(begun, total, past)
+
+
+PNDM = Rule('pndm', _pndm_step, _pndm_init)
+
+
+def pndm(sigmas: np.ndarray, ratio: int = 0, config: ScheduleConfig | None = None) -> Custom:
+    """PNDM (https://arxiv.org/abs/2202.09778): three Runge-Kutta steps of four calls each, then
+    pseudo linear multistep; diffusers PNDMScheduler without skip_prk_steps.
+
+    ratio: timesteps of a step, T // steps, of which half is rounded as there; 0: the middle of each
+    step. config: the model's ScheduleConfig. Raises ValueError for fewer than 4 steps.
+    """
+    if len(sigmas) < 5:
+        raise ValueError(f'pndm: expected at least 4 steps, found {len(sigmas) - 1}')
+    config, rows = known(config), []
+    ends = sigma_to_t(sigmas[:4], config)
+    for i, (a, b) in enumerate(pairs(sigmas)):
+        new, *past = _even(4)
+        calls = [(a, b, 1, new, 0, 0, past)]
+        if i < 3:
+            start, end = np.round(ends[i:i + 2]) if ratio else ends[i:i + 2]
+            half = ratio // 2 or (start - end) / 2
+            middle, first = t_to_sigma(end + half, config), t_to_sigma(start - half, config)
+            calls = [(a, first, 1, 1, 0, 1 / 6, 0), (middle, middle, 0, 1, 0, 1 / 3, 0),
+                     (middle, b, 0, 1, 0, 1 / 3, 0), (b, b, 0, 1 / 6, 1, 0, 0)]
+        for sigma, to, first, own, total, share, weights in calls:
+            rows.append(dict(sigma=sigma, to=to, length=to - a, first=first, own=own, sum=total,
+                             share=share, past=np.zeros(3) + weights, scale=1.0))
+    for before, after in zip(rows, rows[1:]):  # at unit variance, as there
+        before['scale'] = np.hypot(1, after['sigma']) / np.hypot(1, before['to'])
+    return custom(PNDM, rows)
 
 
 @table
@@ -144,16 +219,22 @@ def dpmpp_3m_sde(sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0) -> 
 @table
 def dpm_solver_multistep(sigmas: np.ndarray, order: int = 2, algorithm: str = 'dpmsolver++',
                          solver_type: str = 'midpoint') -> Iterator[Row]:
-    """Multistep DPM-Solver ('dpmsolver', on the noise) or DPM-Solver++ (on the picture).
+    """Multistep DPM-Solver ('dpmsolver', on the noise) or DPM-Solver++ (on the picture), or with
+    'sde-' before it for the SDE, up to order 2.
 
     Orders 1 to 3; solver_type 'midpoint' or 'heun' says how steps of order 2 are made.
     diffusers DPMSolverMultistepScheduler (algorithm_type), which lowers the order at the end of
     fewer than 15 steps. https://arxiv.org/abs/2206.00927, https://arxiv.org/abs/2211.01095
     """
     within('order', order, 1, 3)
-    noise = choose('algorithm', algorithm, {'dpmsolver': True, 'dpmsolver++': False})
+    one_of('algorithm', algorithm, (
+        'dpmsolver', 'dpmsolver++', 'sde-dpmsolver', 'sde-dpmsolver++'))
+    sde = algorithm.startswith('sde-')
+    if sde:
+        within(f'order of {algorithm}', order, 1, 2)
     orders = _falling(order, len(sigmas) - 1)
-    yield from _dpm_steps(sigmas, orders, solver_type, predict_noise=noise)
+    yield from _dpm_steps(sigmas, orders, solver_type, float(sde),
+                          predict_noise=not algorithm.endswith('++'))
 
 
 def _dpm_steps(sigmas, orders, solver_type='midpoint', eta=0.0, s_noise=1.0, predict_noise=False):
@@ -167,7 +248,9 @@ def _dpm_steps(sigmas, orders, solver_type='midpoint', eta=0.0, s_noise=1.0, pre
         h = np.log(a / b)
         ages = np.log(sigmas[i::-1][1:order] / a) / h
         if predict_noise:
-            yield row(a, mix(x=1, e=b * _dpm(-h, ages, solver_type)), push=slope(a))
+            e = b * _dpm(-h, ages, solver_type) * (1 + eta)
+            yield row(a, mix(x=1, noise=np.sqrt(eta * (a**2 - b**2)), e=e), push=slope(a),
+                      path=(a, b))
             continue
         yield row(a, mix(x=(b / a) ** (1 + eta), noise=sde_noise(a, b, eta, s_noise),
                          e=_dpm((1 + eta) * h, ages, solver_type)), path=(a, b))
@@ -384,7 +467,7 @@ def gradient_estimation_cfg_pp(sigmas: np.ndarray, ge_gamma: float = 2.0) -> Ite
 
 
 SAMPLERS = (
-    lms, plms, ipndm, ipndm_v, deis, gradient_estimation, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde,
-    dpm_solver_multistep, unipc, res_multistep, res_multistep_ancestral, er_sde, sa_solver,
-    dpmpp_2m_cfg_pp, res_multistep_cfg_pp, res_multistep_ancestral_cfg_pp,
+    lms, plms, pndm, ipndm, ipndm_v, deis, gradient_estimation, dpmpp_2m, dpmpp_2m_sde,
+    dpmpp_3m_sde, dpm_solver_multistep, unipc, res_multistep, res_multistep_ancestral, er_sde,
+    sa_solver, dpmpp_2m_cfg_pp, res_multistep_cfg_pp, res_multistep_ancestral_cfg_pp,
     gradient_estimation_cfg_pp)

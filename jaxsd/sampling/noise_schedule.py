@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from jaxsd.config import ScheduleConfig
 from jaxsd.typing import Path
 
+from . import schedulers
 from .choice import call, choose, flag, number
 from .levels import model_sigmas
 from .schedule_tables import check_levels, read_schedule, tabled
@@ -37,22 +39,52 @@ CONVENTIONS = {
 MAX_TOTAL = 10_000  # steps of the whole schedule under ComfyUI's convention: its widgets' most
 
 
+LEVELS = list(inspect.signature(schedulers.diffusers).parameters)[2:]  # its options
 ScheduleLike = Path | Sequence[float] | np.ndarray  # a name, a file of levels, or the levels
 
 
 def known_schedule(name: ScheduleLike) -> Callable[..., np.ndarray]:
     """The function `(steps, config, **options) -> levels` that a name stands for; opens no file.
 
-    name: a key of SCHEDULES; the path of a schedule file, ending in .json; or the levels
-    themselves, a list of numbers or text such as '14.6,7.3,1,0'.
+    name: a key of SCHEDULES; the path of a schedule file, ending in .json; 'diffusers:PATH', of a
+    scheduler_config.json, of its folder or of a model's; or the levels themselves, a list of
+    numbers or text such as '14.6,7.3,1,0'.
     Raises ValueError for anything else.
     """
     name = os.fspath(name) if isinstance(name, os.PathLike) else name
+    if isinstance(name, str) and name.startswith(schedulers.PREFIX):
+        return functools.partial(schedulers.from_file, name.removeprefix(schedulers.PREFIX))
     if not isinstance(name, str) or ',' in name:
         return functools.partial(_listed, check_levels(f'schedule {_title(name)!r}', name))
     if name.endswith('.json'):
         return functools.partial(_from_file, name)
     return choose('schedule', name, SCHEDULES)
+
+
+def schedule_file(name: ScheduleLike | None) -> str | None:
+    """The path of the file that a schedule's name names, or None."""
+    text = os.fspath(name) if isinstance(name, (str, os.PathLike)) else ''
+    if text.startswith(schedulers.PREFIX):
+        return str(schedulers.scheduler_file(text.removeprefix(schedulers.PREFIX)))
+    return text if text.endswith('.json') and ',' not in text else None
+
+
+def called_at(name: ScheduleLike, steps: int, config: ScheduleConfig, denoise: float = 1.0,
+              convention: str = 'comfyui', discard_penultimate: bool = False,
+              rescale_betas_zero_snr: bool | None = None,
+              **options: Any) -> schedulers.Spaced | None:
+    """Of a schedule of diffusers, at which noise levels and timesteps its scheduler calls the
+    model; None for others. Arguments as of `schedule`."""
+    settings = schedulers.of_schedule(name, config)
+    if settings is None:
+        return None
+    if rescale_betas_zero_snr is not None:
+        config = dataclasses.replace(config, rescale_betas_zero_snr=rescale_betas_zero_snr)
+    own = (schedulers.level_options(settings) if settings else {}) | {
+        key: value for key, value in options.items() if key in LEVELS}
+    total, _ = _part(steps, config.num_train_timesteps, denoise, convention)
+    found = schedulers.spaced(total + discard_penultimate, config, **own)
+    return found if denoise == 1 else found._replace(start=None)
 
 
 def schedule(name: ScheduleLike, steps: int, config: ScheduleConfig, final: str | None = None,

@@ -33,7 +33,7 @@ def plan(name: str, sigmas: Sequence[float] | np.ndarray, config: ScheduleConfig
         raise ValueError(f'sigmas of shape {sigmas.shape}: expected [steps + 1], at least 2')
     if not np.isfinite(sigmas).all() or np.any(np.diff(sigmas) >= 0) or sigmas[-1] < 0:
         raise ValueError(f'sigmas {sigmas}: expected finite, strictly decreasing, none below 0')
-    for key in ('eta', 's_noise', 's_churn', 'tau'):
+    for key in ('eta', 's_noise', 's_churn', 'tau', 'timestep_scaling', 'ratio'):
         if not 0 <= number(key, options.get(key, 0)) < np.inf:
             raise ValueError(f'{key}={options[key]}: expected a finite number, 0 or greater')
     if 'config' in inspect.signature(function).parameters:

@@ -42,6 +42,11 @@ class Row(NamedTuple):
         """Which rows add fresh noise, bool."""
         return (self.mix[..., NOISE] != 0).any(-1)
 
+    @property
+    def unguided(self) -> bool:
+        """Whether some row weighs the output without guidance, as those of CFG++ do."""
+        return bool((np.asarray(self.mix)[..., UNCOND] != 0).any())
+
     def idle(self, count: int) -> 'Row':
         """So many rows that do nothing, to follow these."""
         tail = Row(*(np.zeros((count, *field.shape[1:])) for field in self))
@@ -103,6 +108,11 @@ class Custom:
         """As in Row."""
         asked = 'noise' in inspect.signature(self.rule.step).parameters
         return (self.sigma > 0) & (self.fields.get('noisy', 1) != 0) & asked
+
+    @property
+    def unguided(self) -> bool:
+        """As in Row."""
+        return 'uncond' in inspect.signature(self.rule.step).parameters
 
     @property
     def free(self) -> bool:

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from jaxsd import images
 from jaxsd.run import picture
 from jaxsd.run.hires import passes
-from jaxsd.run.request import Request
+from jaxsd.run.request import GUIDANCE, USUAL, Request, suit
 from jaxsd.run.text_conditioning import arrange_texts, count_blocks, parse_prompts
 from jaxsd.serve import a1111, lists, schemas
 from jaxsd.serve.choices import KINDS, Choices, Weights
@@ -215,7 +215,7 @@ class Service:
         settings, queue = self.settings, loaded.queue
         body = a1111.parse(model, data)
         requests, job = self.submit(loaded, a1111.requests(
-            body, self.defaults, settings.limits, (loaded.model, *self.current().aliases),
+            body, self.suited(loaded), settings.limits, (loaded.model, *self.current().aliases),
             loaded.vae, loaded.refiner, functools.partial(self.decode, images.read_bytes),
             queue.engine.nets[0].controlnets, queue.engine.nets[0].upscalers,
             queue.engine.nets[0].ip_adapters))
@@ -225,6 +225,15 @@ class Service:
             queue.cancel(job)
             raise ValueError(f'force_task_id={a1111.brief(name)}: expected one that is not in use')
         return body, requests, job
+
+    def suited(self, loaded: Loaded | None) -> dict[str, Any]:
+        """Arguments of Request for what requests leave open, with what suits the model; None: with
+        what suits most."""
+        if loaded is None:
+            usual = {**USUAL, 'guidance': GUIDANCE['']}
+            return {**self.defaults, **{name: value for name, value in usual.items()
+                                        if self.defaults.get(name) is None}}
+        return suit(self.defaults, loaded.queue.engine.config)
 
     def resolve(self, loaded: Loaded, requests: Sequence[Request]) -> list[Request]:
         """Requests -> them as they are made. Raises ValueError for what is wrong or too much."""

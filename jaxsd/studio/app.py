@@ -23,7 +23,6 @@ from jaxsd.run import infotext, inputs, picture
 from jaxsd.run.request import (
     BUCKETS,
     FILLS,
-    GUIDANCE,
     MASK_MODES,
     RESIZE,
     UPSCALERS,
@@ -84,7 +83,7 @@ class Studio:
         service = self.service
         loaded, found = service.loaded, dict(OFFERED)
         limits = service.settings.limits
-        found |= {'defaults': {name: value for name, value in service.defaults.items()
+        found |= {'defaults': {name: value for name, value in service.suited(loaded).items()
                                if name != 'wildcards'},
                   'limits': limits._asdict(), 'ready': loaded is not None,
                   'models': [{'name': one.name, 'hash': one.hash, 'loaded': loaded is not None
@@ -102,7 +101,6 @@ class Studio:
         sizes = BUCKETS if config.unet.added_dim else [
             (native * w // 4, native * h // 4) for w, h in ((4, 4), (6, 4), (4, 6), (5, 4), (4, 5))]
         return {'model': loaded.model, 'version': config.version, 'native': native,
-                'guidance': GUIDANCE.get(config.version, GUIDANCE['']),
                 'factor': config.vae.factor,
                 'sizes': [size for size in sizes
                           if not any(side % config.vae.factor for side in size)],
@@ -115,7 +113,7 @@ class Studio:
     def base(self, given: Any) -> Request:
         """The page's settings -> a Request."""
         service = self.service
-        return settings.request(given, service.defaults, service.settings.limits,
+        return settings.request(given, service.suited(service.loaded), service.settings.limits,
                                 functools.partial(service.decode, images.read_bytes))
 
     def _expanded(self, loaded, body):

@@ -74,8 +74,7 @@ async function start() {
   options($('hires-upscaler'), known.upscalers);
   const rest = fillHires(known.defaults.hires);
   if (rest) $('more').value = JSON.stringify({hires: rest});
-  $('steps').value = known.defaults.steps;
-  $('guidance').value = typeof known.defaults.guidance === 'number' ? known.defaults.guidance : '';
+  suit({});
   $('steps').max = $('hires-steps').max = $('reference').max = known.limits.steps;
   $('count').max = known.limits.batch;
   while (!known.ready) {
@@ -87,17 +86,27 @@ async function start() {
     $('model').textContent = 'The model is being loaded, its programs compiled or fetched '
       + `(${seconds} s); what you ask for now is drawn then.`;
     await new Promise(resolve => setTimeout(resolve, 250));
+    const before = known.defaults;
     known = await ask('/studio/state').catch(() => ({...known, error: 'the server has ended'}));
+    suit(before);
   }
   model();
   ready();
+}
+
+// What suits the model, where the page still says what suited before.
+function suit(before) {
+  for (const name of ['sampler', 'schedule', 'steps', 'guidance']) {
+    const now = known.defaults[name];
+    if (name in before && $(name).value !== String(before[name])) continue;
+    $(name).value = typeof now === 'object' ? '' : now;
+  }
 }
 
 function model() {
   const version = known.version === 'custom' ? '' : `${known.version}, `;
   $('model').textContent = `${known.model} (${version}${known.dtype}) is ready.`;
   const own = [known.native, known.native];
-  $('guidance').value ||= known.guidance;
   options($('size'), [...known.sizes.map(pair => [pair.join('x'), size(pair)]),
     ['own', 'another …']], own.join('x'));
   if (known.defaults.width && known.defaults.height) {
@@ -137,7 +146,9 @@ $('switch').onclick = attempt(async () => {
   $('model').textContent = `${name} is being loaded; what was asked for comes first.`;
   $('switch').disabled = true;
   try {
+    const before = known.defaults;
     known = await ask('/studio/switch', {name});
+    suit(before);
   } finally {
     $('switch').disabled = false;
     model();

@@ -55,6 +55,9 @@ def request(given: Any, defaults: Mapping[str, Any], limits: Limits,
     fields['controls'] = tuple(_control(each, read, most) for each in given.get('controls') or ())
     if isinstance(fields.get('schedule'), str):  # never a file
         fields['schedule'] = choose('schedule', fields['schedule'].lower(), SCHEDULE_NAMES)
+    for name in ('sampler', 'schedule'):  # whose options are another's no more
+        if fields.get(name) not in (None, defaults.get(name)):
+            fields.setdefault(f'{name}_options', {})
     if 'seed' in fields:
         fields['seed'] = _seed(fields['seed'])
     found = _made({**defaults, **fields})
@@ -110,6 +113,8 @@ def expand(base: Request, count: int, along: Sequence[Axis], limits: Limits,
         cell = {axis.field: value for axis, value in zip(reversed(along), values)}
         if isinstance(cell.get('schedule'), str):
             cell['schedule'] = choose('schedule', cell['schedule'].lower(), SCHEDULE_NAMES)
+        if base.schedule == 'diffusers' != cell.get('schedule', 'diffusers'):
+            cell.setdefault('schedule_options', {})  # which name a scheduler
         if cell.get('aspect'):
             cell |= {'width': None, 'height': None}
         try:

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Collection
 
 from jaxsd.config import (
+    BETAS,
     TEXT_ENCODERS,
     VERSIONS,
     Checked,
@@ -22,8 +23,7 @@ from jaxsd.config import (
 )
 from jaxsd.typing import Path
 
-# The fields of a ScheduleConfig that say how a model was trained, one way or the other.
-BETAS = ('beta_start', 'beta_end', 'beta_schedule', 'rescale_betas_zero_snr', 'trained_betas')
+# The fields of a ScheduleConfig that say how an EDM model was trained, in BETAS' place.
 EDM = ('edm', 'sigma_min', 'sigma_max', 'sigma_data')
 TOKENIZERS = {'text_encoder': 'tokenizer', 'text_encoder_2': 'tokenizer_2'}
 
@@ -57,7 +57,9 @@ def write_config(config: ModelConfig, folder: Path,
             for field in dataclasses.fields(config) if field.name != 'version'
             for value in [getattr(config, field.name)]
             for part in (dataclasses.fields(value) if dataclasses.is_dataclass(value) else [field])
-            if _get(config, field, part) != _get(written, field, part)]
+            if field.name != 'defaults' and _get(config, field, part) != _get(written, field, part)]
+    if not config.defaults.items() <= written.defaults.items():
+        lost.append('defaults')
     if lost:
         raise ValueError(f'the config.json files of a diffusers folder cannot express this '
                          f'{", ".join(lost)}')
@@ -98,6 +100,8 @@ def _index(config, tokenizers):
         'Img2ImgPipeline' if xl and config.aesthetic else 'Pipeline')
     index = {'_class_name': f'StableDiffusion{"XL" * xl}{kind}',
              '_diffusers_version': '0.21.0'}  # the first to read everything written here
+    if own := {k: v for k, v in config.defaults.items() if k != 'scheduler'}:
+        index['_jaxsd'] = own
     if xl or config.aesthetic or config.zero_negative:
         index['force_zeros_for_empty_prompt'] = config.zero_negative
         index['requires_aesthetics_score'] = config.aesthetic
@@ -154,7 +158,8 @@ def _unet(c):
         'freq_shift': 0, 'center_input_sample': False, 'downsample_padding': 1,
         'mid_block_scale_factor': 1,
         **_plain(c, 'transformer_layers', 'mid_transformer_layers', 'heads', 'num_class_embeds',
-                 'added_dim', 'added_time_dim', 'transformer_depths'),
+                 'added_dim', 'added_time_dim', 'transformer_depths',
+                 'time_cond_proj_dim'),
         'mid_block_type': mid,
         'down_block_types': ['CrossAttn' * a + 'DownBlock2D' for a in attends],
         'up_block_types': ['CrossAttn' * a + 'UpBlock2D' for a in reversed(attends)],
@@ -164,6 +169,7 @@ def _unet(c):
             for i in reversed(levels)] if c.transformer_depths else None,
         'attention_head_dim': list(c.heads),  # diffusers' name for the number of heads
         'num_class_embeds': c.num_class_embeds or None,
+        'time_cond_proj_dim': c.time_cond_proj_dim or None,
         'addition_embed_type': 'text_time' if c.added_dim else None,
         'addition_time_embed_dim': c.added_time_dim if c.added_dim else None,
         'projection_class_embeddings_input_dim': c.added_dim or None,
@@ -171,7 +177,8 @@ def _unet(c):
 
 
 def _controlnet(c):
-    without = ('up_block_types', 'out_channels', 'sample_size', 'center_input_sample')
+    without = ('up_block_types', 'out_channels', 'sample_size', 'center_input_sample',
+               'time_cond_proj_dim')
     return {k: v for k, v in _unet(c).items() if k not in without} | {
         '_class_name': 'ControlNetModel', 'controlnet_conditioning_channel_order': 'rgb'}
 
@@ -228,6 +235,8 @@ _NETWORKS = {VAEConfig: _vae, TinyVAEConfig: _tiny_vae,
 
 def _schedule(config):
     c = config.schedule
+    if own := config.defaults.get('scheduler'):
+        return own | _plain(c, *EDM)
     if config.version in versions() and read_config(config.version).schedule == c:
         path = VERSIONS / config.version / 'scheduler' / 'scheduler_config.json'
         return json.loads(path.read_text())

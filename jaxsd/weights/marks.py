@@ -20,6 +20,7 @@ from jaxsd.config import (
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
+    sampling_defaults,
     versions,
 )
 from jaxsd.weights.files import Reader, printable
@@ -148,6 +149,8 @@ def metadata(config: ModelConfig, title: str) -> dict[str, str]:
                  'implementation': 'https://github.com/Stability-AI/generative-models'}
     whole = dataclasses.asdict(config.replace(controlnets=(), ip_adapters=()))
     del whole['controlnets'], whole['ip_adapters']
+    if not whole['defaults']:
+        del whole['defaults']  # which older versions do not know
     return {f'modelspec.{name}': text for name, text in spec.items()} | {
         ENTRY: json.dumps(whole, separators=(',', ':'), allow_nan=False)}
 
@@ -168,6 +171,7 @@ def read_entry(file: Reader) -> ModelConfig | None:
         parts: dict[str, Any] = {
             name: kinds[name](**value) if name in kinds and value is not None else value
             for name, value in given.items()}
+        sampling_defaults(parts.get('defaults', {}))
         if parts.get('version') not in versions():
             parts['version'] = 'custom'
         config = ModelConfig(**parts)

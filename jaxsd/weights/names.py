@@ -288,6 +288,7 @@ def _unet_rules(c):
         (r'^conv_out', 'out.2'),
         (r'^time_embedding\.linear_1', 'time_embed.0'),
         (r'^time_embedding\.linear_2', 'time_embed.2'),
+        (r'^time_embedding\.cond_proj', 'time_embed.cond_proj'),
         (r'^add_embedding\.linear_1', 'label_emb.0.0'),
         (r'^add_embedding\.linear_2', 'label_emb.0.2'),
         (r'^class_embedding', 'label_emb'),

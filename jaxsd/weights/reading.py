@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import re
 from collections.abc import Iterable
 
 import jax
@@ -355,6 +356,11 @@ def _detect(file, prediction_type=None, size=None):
     if built != config.unet:
         config = config.replace(unet=built, version='custom')
     config = _sized(config, size)
+    width = next((shape for name, shape in stored.items() if re.fullmatch(
+        r'model\.diffusion_model\.time_embed(ding)?\.cond_proj\.weight', name)), None)
+    if width is not None:  # LCM's
+        config = config.replace(version='custom', unet=dataclasses.replace(
+            config.unet, time_cond_proj_dim=width[-1]))
     if not any(name.startswith('depth_model.') for name in file.shapes):
         config = config.replace(depth_estimator=None)
     return config.with_prediction(prediction_type) if prediction_type else config, False

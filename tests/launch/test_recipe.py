@@ -60,6 +60,8 @@ def test_settings_of_the_lab():
 def test_only_the_fields_that_were_given():
     config = recipe('x', 64)
     config.request = 'mask_blur=4'
+    assert fields(config, ['steps']) == {'steps': None, 'mask_blur': 4}  # the model decides
+    config.steps = 25
     assert fields(config, ['steps', 'request']) == {'steps': 25, 'mask_blur': 4}
     assert fields(config, []) == {'mask_blur': 4}
     assert {'width', 'guidance', 'mask_blur'} <= set(fields(config))

@@ -1,6 +1,7 @@
 """generate: data does not recompile, pictures do not depend on their batch, errors are clear."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import pathlib
@@ -61,7 +62,8 @@ def test_pictures_are_data(tiny_model, monkeypatch):
         dict(steps=7), dict(schedule='normal'), dict(sampler='euler_ancestral', eta=0.3),
         dict(sampler='heun', steps=3),
     ]
-    changes += [dict(sampler=name, steps=2) for name in sampling.SAMPLERS if name != 'dpm_adaptive']
+    changes += [dict(sampler=name, steps=2) for name in sampling.SAMPLERS
+                if name not in ('dpm_adaptive', 'pndm')]  # which have steps of their own
     changes += [dict(schedule=name, steps=3) for name in sampling.SCHEDULES if name != 'karras']
     changes += [dict(schedule=[9.0, 2.0, 0.5, 0.0], steps=3), dict(schedule='9,2,0.5,0', steps=3)]
     with compilations() as count:
@@ -177,7 +179,7 @@ def test_requests_that_do_not_fit(tiny_model, requests, message):
 
 def test_a_tokenizer_of_another_model_is_refused(tiny_model):
     model = tiny_model('sd1')
-    text = jaxsd.config.TextConfig(vocab_size=100)
+    text = dataclasses.replace(model.config.text_encoder, vocab_size=100)
     with pytest.raises(ValueError, match='token 527 is outside its vocabulary of 100'):
         jaxsd.generate(model.replace(config=model.config.replace(text_encoder=text)), [Request()])
 

@@ -62,7 +62,8 @@ def test_requests_survive_json():
 
 
 @pytest.mark.parametrize('fields, message', [
-    (dict(guidance=[1.0, 2.0]), 'guidance: expected a number or 25 of them, one per step; found 2'),
+    (dict(guidance=[1.0, 2.0], steps=25),
+     'guidance: expected a number or 25 of them, one per step; found 2'),
     (dict(guidance=True), 'guidance=True: expected a finite number'),
     (dict(guidance=-1), 'guidance=-1: expected a number of at least 0'),
     (dict(guidance_options={'pga': 3}), "unknown guidance option 'pga': did you mean 'pag'"),
@@ -103,5 +104,5 @@ def test_samplers_that_ask_for_the_config_get_the_models(tiny_model, monkeypatch
         return sampling.plan('euler', sigmas)
 
     monkeypatch.setitem(sampling.SAMPLERS, 'curious', curious)
-    _table(Request(sampler='curious', steps=3, strength=1), config)
+    _table(Request(sampler='curious', schedule='karras', steps=3, strength=1), config)
     assert given == [config]

@@ -95,7 +95,7 @@ def test_guidance_that_suits_the_version(version, scale):
     found = resolve([Request(image=image), Request(image=image, guidance=2)], config)
     assert [request.guidance for request in found] == [scale, 2]
     recipe = runpy.run_path(ROOT / 'configs' / f'{version}.py')['get_config']()
-    assert recipe.guidance == scale
+    assert recipe.guidance in (None, scale)
 
 
 @pytest.mark.parametrize('sampler, schedule, expected', [

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 
+import jax
 import numpy as np
 import pytest
 
@@ -33,7 +34,7 @@ def test_samplers(name):
         for value in VALUES:
             rows = made(lambda **o: sampling.plan(name, SIGMAS, config=CONFIG, **o), option, value)
             assert rows is None or name == 'dpm_adaptive' or all(
-                np.isfinite(field).all() for field in rows), (option, value)
+                np.isfinite(field).all() for field in jax.tree.leaves(rows)), (option, value)
             taken = rows is not None and (option, value) != ('restart_list', {})
             assert not (taken and isinstance(value, str | list | dict)), (option, value)
 

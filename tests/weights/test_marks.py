@@ -233,3 +233,13 @@ def test_config_and_arrays_survive_any_layouts_and_dtypes(config, steps, xl, tmp
         model = jaxsd.load(path, None)
         assert model.config == config
         assert same(flat(model.params), expected)
+
+
+def test_a_single_file_of_a_network_that_takes_the_guidance_scale(released_xl, tmp_path):
+    """As LCM's: one tensor more, whose width counts."""
+    config = small_config('sd15')
+    config = config.replace(unet=dataclasses.replace(config.unet, time_cond_proj_dim=16))
+    path = bare(model_of(config), tmp_path / 'a.safetensors')
+    assert 'model.diffusion_model.time_embed.cond_proj.weight' in load_file(path)
+    found = jaxsd.load(path).config
+    assert found.unet == config.unet and found.version == 'custom'
