@@ -10,6 +10,7 @@ from mains import run_main
 from safetensors import safe_open
 
 import jaxsd
+from jaxsd.run import resolve
 from jaxsd.train import methods
 from jaxsd.train.config import AdapterConfig
 from launch import retrieval
@@ -48,6 +49,17 @@ def test_pictures_are_found_by_their_captions(model):
         scores[guidance] = retrieval.score(ranks)
     assert scores[4.0]['top1'] >= 0.85 and scores[4.0]['top5'] >= 0.95
     assert scores[4.0]['top1'] > scores[1.0]['top1']  # guidance, and so the text, matters
+
+
+def test_what_suits_it_is_in_its_folder(model, tmp_path):
+    """Without a recipe, and after it was saved again."""
+    jaxsd.save(model, tmp_path / 'a')
+    for found in (model, jaxsd.load(tmp_path / 'a')):
+        [request] = resolve([jaxsd.Request('red apple')], found.config)
+        assert (request.steps, request.guidance, request.sampler, request.schedule) == (
+            20, 4.0, 'dpmpp_2m', 'karras')
+        [request] = resolve([jaxsd.Request('red apple', steps=9, guidance=1)], found.config)
+        assert (request.steps, request.guidance) == (9, 1)
 
 
 def test_the_prompt_decides_the_picture(model):
