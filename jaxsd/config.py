@@ -224,6 +224,17 @@ class ControlNetConfig(UNetConfig):
     conditioning_channels: int = ranged(3, 1, WIDTH)
     conditioning_embedding_out_channels: tuple = ranged((16, 32, 96, 256), 1, WIDTH)
     global_pool_conditions: bool = False  # what it adds is averaged over the pixels (shuffle)
+    # ControlNet-Union: how many kinds of hints it reads, 0: a plain ControlNet; and the heads and
+    # layers of the transformer that sees all hints of a picture.
+    num_control_type: int = ranged(0, 0, WIDTH)
+    num_trans_head: int = ranged(8, 1, WIDTH)
+    num_trans_layer: int = ranged(1, 1, DEPTH)
+
+    def check(self) -> None:
+        super().check()
+        if self.num_control_type:
+            self.divisible('block_out_channels', self.block_out_channels[:1], 'num_trans_head',
+                           [self.num_trans_head])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -574,6 +585,8 @@ _DOWN = ('CrossAttnDownBlock2D',) * 3 + ('DownBlock2D',)
 _DEFAULTS = {
     'unet': {'cross_attention_dim': 1280, 'down_block_types': _DOWN,
              'up_block_types': tuple(k.replace('Down', 'Up') for k in reversed(_DOWN))},
+    'controlnet_union': {'conditioning_embedding_out_channels': (48, 96, 192, 384),
+                         'num_control_type': 6},
     'vae': {'block_out_channels': (64,), 'layers_per_block': 1, 'sample_size': 32,
             'down_block_types': ('DownEncoderBlock2D',), 'up_block_types': ('UpDecoderBlock2D',)},
     'text': {'hidden_size': 512, 'intermediate_size': 2048, 'num_attention_heads': 8,
@@ -588,7 +601,7 @@ _DEFAULTS = {
 # Settings with the values that are implemented. A file that leaves one out means the first.
 _FIXED = {
     'unet': {
-        '_class_name': ('UNet2DConditionModel', 'ControlNetModel'),
+        '_class_name': ('UNet2DConditionModel', 'ControlNetModel', 'ControlNetUnionModel'),
         'act_fn': ('silu', 'swish'), 'flip_sin_to_cos': (True,), 'freq_shift': (0,),
         'center_input_sample': (False,), 'downsample_padding': (1,), 'mid_block_scale_factor': (1,),
         'dual_cross_attention': (False,), 'resnet_time_scale_shift': ('default',),
@@ -774,7 +787,17 @@ def _vision(content):
 def _controlnet(content):
     down = content.get('down_block_types') or _DOWN
     up = [kind.replace('Down', 'Up') for kind in reversed(down)]
-    return _unet(content | {'up_block_types': up}, ControlNetConfig)
+    found = _unet(content | {'up_block_types': up}, ControlNetConfig)
+    if found.num_control_type:  # the first files of ControlNet-Union say that they are a ControlNet
+        for key in ('num_trans_channel', 'num_proj_channel'):
+            if (width := content.get(key, 320)) != found.block_out_channels[0]:
+                raise ValueError(f'{key}={width!r:.100} is not implemented; expected the first of '
+                                 f'block_out_channels, {found.block_out_channels[0]}')
+    return found
+
+
+def _controlnet_union(content):
+    return _controlnet(_DEFAULTS['controlnet_union'] | content)
 
 
 def _unet(content, cls=UNetConfig):
@@ -870,7 +893,8 @@ def _t2i_adapter(content):
 
 # By diffusers' and transformers' names.
 NETWORKS = {'AutoencoderKL': _vae, 'AutoencoderTiny': _tiny_vae,
-            'ControlNetModel': _controlnet, 'T2IAdapter': _t2i_adapter,
+            'ControlNetModel': _controlnet, 'ControlNetUnionModel': _controlnet_union,
+            'T2IAdapter': _t2i_adapter,
             'DPTForDepthEstimation': _depth, 'CLIPVisionModelWithProjection': _vision}
 
 

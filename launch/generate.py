@@ -54,8 +54,9 @@ def define_flags():
     flags.DEFINE_string('depth', None, 'A depth map, near is white, for depth models.')
     flags.DEFINE_multi_string(
         'control', None, 'A ControlNet and its hint, "net=PATH, image=PATH", with perhaps scale=1, '
-        'start=0, end=1, guess=original (or diffusers, soft), preprocess=canny (with its low=100, '
-        'high=200; scribble, tile, or pose from JSON); '
+        'start=0, end=1, guess=original (or diffusers, soft), mode=depth (what the hint is, for a '
+        'ControlNet-Union), preprocess=canny (with its low=100, high=200; scribble, tile, or pose '
+        'from JSON); '
         'repeat for several.')
     flags.DEFINE_multi_string(
         'image_prompt', None, 'A picture as a prompt, "net=NAME, image=PATH" by a name of '

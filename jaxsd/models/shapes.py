@@ -152,7 +152,7 @@ def unet(c: UNetConfig) -> Shapes:
 
 
 def controlnet(c: ControlNetConfig) -> Shapes:
-    """ControlNetModel, c: ControlNetConfig."""
+    """ControlNetModel, or with num_control_type ControlNetUnionModel; c: ControlNetConfig."""
     names, skips = unet_encoder(c)
     at, widths = 'controlnet_cond_embedding', c.conditioning_embedding_out_channels
     names |= conv(f'{at}.conv_in', c.conditioning_channels, widths[0])
@@ -161,6 +161,19 @@ def controlnet(c: ControlNetConfig) -> Shapes:
     names |= conv(f'{at}.conv_out', widths[-1], c.block_out_channels[0])
     for i, width in enumerate(skips):
         names |= conv(f'controlnet_down_blocks.{i}', width, width, 1)
+    if c.num_control_type:
+        d, sinusoids = skips[0], c.num_control_type * c.added_time_dim
+        names['task_embedding'] = (c.num_control_type, d)
+        for i in range(c.num_trans_layer):
+            block = f'transformer_layes.{i}'  # so the files spell it
+            names |= {f'{block}.attn.in_proj_weight': (3 * d, d),
+                      f'{block}.attn.in_proj_bias': (3 * d,)}
+            names |= linear(f'{block}.attn.out_proj', d, d)
+            names |= affine(f'{block}.ln_1', d) | affine(f'{block}.ln_2', d)
+            names |= linear(f'{block}.mlp.c_fc', d, 4 * d) | linear(f'{block}.mlp.c_proj', 4 * d, d)
+        names |= linear('spatial_ch_projs', d, d)
+        names |= linear('control_add_embedding.linear_1', sinusoids, 4 * d)
+        names |= linear('control_add_embedding.linear_2', 4 * d, 4 * d)
     return names | conv('controlnet_mid_block', skips[-1], skips[-1], 1)
 
 

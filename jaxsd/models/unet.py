@@ -107,14 +107,14 @@ def embed_time(p: Params, t: Num[Array, ' B'], added: Float[Array, 'B A'] | None
     if guidance is not None:
         scale = guidance_embedding(guidance, embedding['cond_proj']['weight'].shape[0])
         sinusoids = sinusoids + linear(embedding['cond_proj'], scale.astype(dtype))
-    time = _embed(embedding, sinusoids)
+    time = embed_vector(embedding, sinusoids)
     for name, value in (('add_embedding', added), ('class_embedding', class_labels)):
         if (name in p) != (value is not None):
             kind = {'add_embedding': 'added', 'class_embedding': 'class_labels'}[name]
             raise ValueError(f'{kind}: this network has {"a" if name in p else "no"} {name}, '
                              f'so {kind} must {"" if name in p else "not "}be given')
     if added is not None:
-        time = time + _embed(p['add_embedding'], added.astype(dtype))
+        time = time + embed_vector(p['add_embedding'], added.astype(dtype))
     if class_labels is not None:
         time = time + p['class_embedding']['weight'][class_labels]
     return time
@@ -195,8 +195,8 @@ def _decode(p, cfg, states, time, context, hook, freeu, remat):
     return conv(p['conv_out'], x)
 
 
-def _embed(p, x):
-    """Two linear layers with a silu between them: [B,I] -> [B,D]."""
+def embed_vector(p: Params, x: Float[Array, 'B I']) -> Float[Array, 'B D']:
+    """Two linear layers with a silu between them."""
     return linear(p['linear_2'], jax.nn.silu(linear(p['linear_1'], x)))
 
 

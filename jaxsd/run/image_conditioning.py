@@ -208,7 +208,8 @@ def _depths(model, requests, init_images, cell):
 
 
 def _controls(model, requests, sigmas, rows, prompts):
-    """Hints {net: uint8 [B,H,W,3]} and how much each net's outputs count {net: [calls,B,P,N]}."""
+    """Hints {net: uint8 [B,H,W,3]} and how much each net's outputs count {net: [calls,B,P,N]}; of
+    a union (uint8 [B,K,H,W,3], its modes int32 [B,K]), and [calls,B,P,N+K] with each hint's."""
     used = sorted({control.net for r in requests for control in r.controls})
     hints, weights = {}, {}
     for name in used:
@@ -219,35 +220,64 @@ def _controls(model, requests, sigmas, rows, prompts):
         net = model.controlnets[name]
         adapter = isinstance(net.config, T2IAdapterConfig)
         (t2i_adapter if adapter else controlnet).check(net.config, model.config.unet)
-        mine = [next((c for c in r.controls if c.net == name), None) for r in requests]
-        hints[name] = np.stack([
-            np.zeros((r.height, r.width, 3), np.uint8) if c is None else
-            images.fit(images.read(c.image), r.width, r.height, r.resize)
-            for c, r in zip(mine, requests)])
+        mine = [[c for c in r.controls if c.net == name] for r in requests]
+        modes = _modes(name, net.config, mine)
+        slots = 0 if modes is None else modes.shape[1]
+        found = np.zeros((len(mine), max(map(len, mine)), requests[0].height, requests[0].width, 3),
+                         np.uint8)
+        for i, (some, r) in enumerate(zip(mine, requests)):
+            for k, control in enumerate(some):
+                found[i, k] = images.fit(images.read(control.image), r.width, r.height, r.resize)
+        hints[name] = found[:, 0] if modes is None else (found, modes)
         weights[name] = over_rows(
-            [_weights(c, net, fractions(levels), prompts) for c, levels in zip(mine, sigmas)],
+            [_weights(some, net, fractions(levels), prompts, slots)
+             for some, levels in zip(mine, sigmas)],
             sigmas, rows, f'control {name!r} with start or end',
-            [c is not None and (c.start, c.end) != (0, 1) for c in mine]).astype(np.float32)
+            [any((c.start, c.end) != (0, 1) for c in some) for some in mine]).astype(np.float32)
     return hints, weights
 
 
-def _weights(control, net, before, prompts):
-    """How much each of a net's N outputs counts, [steps,P,N].
+def _modes(name, config, controls):
+    """The modes of a union's hints, int32 [B,K], -1 where there is none; None for other nets."""
+    if not getattr(config, 'num_control_type', 0):
+        if any(c.mode is not None for some in controls for c in some):
+            raise ValueError(f'control {name!r}: mode is for a ControlNet-Union, this net has one '
+                             'kind of hint; leave mode out')
+        return None
+    modes = np.full((len(controls), max(map(len, controls))), -1, np.int32)
+    for row, some in zip(modes, controls):
+        try:
+            row[:len(some)] = [controlnet.mode_number(config, c.mode) for c in some]
+        except ValueError as error:
+            raise ValueError(f'control {name!r}: {error}') from None
+    return modes
+
+
+def _weights(controls, net, before, prompts, slots=0):
+    """How much each of a net's N outputs counts, [steps,P,N], and each of a union's K hints,
+    [steps,P,N+K]; controls: those of one picture; slots: K.
 
     Outputs that are means over the whole picture (shuffle) count alike, and for prompts alone,
-    as in diffusers.
+    as in diffusers. One hint has its scale on the outputs; several have theirs on what the network
+    makes of each, and its outputs count whole while any of them does.
     """
     if isinstance(net.config, T2IAdapterConfig):
         count, pooled = len(net.config.channels), False
     else:
         count = len(net.params['controlnet_down_blocks']) + 1  # and the middle block's
         pooled = net.config.global_pool_conditions
-    if control is None:
-        return np.zeros((len(before), len(prompts), count))
-    on = span(before, control.start, control.end)
-    only = pooled or control.guess not in (None, 'soft')
+    found = np.zeros((len(before), len(prompts), count + slots))
+    if not controls:
+        return found
+    scales = np.stack([c.scale * span(before, c.start, c.end) for c in controls], 1)
+    guess, alone = controls[0].guess, len(controls) == 1
+    only = pooled or guess not in (None, 'soft')
     counted = prompts if only else np.ones(len(prompts))
     profile = np.ones(count)
-    if control.guess is not None and not pooled:
-        profile = controlnet.GUESS_MODES[control.guess](count)
-    return control.scale * on[:, None, None] * counted[:, None] * profile
+    if guess is not None and not pooled:
+        profile = controlnet.GUESS_MODES[guess](count)
+    whole = scales[:, 0] if alone else scales.any(1)
+    found[..., :count] = whole[:, None, None] * counted[:, None] * profile
+    if slots:
+        found[..., count:count + len(controls)] = 1 if alone else scales[:, None]
+    return found

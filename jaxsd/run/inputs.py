@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
     low_res_scale: np.ndarray | None = None  # [B,2]: weights of it and of noise
     mask: np.ndarray | None = None  # [B,h,w,1]: 1 where all is new
     differential: np.ndarray | None = None  # bool [B]: the mask says how strongly
-    hints: dict | None = None  # {ControlNet: uint8 [B,H,W,3]}
+    hints: dict | None = None  # {ControlNet: uint8 [B,H,W,3], of a union [B,K,H,W,3], int32 [B,K]}
     image_prompts: dict | None = None  # {IP-Adapter: image_prompts.Prompted}
     skip: np.ndarray | None = None  # int32 [B]: layers of the text encoders that are left out
     adapters: dict | None = None  # {component: [B,A]}: weights of the adapters

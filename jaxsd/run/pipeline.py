@@ -42,7 +42,9 @@ class Encoded(NamedTuple):
     given: Any = None  # bool [B]: whose noise is the steps'; None: everybody's, if there is any
     extra: Any = None  # [B,h,w,E]: channels beside the latents
     labels: Any = None  # int [B,P]: classes
-    hints: Any = ()  # {ControlNet: [B,h,w,C]}, from controlnet.embed; t2i_adapter.apply's list
+    # {ControlNet: [B,h,w,C], from controlnet.embed; of a union ([B,K,h,w,C], modes int [B,K])};
+    # {T2I-Adapter: t2i_adapter.apply's list}
+    hints: Any = ()
     image_prompts: Any = None  # {IP-Adapter: image_prompts.Keys}
     init_latents: Any = None  # [B,h,w,L], kept where the mask is 0
     mask: Any = None  # [B,h,w,1]: mask, 1 where all is painted
@@ -119,7 +121,7 @@ def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioni
     if inputs.low_res is not None:
         small, (signal, sigma) = vae.unit(inputs.low_res), map(_each, inputs.low_res_scale.T)
         extra = signal * small + sigma * sampling.draw(keys, LOW_RES, small.shape[1:])
-    hints = {name: _embed(cfg, params['controlnet'][name], inputs.hints[name] / 255)
+    hints = {name: _embed(cfg, params['controlnet'][name], inputs.hints[name])
              for name, cfg in config.controlnets}
     return Encoded(text, inputs.keys, inputs.adapters, inputs.given, extra, inputs.labels, hints,
                    image_prompts.encode(params, config, inputs.image_prompts),
@@ -253,7 +255,10 @@ def _each(per_image):
 
 
 def _embed(cfg, params, hint):
-    """A hint [B,H,W,3] in [0,1] as its network takes it in the loop."""
+    """A hint of Inputs as its network takes it in the loop."""
+    if isinstance(hint, tuple):
+        return controlnet.embed(params, hint[0] / 255), hint[1]
+    hint = hint / 255
     if not isinstance(cfg, T2IAdapterConfig):
         return controlnet.embed(params, hint)
     return t2i_adapter.apply(params, cfg, hint[..., :cfg.in_channels])  # if one, the hint is gray
@@ -265,13 +270,18 @@ def _controls(nets, configs, weights, called, hints, added, labels):
     residuals, features = [], []
     for name, cfg in configs:
         weight = weights[name].reshape(-1, weights[name].shape[-1])  # [B*P,N]
+        hint, several = hints[name], ()
+        if isinstance(hint, tuple):  # of a union, with the modes
+            hint, modes = hint
+            several = modes, weight[:, -modes.shape[1]:]
+            weight = weight[:, :-modes.shape[1]]
 
         def weighed(outputs, weight=weight):
             return [weight[:, k, None, None, None] * r for k, r in enumerate(outputs)]
 
-        def call(net=nets[name], cfg=cfg, hint=hints[name], weighed=weighed):
+        def call(net=nets[name], cfg=cfg, hint=hint, several=several, weighed=weighed):
             known = labels if cfg.num_class_embeds else None
-            return weighed(controlnet.apply(net, cfg, *called, hint, added, known))
+            return weighed(controlnet.apply(net, cfg, *called, hint, added, known, *several))
 
         if isinstance(cfg, T2IAdapterConfig):
             features.append(weighed(hints[name]))

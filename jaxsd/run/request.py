@@ -15,7 +15,7 @@ import numpy as np
 from jaxsd import images
 from jaxsd.config import ModelConfig
 from jaxsd.images.opencv import opencv
-from jaxsd.models.controlnet import GUESS_MODES
+from jaxsd.models.controlnet import GUESS_MODES, MODES
 from jaxsd.prompt.wildcards import expand
 from jaxsd.sampling import SAMPLERS, known_schedule, schedulers
 from jaxsd.sampling.choice import check_number, choose, flag, one_of
@@ -60,6 +60,8 @@ class Control:
     does not count for the negative prompt, and less the finer the level: 'diffusers' from 0.1 to 1
     evenly in the logarithm, 'original' by 0.825 a level (lllyasviel/ControlNet). guess='soft': the
     prompt decides more: by 0.825 a level, for both prompts (sd-webui-controlnet).
+    mode: what the hint is, for a ControlNet-Union: one of controlnet.MODES, or its number. A
+    request may name a union several times, with its scale and span for each hint.
     """
 
     net: str
@@ -68,6 +70,7 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     guess: str | None = None
+    mode: str | int | None = None
 
     def __post_init__(self):
         if not isinstance(self.net, str):
@@ -78,6 +81,10 @@ class Control:
         _check_span('control', self.start, self.end)
         if self.guess is not None:
             one_of('guess mode', self.guess, GUESS_MODES)
+        if isinstance(self.mode, str):
+            one_of('mode', self.mode, MODES)
+        elif self.mode is not None:
+            _integer('control mode', self.mode, 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -349,10 +356,14 @@ class Request:
         if not isinstance(self.controls, (tuple, list)) or not all(
                 isinstance(control, Control) for control in self.controls):
             raise ValueError(f'controls={self.controls!r}: expected a list of jaxsd.Control')
-        names = [control.net for control in self.controls]
-        if len(set(names)) < len(names):
-            raise ValueError(f'controls: {names} names a ControlNet twice; give it a second name '
-                             'in model.controlnets')
+        for name in {control.net for control in self.controls}:
+            some = [control for control in self.controls if control.net == name]
+            if len(some) > 1 and any(control.mode is None for control in some):
+                raise ValueError(f'controls: {name!r} names a ControlNet twice; give it a second '
+                                 'name in model.controlnets, or a mode to each hint of a union')
+            if len({control.guess for control in some}) > 1:
+                raise ValueError(f'controls: {name!r}: expected the same guess for all hints of a '
+                                 'union, which sees them in one call')
         object.__setattr__(self, 'controls', tuple(self.controls))
         prompts = self.image_prompts
         if not isinstance(prompts, (tuple, list)) or not all(

@@ -19,7 +19,8 @@ class Steps(NamedTuple):
     call: Any  # int32: the row's number in the picture's own table, by which its noise is drawn
     guidance: Guidance
     text_index: Any = None  # int32 [...,P]: the text of each part of the guidance; None: its own
-    control: dict | None = None  # {ControlNet: [...,P,N]}: weights of its N outputs
+    control: dict | None = None  # {ControlNet: [...,P,N]}: weights of its N outputs; of a union
+    # [...,P,N+K], and of its K hints
     image_prompts: dict | None = None  # {IP-Adapter: [...,J,L]}: see image_prompts
     strength: Any = None  # a mask from here up is painted, where it says how strongly
     timestep: Any = None  # at which the model is called, -1: as the noise level says

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from inspect import signature
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,6 +31,10 @@ from jaxsd.weights.model import Network
 AUTOMATIC = infotext.AUTOMATIC | dict.fromkeys(infotext.BY_TIMESTEPS, 'ddim_uniform')
 RESIZE = ('stretch', 'crop', 'pad')  # by resize_mode
 FILLS = ('edge', 'original', 'latent', 'latent')  # by inpainting_fill: there noise and nothing
+UNION = {  # control types of sd-webui-controlnet: modes of a ControlNet-Union
+    'Unknown': None, 'OpenPose': 'openpose', 'Depth': 'depth', 'Soft Edge': 'scribble',
+    'Hard Edge': 'canny', 'Normal Map': 'normal', 'Segmentation': 'segment', 'Tile': 'tile',
+    'Inpaint': 'repaint'}
 MODULES = {  # of sd-webui-controlnet: the preprocessor here, and what its thresholds are
     'none': ('none', ()), 'canny': ('canny', ('low', 'high')), 'scribble': (
         'scribble', ('threshold',)), 'tile': ('tile', ('factor',)), 'tile_resample': (
@@ -79,14 +84,14 @@ def brief(value: object) -> str:
 def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
              model: str | Sequence[str] = '', vae: str = '', refiner: str = '',
              read: Callable[..., np.ndarray] = images.read_bytes,
-             controlnets: Collection[str] = (), upscalers: Collection[str] = (),
-             ip_adapters: Collection[str] = ()) -> list[Request]:
+             controlnets: Mapping[str, Network] = MappingProxyType({}),
+             upscalers: Collection[str] = (), ip_adapters: Collection[str] = ()) -> list[Request]:
     """A Body -> its Requests, with seeds that count up.
 
     defaults: arguments of Request, for what the body leaves open. model, vae, refiner: the names
     of what is loaded; the model may have several. read: decodes pictures, as images.read_bytes
-    does. controlnets, upscalers, ip_adapters: names of those there are. Raises ValueError for what
-    is wrong or too much.
+    does. controlnets: those there are; upscalers, ip_adapters: their names. Raises ValueError for
+    what is wrong or too much.
     """
     given = {**defaults, 'prompt': body.prompt or '', 'negative_prompt': body.negative_prompt or ''}
     given |= {ours: getattr(body, theirs) for ours, theirs in (
@@ -290,6 +295,11 @@ def _control(unit, image, given, controlnets):
     if mode not in guess:
         raise ValueError(f'control_mode={brief(mode)}: expected 0, 1, 2 or '
                          f'{", ".join(name for name in guess if isinstance(name, str))}')
+    kind = choose('union_control_type', unit.union_control_type or 'Unknown', UNION)
+    if not getattr(controlnets[net].config, 'num_control_type', 0):
+        kind = None  # it is sent with any net, and says something to a union
+    elif kind is None and unit.module in MODULES and unit.module != 'none':
+        kind = MODULES[unit.module][0]  # as that extension does
     width, height = given.get('width'), given.get('height')
     if width and height and 'hires' in given:
         width, height = given['hires'].size(width, height)
@@ -303,7 +313,7 @@ def _control(unit, image, given, controlnets):
                    unit.threshold_a, unit.threshold_b)
     if width and height and image.shape[1] * height != image.shape[0] * width:
         image = images.fit(image, width, height, resize[unit.resize_mode])
-    return Control(net, image, *_weight(unit), guess[mode])
+    return Control(net, image, *_weight(unit), guess[mode], kind)
 
 
 def detect(module: str, image: Picture, resolution: int | None = None, a: float | None = None,

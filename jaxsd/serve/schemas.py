@@ -56,6 +56,7 @@ class ControlUnit(BaseModel):
     guidance_start: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     guidance_end: Annotated[float, Field(ge=0, le=1)] | None = 1.0
     control_mode: int | Name | None = 0
+    union_control_type: Name | None = 'Unknown'
     resize_mode: int | Name | None = 1
     pixel_perfect: bool | None = False
     processor_res: Annotated[int, Field(ge=-1, le=2048)] | None = 512

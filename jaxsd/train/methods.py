@@ -160,12 +160,12 @@ def control(model: Model, c: ControlConfig, rng: np.random.Generator,
     """Train a ControlNet (Zhang et al. 2023), or with adapter a T2I-Adapter (Mou et al. 2023)."""
     if c.start:
         network = (load_t2i_adapter if adapter else load_controlnet)(c.start)
-        config, params = network.config, network.params
+        config, params = _plain(network.config), network.params
     elif adapter:
         config = adapter_config(model.config, c)
         params = spec.init_part(rng, spec.names(config))
     else:
-        config = control_config(model.config, c)
+        config = _plain(control_config(model.config, c))
         params = controlnet.init_from_unet(model.params['unet'], config, rng)
         params['controlnet_cond_embedding'] = jax.tree.map(
             lambda a: c.gain * a if a.ndim == 4 else a, params['controlnet_cond_embedding'])
@@ -179,6 +179,14 @@ def control(model: Model, c: ControlConfig, rng: np.random.Generator,
     return Method(model.config.replace(controlnets=(('hint', config),)),
                   _float32({'controlnet': {'hint': params}}), model.params,
                   lambda frozen, trainable: frozen | trainable, with_network, result)
+
+
+def _plain(config):
+    """A network's config; ValueError for a ControlNet-Union."""
+    if getattr(config, 'num_control_type', 0):
+        raise ValueError('method=controlnet: training a ControlNet-Union is not implemented; give '
+                         'a plain ControlNet as start, and no num_control_type in network')
+    return config
 
 
 def control_config(config: ModelConfig, c: ControlConfig) -> ControlNetConfig:

@@ -177,10 +177,17 @@ def _unet(c):
 
 
 def _controlnet(c):
-    without = ('up_block_types', 'out_channels', 'sample_size', 'center_input_sample',
-               'time_cond_proj_dim')
-    return {k: v for k, v in _unet(c).items() if k not in without} | {
+    without = ['up_block_types', 'out_channels', 'sample_size', 'center_input_sample',
+               'time_cond_proj_dim']
+    without += (['mid_block_type', 'reverse_transformer_layers_per_block'] if c.num_control_type
+                else ['num_control_type', 'num_trans_head', 'num_trans_layer'])
+    found = {k: v for k, v in _unet(c).items() if k not in without} | {
         '_class_name': 'ControlNetModel', 'controlnet_conditioning_channel_order': 'rgb'}
+    if c.num_control_type:
+        width = c.block_out_channels[0]
+        found |= {'_class_name': 'ControlNetUnionModel', 'num_trans_channel': width,
+                  'num_proj_channel': width, 'addition_time_embed_dim': c.added_time_dim}
+    return found
 
 
 def _vae(c):

@@ -230,7 +230,8 @@ def choose(names: Collection[str], half: bool = False) -> str | None:
     half: prefer the fp16 variant, which is half the size. A pickle where there is nothing else.
     """
     variants = ('.fp16', '') if half else ('', '.fp16')
-    stems = ('diffusion_pytorch_model', 'model', 'pytorch_model')
+    stems = ('diffusion_pytorch_model', 'model', 'pytorch_model',
+             'diffusion_pytorch_model_promax')  # ControlNet-Union's, beside the plain one
     for end, variant, stem in itertools.product(('safetensors', 'bin'), variants, stems):
         for name in (f'{stem}{variant}.{end}', f'{stem}{variant}.{end}.index.json',
                      f'{stem}.{end}.index{variant}.json'):  # as older versions wrote it

@@ -362,6 +362,8 @@ def _vae_rules(c):
 
 
 def _controlnet_rules(c):
+    if c.num_control_type:
+        return []  # ControlNet-Union was published under diffusers' names
     return [
         (r'^controlnet_cond_embedding\.conv_in', 'input_hint_block.0'),
         (r'^controlnet_cond_embedding\.blocks\.(\d+)',
@@ -402,7 +404,7 @@ def _place(name, rules, prefix, part, shape):
     how = ''
     if part == 'vae' and 'attentions' in name and len(shape) == 2:
         how = '1x1'
-    elif 'in_proj_' in place or '.qkv.' in place:
+    elif place != name and ('in_proj_' in place or '.qkv.' in place):
         how = re.search(r'\.([qkv])(?:_proj|uery|ey|alue)\.', name)[1]
     elif place in ('text_projection', 'proj'):
         how = 'T'

@@ -65,6 +65,17 @@ def _controlnets():
             for version in ('sd15', 'sd21', 'sdxl')]
 
 
+def _with_modes(config, shapes):
+    """A ControlNet's config with the modes of a ControlNet-Union that its tensors show: the first
+    config.json files of these did not say them. shapes: {name: shape}."""
+    modes = [shape[0] for name, shape in shapes.items()
+             if name.endswith('task_embedding') and shape]
+    if not modes or not isinstance(config, ControlNetConfig):
+        return config
+    layers = sum(name.endswith('.attn.in_proj_weight') for name in shapes)
+    return dataclasses.replace(config, num_control_type=modes[0], num_trans_layer=max(layers, 1))
+
+
 def _t2i_adapters():
     kinds = (T2IAdapterConfig(),
              T2IAdapterConfig(downscale_factor=16, adapter_type='full_adapter_xl'))
@@ -81,7 +92,8 @@ def _image_encoders():
 
 KINDS = {
     'vae': Kind('VAE', ('AutoencoderKL', 'AutoencoderTiny'), _vaes, ('', 'first_stage_model.')),
-    'controlnet': Kind('ControlNet', ('ControlNetModel',), _controlnets, ('', 'control_model.')),
+    'controlnet': Kind('ControlNet', ('ControlNetModel', 'ControlNetUnionModel'),
+                       _controlnets, ('', 'control_model.')),
     't2i_adapter': Kind('T2I-Adapter', ('T2IAdapter',), _t2i_adapters),
     'depth_estimator': Kind('depth estimator', ('DPTForDepthEstimation',), lambda: [DPTConfig()],
                             ('', 'depth_model.model.')),
@@ -188,7 +200,8 @@ def load_upscaler(path: Path, dtype: DTypeLike | None = 'float32',
 def save_network(network: Network, path: Path, dtype: DTypeLike | None = None,
                  layout: str = 'diffusers') -> None:
     """Write one network as a folder that diffusers reads, config.json and its weights, or as one
-    .safetensors file in the original names (of a ControlNet: control_model. ...).
+    .safetensors file in the original names (of a ControlNet: control_model. ...; those of a
+    ControlNet-Union are diffusers').
 
     layout: 'diffusers' or 'single-file'; a file of other sizes than the released ones needs
         `config` to be read again. dtype: of all weights in the file; None keeps each array's own.
@@ -208,6 +221,8 @@ def save_network(network: Network, path: Path, dtype: DTypeLike | None = None,
             raise ValueError(f'{path}: expected the name of a .safetensors file')
         kind = next(k for c, k in ORIGINAL.items() if isinstance(network.config, c))
         prefix = {'controlnet': 'control_model.', 'image_encoder': 'visual.'}.get(kind, '')
+        if getattr(network.config, 'num_control_type', 0):
+            prefix = ''
         table = names.network_places(kind, network.config, shapes, prefix)
         write_tensors(path, stored(arrays, shapes, table, as_dtype(dtype)))
         return
@@ -223,8 +238,10 @@ def _open_folder(kind, folder, config, half):
     if inside is None:
         raise FileNotFoundError(f'{folder}: has no config.json and no {kind}/config.json; expected '
                                 f'the folder of a {KINDS[kind].what} or of a whole model')
-    config = config or read_network_config(inside, KINDS[kind].classes)
+    said = config or read_network_config(inside, KINDS[kind].classes)
     tensors = network_tensors(kind, component_files(inside, half))
+    config = config or _with_modes(said, {name: file.shapes[inner]
+                                          for name, (file, inner) in tensors.items()})
     tensors = {n: where for n, where in tensors.items()
                if kind != 'image_encoder' or not names.is_extra(n, config)}
     return _source(kind, inside, config, tensors, _places(kind, config, '', tensors))
@@ -238,7 +255,8 @@ def _open_file(kind, path, config):
         tensors = _taesd(path)
     shapes = {name: file.shapes[inner] for name, (file, inner) in tensors.items()}
     options = [(c, prefix, _places(kind, c, prefix, shapes))
-               for c in ([config] if config else released()) for prefix in prefixes]
+               for c in ([config] if config else [_with_modes(c, shapes) for c in released()])
+               for prefix in prefixes]
 
     def agreement(option):
         expected = spec.names(option[0])

@@ -34,11 +34,12 @@ def test_jsonl(tmp_path):
 
 def test_controls_are_objects(tmp_path):
     items, bad = _read(tmp_path, 'a.jsonl', json.dumps(
-        {'controls': [{'net': 'nets/edges', 'image': 'edges.png', 'scale': 0.5}]}) + '\n'
+        {'controls': [{'net': 'nets/edges', 'image': 'edges.png', 'scale': 0.5,
+                       'mode': 'canny'}]}) + '\n'
         + '{"controls": [{"net": "a", "image": "b", "sale": 1}]}')
     control, = items[0].fields['controls']
-    assert (control.net, control.image, control.scale) == (
-        'nets/edges', str(tmp_path / 'edges.png'), 0.5)
+    assert (control.net, control.image, control.scale, control.mode) == (
+        'nets/edges', str(tmp_path / 'edges.png'), 0.5, 'canny')
     assert bad[0].source == 'a.jsonl:2:2' and "did you mean 'scale'" in bad[0].error
 
 

@@ -101,6 +101,7 @@ def test_what_the_parts_of_a_run_took(calls, parts):
     (['--control=image=a.png'], 'expected net=PATH in it'),
     (['--control=net=missing, image={tmp}/file'], 'file is not an image'),
     (['--control=net=a, image={tmp}/a.png, preprocess=canny, lo=3'], 'canny takes no lo'),
+    (['--control=net=a, image={tmp}/a.png, mode=edge'], "unknown mode 'edge': did you mean"),
     (['--hires=scal=2'], "unknown field of hires 'scal': did you mean 'scale'"),
     (['--config.request=size=3'], "unknown field of Request 'size': did you mean"),
     (['--vae=missing.safetensors'], 'missing.safetensors: no such file'),

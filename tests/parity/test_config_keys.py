@@ -36,6 +36,11 @@ BASE = {
         'block_out_channels': [32, 64], 'norm_num_groups': 8, 'attention_head_dim': 4,
         'layers_per_block': 1, 'cross_attention_dim': 32, 'down_block_types': [CROSS, PLAIN],
         'conditioning_embedding_out_channels': [8, 16]},
+    'ControlNetUnionModel': {
+        'block_out_channels': [32, 64], 'norm_num_groups': 8, 'attention_head_dim': 4,
+        'layers_per_block': 1, 'cross_attention_dim': 32, 'down_block_types': [CROSS, PLAIN],
+        'conditioning_embedding_out_channels': [8, 16], 'addition_time_embed_dim': 8,
+        'num_trans_channel': 32, 'num_proj_channel': 32},
     'AutoencoderKL': {
         'block_out_channels': [16, 32], 'norm_num_groups': 8,
         'down_block_types': ['DownEncoderBlock2D'] * 2, 'up_block_types': ['UpDecoderBlock2D'] * 2},
@@ -91,6 +96,13 @@ SAME = {
         'down_block_types': [[PLAIN, CROSS]],
         'conditioning_channels': [2], 'conditioning_embedding_out_channels': [[8, 8, 16]],
         'global_pool_conditions': [True], 'num_attention_heads': [2]},
+    'ControlNetUnionModel': {k: v for k, v in SHARED_SAME.items() if k != 'mid_block_type'} | {
+        'block_out_channels': [{'block_out_channels': [16, 48], 'num_trans_channel': 16,
+                                'num_proj_channel': 16}],
+        'down_block_types': [[PLAIN, CROSS]],
+        'conditioning_channels': [2], 'conditioning_embedding_out_channels': [[8, 8, 16]],
+        'global_pool_conditions': [True], 'num_attention_heads': [2], 'num_control_type': [2, 9],
+        'num_trans_head': [4], 'num_trans_layer': [2]},
     'AutoencoderKL': {
         'in_channels': [4], 'out_channels': [4], 'block_out_channels': [[16, 48]],
         'layers_per_block': [2], 'act_fn': ['swish'], 'latent_channels': [3],
@@ -129,6 +141,10 @@ REFUSED = {
         'attention_type': ['gated'], 'class_embeddings_concat': [True],
         'mid_block_only_cross_attention': [True], 'cross_attention_norm': ['layer_norm']},
     'ControlNetModel': SHARED_REFUSED | {'controlnet_conditioning_channel_order': ['bgr']},
+    'ControlNetUnionModel': {k: v for k, v in SHARED_REFUSED.items() if k != 'mid_block_type'} | {
+        'controlnet_conditioning_channel_order': ['bgr'], 'num_trans_channel': [64],
+        'num_proj_channel': [64], 'num_control_type': ['x'], 'num_trans_head': [3],
+        'num_trans_layer': [0]},
     'AutoencoderKL': {
         'down_block_types': [['AttnDownEncoderBlock2D', 'DownEncoderBlock2D'],
                              ['DownEncoderBlock2D']],
@@ -246,17 +262,24 @@ def check_controlnet(module, cfg, rng):
     assert shapes.controlnet(cfg) == shapes_of(module)
     with torch.no_grad():
         for p in module.parameters():
-            if p.ndim == 4 and not p.any():
+            if p.ndim > 1 and not p.any():
                 p.normal_(std=p[0].numel() ** -0.5)
     x, t, context = inputs(cfg, rng)
     ours, theirs = added(cfg, rng)
     size = 8 * 2 ** (len(cfg.conditioning_embedding_out_channels) - 1)
     hint = rng.uniform(size=(2, size, size, cfg.conditioning_channels)).astype(np.float32)
+    if count := cfg.num_control_type:  # one hint for both: theirs attends along the batch
+        hint = hint[[0, 0]]
+    given = nchw(hint)
     with torch.no_grad():
-        down, mid = module(nchw(x), torch.tensor(t), torch.tensor(context), nchw(hint),
+        if count:
+            ours |= {'modes': np.full((2, 1), count - 1), 'scales': np.ones((2, 1), np.float32)}
+            given = [given]
+            theirs |= {'control_type': torch.eye(count)[[-1, -1]], 'control_type_idx': [count - 1]}
+        down, mid = module(nchw(x), torch.tensor(t), torch.tensor(context), given,
                            return_dict=False, **theirs)
     params = arrays(module)
-    hint = jax.jit(controlnet.embed)(params, hint)
+    hint = jax.jit(controlnet.embed)(params, hint[:, None] if count else hint)
     found = jit(controlnet.apply)(params, cfg, x, t, context, hint, **ours)
     for out, expected in zip(found, [*down, mid], strict=True):
         out = jnp.broadcast_to(out, np.broadcast_shapes(out.shape, expected.permute(
@@ -316,6 +339,7 @@ def check_vision(module, cfg, rng):
 
 
 CHECKS = {'UNet2DConditionModel': check_unet, 'ControlNetModel': check_controlnet,
+          'ControlNetUnionModel': check_controlnet,
           'AutoencoderKL': check_vae, 'AutoencoderTiny': check_vae, 'T2IAdapter': check_adapter,
           'CLIPTextConfig': check_text, 'CLIPVisionConfig': check_vision}
 

@@ -94,6 +94,66 @@ def test_residuals_and_controlled_unet(family, size, pool):
     close(out, expected.permute(0, 2, 3, 1))
 
 
+def union(more=None):
+    """diffusers' ControlNetUnionModel for SDXL in miniature, no weight of it zero."""
+    torch.manual_seed(0)
+    settings = {'block_out_channels': (32, 64), 'layers_per_block': 1, 'norm_num_groups': 8,
+                **UNETS['sdxl'], 'conditioning_embedding_out_channels': (16, 24, 32, 40),
+                'num_control_type': 8, 'num_trans_channel': 32, 'num_trans_head': 4,
+                'num_trans_layer': 2, 'num_proj_channel': 32} | (more or {})
+    settings.pop('up_block_types')
+    net = excite(diffusers.ControlNetUnionModel(**settings), 2)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.ndim > 1 and not p.any():
+                p.normal_(std=p[0].numel() ** -0.5)
+    return net
+
+
+# Modes, with their scales, of one picture.
+HINTS = [*([(n, 0.7)] for n in range(8)), [(1, 0.6), (3, 1.2)], [(0, 1.0), (7, 0.0), (3, 0.5)],
+         [(3, 0.8), (3, 0.9)]]
+
+
+def test_union_of_every_mode_and_of_several():
+    """One call of ours with what diffusers needs one for each; its scales are outside of it where
+    a picture has one hint, and inside where it has several."""
+    net = union()
+    cfg, count, most = _controlnet(dict(net.config)), len(HINTS), max(map(len, HINTS))
+    assert cfg.num_control_type == 8 and shapes.controlnet(cfg) == shapes_of(net)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(count, 8, 12, 4)).astype(np.float32)
+    pixels = rng.uniform(size=(count, most, 64, 96, 3)).astype(np.float32)
+    context = rng.normal(size=(count, 7, cfg.cross_attention_dim)).astype(np.float32)
+    ids = rng.integers(0, 100, (count, 6)).astype(np.float32)
+    pooled = rng.normal(size=(count, 32)).astype(np.float32)
+    added = np.concatenate([
+        pooled, timestep_embedding(ids, cfg.added_time_dim).reshape(count, -1)], -1)
+    t = np.linspace(3, 901.5, count).astype(np.float32)
+    modes, scales = np.full((count, most), -1), np.full((count, most), 9, np.float32)
+    for i, some in enumerate(HINTS):
+        modes[i, :len(some)] = [mode for mode, _ in some]
+        scales[i, :len(some)] = [1 if len(some) == 1 else scale for _, scale in some]
+    params = arrays(net)
+    ours = jax.jit(lambda p, modes: controlnet.apply(
+        p, cfg, x, t, context, controlnet.embed(p, pixels), added, None, modes, scales))
+    found, other = ours(params, modes), ours(params, np.roll(modes, 1, 0))
+    assert (np.abs(other[-1] - found[-1]).max((1, 2, 3)) > 0.01 * found[-1].std()).all()
+    for i, some in enumerate(HINTS):
+        used = [mode for mode, _ in some]
+        kinds = torch.zeros(1, 8).scatter_(1, torch.tensor([used]), 1)
+        with torch.no_grad():
+            down, mid = net(
+                nchw(x[i:i + 1]), torch.tensor(t[i:i + 1]), torch.tensor(context[i:i + 1]),
+                [nchw(pixels[i, k][None]) for k in range(len(some))], kinds, used,
+                [scale for _, scale in some], return_dict=False, added_cond_kwargs={
+                    'text_embeds': torch.tensor(pooled[i:i + 1]),
+                    'time_ids': torch.tensor(ids[i:i + 1])})
+        for mine, other in zip(found, (*down, mid), strict=True):
+            mine = mine[i:i + 1] * (some[0][1] if len(some) == 1 else 1)
+            close(mine, other.permute(0, 2, 3, 1))
+
+
 def test_init_from_unet_is_diffusers_from_unet():
     net, _ = networks('sdxl')
     theirs = diffusers.ControlNetModel.from_unet(net)
@@ -142,14 +202,15 @@ def test_adapted_unet(family, levels, kind, size, channels):
     close(out, expected.permute(0, 2, 3, 1))
 
 
-@pytest.mark.parametrize('family', ['sd1', 'sd2', 'sdxl', 'adapter'])
+@pytest.mark.parametrize('family', ['sd1', 'sd2', 'sdxl', 'union', 'adapter'])
 def test_folders_go_both_ways(family, tmp_path):
     """diffusers loads what we save, with no name missing, and we load what it saves."""
     if family == 'adapter':
         module = diffusers.T2IAdapter(channels=(8, 16, 16))
         read, load = _t2i_adapter, load_t2i_adapter
     else:
-        module, read, load = networks(family)[1], _controlnet, load_controlnet
+        module = union() if family == 'union' else networks(family)[1]
+        read, load = _controlnet, load_controlnet
     cfg, params = read(dict(module.config)), arrays(module)
     save_network(Network(cfg, params), tmp_path / 'ours')
     theirs, report = type(module).from_pretrained(tmp_path / 'ours', output_loading_info=True)

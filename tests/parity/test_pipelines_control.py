@@ -21,6 +21,7 @@ from test_models import arrays, excite
 
 from jaxsd import Control
 from jaxsd.config import _controlnet
+from jaxsd.models.controlnet import MODES
 from jaxsd.weights import Network
 
 pytestmark = pytest.mark.parity
@@ -28,14 +29,18 @@ SIZE = 64
 
 
 def control(pipe, seed, **config):
-    """A ControlNet for a pipeline's U-Net, with noise where a fresh one has zeros."""
+    """A ControlNet for a pipeline's U-Net."""
     torch.manual_seed(seed)
-    net = excite(diffusers.ControlNetModel.from_unet(
-        pipe.unet, conditioning_embedding_out_channels=(16, 24, 32, 40)), seed)
-    net.register_to_config(**config)
+    return excited(diffusers.ControlNetModel.from_unet(
+        pipe.unet, conditioning_embedding_out_channels=(16, 24, 32, 40)), seed, **config)
+
+
+def excited(net, seed, **config):
+    """A network of diffusers with noise where a fresh one has zeros."""
+    excite(net, seed).register_to_config(**config)
     with torch.no_grad():
         for p in net.parameters():
-            if p.ndim == 4 and not p.any():
+            if p.ndim > 1 and not p.any():
                 p.normal_(std=p[0].numel() ** -0.5)
     return net
 
@@ -128,3 +133,54 @@ def test_control_of_sdxl(tokenizer_folder, tmp_path):
         wanted = expected(pipe, nets, diffusers.StableDiffusionXLControlNetPipeline, case,
                           normal(1))
         assert far(found[i:i + 1], wanted) <= BOUND, name
+
+
+# ControlNet-Union: {case: (modes with scale, start and end; guess mode)}.
+UNIONS = {
+    'openpose': ([('openpose', 0.8)], None), 'repaint': ([('repaint', 1.0)], None),
+    'several': ([('depth', 0.7), ('canny', 1.2)], None),
+    'spans': ([('tile', 1.0, 0.0, 0.6), ('scribble', 0.6, 0.4, 1.0)], None),
+    'guess': ([('normal', 1.5)], 'diffusers'),
+    'guess several': ([('segment', 1.0), ('mlsd', 0.5), ('lineart', 0.8)], 'diffusers'),
+}
+
+
+def test_union_of_sdxl(tokenizer_folder, tmp_path):
+    """One program of ours, with places for three hints, has all modes and numbers of hints."""
+    model = random_model(tiny('sdxl'), tokenizer_folder)
+    pipe = pipeline(diffusers.StableDiffusionXLPipeline, model, tmp_path / 'model')
+    torch.manual_seed(1)
+    sizes = {name: pipe.unet.config[name] for name in (
+        'block_out_channels', 'layers_per_block', 'norm_num_groups', 'cross_attention_dim',
+        'attention_head_dim', 'down_block_types', 'transformer_layers_per_block',
+        'use_linear_projection', 'addition_embed_type', 'addition_time_embed_dim',
+        'projection_class_embeddings_input_dim')}
+    width = sizes['block_out_channels'][0]
+    union = excited(diffusers.ControlNetUnionModel(
+        **sizes, conditioning_embedding_out_channels=(16, 24, 32, 40), num_control_type=8,
+        num_trans_channel=width, num_trans_head=2, num_proj_channel=width), 1)
+    model = model.replace(controlnets={'union': Network(_controlnet(dict(union.config)),
+                                                        arrays(union))})
+    found = ours(model, [request(controls=[
+        Control('union', picture(i, SIZE), *values, guess=guess, mode=mode)
+        for i, (mode, *values) in enumerate(hints)]) for hints, guess in UNIONS.values()],
+        normal(1).repeat(len(UNIONS), 0))
+    running = diffusers.StableDiffusionXLControlNetUnionPipeline(
+        **pipe.components, controlnet=union)
+    running.set_progress_bar_config(disable=True)
+    forward = union.forward
+    # In guess mode diffusers gives it the modes of both prompts with the latents of one, and stops.
+    union.forward = lambda sample, *args, control_type, **more: forward(
+        sample, *args, control_type=control_type[:len(sample)], **more)
+    for i, (name, (hints, guess)) in enumerate(UNIONS.items()):
+        modes, *values = zip(*((mode, *(*some, *(1.0, 0.0, 1.0)[len(some):]))
+                               for mode, *some in hints))
+        wanted = theirs(
+            running, 'euler', [normal(1)], guess_mode=guess is not None,
+            control_image=[picture(k, SIZE) for k in range(len(hints))],
+            control_mode=[MODES[mode] for mode in modes], **dict(zip((
+                'controlnet_conditioning_scale', 'control_guidance_start',
+                'control_guidance_end'), map(list, values))))
+        assert far(found[i:i + 1], wanted) <= BOUND, name
+        others = np.delete(found, i, 0)
+        assert min(far(other[None], wanted) for other in others) > 100 * BOUND

@@ -25,9 +25,9 @@ HALF[:, 32:] = 255
 SLOPE = np.tile(np.linspace(0, 1, 64), (64, 1))
 
 
-def at_random(network):
+def at_random(network, **fields):
     """A ControlNet for the tiny 1.x model whose outputs are not zero."""
-    config = ControlNetConfig(**dataclasses.asdict(network))
+    config = ControlNetConfig(**dataclasses.asdict(network) | fields)
     params = spec.init_part(np.random.default_rng(1), shapes.controlnet(config))
     return Network(config, params)
 
@@ -53,6 +53,13 @@ def steer(model):
 @pytest.fixture(scope='module')
 def steered(tiny_model):
     return steer(tiny_model('sd1'))
+
+
+@pytest.fixture(scope='module')
+def united(steered):
+    """The same with a ControlNet-Union of six modes."""
+    net = at_random(steered.config.unet, num_control_type=6, num_trans_head=2)
+    return steered.replace(controlnets=steered.controlnets | {'union': net})
 
 
 def test_strength_0_is_the_round_trip_and_1_is_text_to_image(tiny_model):
@@ -137,6 +144,49 @@ def test_only_masked_and_outpainting_keep_the_rest(tiny_model):
     assert [image.shape for image in grown] == [(59, 64, 3), (64, 64, 3)]
     for image, (left, top, _, _) in zip(grown, grow):
         np.testing.assert_array_equal(image[top:top + 31, left:left + 50], small)
+
+
+@pytest.mark.slow
+def test_modes_are_data(united):
+    """Modes, and of several hints their scales and spans, differ within one program; pictures made
+    together are those made alone."""
+    text, edges = Request('cat', seed=1, steps=3), Control('union', OTHER, mode='canny')
+    replace = dataclasses.replace
+    pairs = [[edges, Control('union', PICTURE, mode=mode)] for mode in ('depth', 'openpose')]
+    requests = [text.replace(controls=controls) for controls in (
+        [edges], [replace(edges, mode='depth')], [replace(edges, scale=0.5)], [], *pairs,
+        [replace(edges, scale=0.5), pairs[0][1]], [replace(edges, end=0.5), pairs[0][1]],
+        [replace(edges, guess='original')], [replace(edges, image=PICTURE)])]
+    images = jaxsd.generate(united, requests)
+    with compilations() as count:
+        np.testing.assert_array_equal(jaxsd.generate(united, requests[::-1]), images[::-1])
+    assert not count
+    for i, j in np.ndindex(len(requests), len(requests)):
+        assert i == j or _far(images[i], images[j]) > 0, (i, j)
+    for i, request in enumerate(requests):
+        assert _far(images[i], jaxsd.generate(united, [request])[0]) <= 1, i
+    # As the field names the same modes, and the order of hints says nothing.
+    same = [text.replace(controls=[replace(edges, mode=mode)]) for mode in ('mlsd', 3)]
+    same.append(text.replace(controls=pairs[0][::-1]))
+    for image, i in zip(jaxsd.generate(united, same), (0, 0, 4)):
+        assert _far(image, images[i]) <= 1
+    # Hints that all are at their end, or of scale 0, are none.
+    silent = text.replace(controls=[replace(c, scale=0.0) for c in pairs[0]])
+    assert _far(jaxsd.generate(united, [silent])[0], images[3]) <= 1
+
+
+@pytest.mark.parametrize('controls, message', [
+    ([Control('union', OTHER)], "control 'union': mode=None: expected what the hint is, of this "
+     'ControlNet one of openpose, depth, hed, pidi, scribble, ted, canny, .* segment$'),
+    ([Control('union', OTHER, mode='tile')], "mode='tile': expected .* segment$"),
+    ([Control('union', OTHER, mode=6)], 'mode=6: expected'),
+    ([Control('edges', OTHER, mode='canny')], "control 'edges': mode is for a ControlNet-Union"),
+    ([Control('sketch', OTHER, mode=3)], "control 'sketch': mode is for a ControlNet-Union"),
+])
+def test_modes_that_a_network_has_not(united, controls, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        jaxsd.generate(united, [Request('cat', controls=controls)])
+    assert '\n' not in str(caught.value)
 
 
 @pytest.mark.slow
@@ -307,6 +357,8 @@ def test_aspects(tiny_model):
     (dict(image=PICTURE, mask=HALF, fill='grey'), "unknown fill 'grey'"),
     (dict(controls=['edges']), 'expected a list of jaxsd.Control'),
     (dict(controls=[Control('a', OTHER)] * 2), 'names a ControlNet twice'),
+    (dict(controls=[Control('a', OTHER, mode=1), Control('a', OTHER)]), 'a mode to each hint'),
+    (dict(controls=[Control('a', OTHER, mode=1, guess=g) for g in (None, 'soft')]), 'same guess'),
     (dict(class_label=-1), 'class_label=-1'), (dict(prompt_2=3), 'prompt_2=3: expected a string'),
     (dict(aspect='wide', image=None), "aspect='wide'.*16:9|aspect='wide': expected an SDXL"),
     # What only the model can tell:
@@ -332,6 +384,7 @@ def test_bad_requests(steered, fields, message):
 @pytest.mark.parametrize('options, message', [
     (dict(scale='much'), "scale='much'"), (dict(start=0.5, end=0.5), 'expected start < end'),
     (dict(end=2), 'end=2'), (dict(guess='yes'), "unknown guess mode 'yes'"),
+    (dict(mode='edge'), "unknown mode 'edge': did you mean"), (dict(mode=-1), 'control mode=-1'),
     (dict(image=None), 'the hint')])
 def test_bad_controls(options, message):
     with pytest.raises(ValueError, match=message):

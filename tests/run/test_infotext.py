@@ -176,7 +176,7 @@ def test_our_own_record(tmp_path):
         prompt='für', image=tmp_path / 'a.png', mask=str(tmp_path / 'a.png'), steps=3, strength=0.5,
         guidance=[3, 2, 1], schedule=np.array([9, 1, 0.1, 0]), adapters={'x': 0.5}, seed=2**63,
         sampler_options={'order': np.int64(2)}, guidance_options={'perp_neg': [('dog', 1.0)]},
-        controls=[Control('net', str(tmp_path / 'a.png'), 0.5)])
+        controls=[Control('net', str(tmp_path / 'a.png'), 0.5, mode='mlsd')])
     past = infotext.read(_record(tmp_path / 'b.png', request, checkpoint='c', batch=3))
     assert not past.notes and past.run['checkpoint'] == 'c' and past.run['batch'] == 3
     again = Request(**past.fields)

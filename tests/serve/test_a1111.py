@@ -12,8 +12,9 @@ from PIL import Image, PngImagePlugin
 from servers import DEFAULTS
 
 from jaxsd import sampling
-from jaxsd.config import ScheduleConfig
+from jaxsd.config import ControlNetConfig, ScheduleConfig
 from jaxsd.serve import a1111, schemas
+from jaxsd.weights import Network
 
 LIMITS = a1111.Limits(pixels=2**14, steps=50, batch=8)
 
@@ -134,6 +135,34 @@ def test_aliases_of_samplers(name, sampler, schedule):
     assert (r.sampler, r.schedule) == (sampler, schedule)
 
 
+@pytest.mark.parametrize('fields, mode', [
+    ({'union_control_type': 'Depth'}, 'depth'), ({'union_control_type': 'Hard Edge'}, 'canny'),
+    ({'union_control_type': 'Inpaint', 'module': 'tile'}, 'repaint'),
+    ({'module': 'tile_resample'}, 'tile'), ({'union_control_type': 'Unknown'}, None), ({}, None)])
+def test_units_of_a_union(fields, mode):
+    """Two units of it are two hints; without a type they have the preprocessor's."""
+    nets = {'union': Network(ControlNetConfig(num_control_type=8), {}),
+            'plain': Network(ControlNetConfig(), {})}
+    unit = {'model': 'union', 'image': png()}
+    body = a1111.parse(schemas.Txt2Img, json.dumps({'alwayson_scripts': {'ControlNet': {
+        'args': [unit | fields, unit | {'union_control_type': 'OpenPose'}]}}}).encode())
+
+    def modes():
+        request, = a1111.requests(body, DEFAULTS, LIMITS, 'emoji', controlnets=nets)
+        return [control.mode for control in request.controls]
+
+    if mode is None:
+        with pytest.raises(ValueError, match="'union' names a ControlNet twice.*or a mode to"):
+            modes()
+    else:
+        assert modes() == [mode, 'openpose']
+    plain = a1111.parse(schemas.ControlUnit, {'model': 'plain', 'module': 'canny',
+                                              'union_control_type': 'Depth'})
+    assert a1111._control(plain, np.zeros((64, 64, 3), np.uint8), {}, nets).mode is None
+    with pytest.raises(ValueError, match="unknown union_control_type 'Edge'"):
+        a1111._control(plain.model_copy(update={'union_control_type': 'Edge'}), None, {}, nets)
+
+
 def test_the_alias_of_heun():
     [r] = read(sampler_name='k_dpmpp_2m_sde_heun')
     assert (r.sampler, r.sampler_options) == ('dpmpp_2m_sde', {'solver_type': 'heun'})
@@ -246,8 +275,8 @@ def test_units_of_ip_adapters():
         unit = {'image': png(image), 'module': 'ip-adapter_clip_h', 'model': 'plus [1234]', **unit}
         body = a1111.parse(schemas.Txt2Img, json.dumps(
             {'alwayson_scripts': {'controlnet': {'args': [unit]}}}).encode())
-        [found] = a1111.requests(body, DEFAULTS, LIMITS, 'emoji', controlnets=['edges'],
-                                 ip_adapters=['plus'])
+        [found] = a1111.requests(body, DEFAULTS, LIMITS, 'emoji', ip_adapters=['plus'],
+                                 controlnets={'edges': Network(ControlNetConfig(), {})})
         return found
 
     [prompt] = read(weight=0.6, guidance_end=0.8, pixel_perfect=True).image_prompts

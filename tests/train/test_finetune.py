@@ -243,6 +243,12 @@ def test_what_cannot_be_trained_is_one_line(tmp_path, pictures, checkpoint, meth
     assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
+def test_a_union_is_not_trained(checkpoint):
+    c = config.ControlConfig(network=(('num_control_type', 6),))
+    with pytest.raises(ValueError, match='training a ControlNet-Union is not implemented'):
+        methods.control(jaxsd.load(checkpoint), c, np.random.default_rng(0))
+
+
 def test_a_bad_picture_is_named_once_or_ends_it(tmp_path, pictures, checkpoint, capsys):
     shutil.copytree(pictures / '2_cat', tmp_path / 'in')
     (tmp_path / 'in' / 'bad.png').write_text('no picture')

@@ -1,13 +1,15 @@
 """ControlNets and T2I-Adapters in files: every layout is read, and what is saved comes back."""
 
 import dataclasses
+import gzip
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
-from test_manifests import FOLDERS, SINGLE
+from test_manifests import DATA, FOLDERS, SINGLE
 from tiny import flat, random_params, same, sparse_file, tiny_config
 
 from jaxsd.config import VERSIONS, ControlNetConfig, T2IAdapterConfig, read_network_config
@@ -15,6 +17,10 @@ from jaxsd.models import shapes, spec, t2i_adapter
 from jaxsd.weights import Network, load_controlnet, load_t2i_adapter, names, save_network
 from jaxsd.weights.parts import KINDS, _open_file, _open_folder
 
+# ControlNet-Union and ProMax: from diffusers' ControlNetUnionModel on torch's meta device, with the
+# published config, which is the SDXL ControlNet's and num_control_type 6 or 8. As float16 that of
+# ProMax is the published file to the byte, 2,513,342,408; both have its 863 tensors.
+UNIONS = json.loads(gzip.decompress((DATA / 'controlnet_union.json.gz').read_bytes()))
 COUNTS = {'sd15': 361_279_120, 'sd21': 364_228_240, 'sdxl': 1_251_014_160}
 
 
@@ -73,6 +79,27 @@ def test_folders_of_the_released_ones(version, tmp_path):
         assert spec.count(source.shapes['controlnet']) == COUNTS[version]
 
 
+@pytest.mark.parametrize('name, modes, count', [
+    ('controlnet_union_sdxl', 6, 1_255_958_800),
+    ('controlnet_union_promax_sdxl', 8, 1_256_614_800)])
+def test_released_unions(name, modes, count, tmp_path):
+    """As a file, and in a folder whose config.json says the modes, says others, or says nothing of
+    them, as the first did."""
+    expected = dataclasses.replace(released('sdxl'), num_control_type=modes)
+    weights = f'diffusion_pytorch_model{"_promax" * ("promax" in name)}.safetensors'
+    sparse_file(tmp_path / weights, UNIONS[name])
+    sources = [_open_file('controlnet', tmp_path / weights, None)]
+    plain = json.loads((VERSIONS / 'controlnet_sdxl' / 'config.json').read_text())
+    for more in ({'_class_name': 'ControlNetUnionModel', 'num_control_type': modes},
+                 {'_class_name': 'ControlNetUnionModel'}, {'num_control_type': modes}, {}):
+        (tmp_path / 'config.json').write_text(json.dumps(plain | more))
+        sources.append(_open_folder('controlnet', tmp_path, None, False))
+    for source in sources:
+        assert source.config == expected
+        assert source.mismatches() == {}
+        assert spec.count(source.shapes['controlnet']) == count
+
+
 def test_every_lost_or_changed_tensor_is_noticed(tmp_path):
     found = dict(SINGLE['controlnet_sd15_control_model'])
     del found['control_model.zero_convs.3.0.bias']
@@ -107,6 +134,19 @@ def test_round_trip(version, tmp_path):
         assert same(flat(single.params), flat(network.params))
     half = load_controlnet(tmp_path / 'folder', dtype='bfloat16')
     assert half.params['conv_in']['weight'].dtype == jnp.bfloat16
+
+
+def test_union_round_trip(tmp_path):
+    network = tiny('sdxl', num_control_type=3, num_trans_head=2, num_trans_layer=2)
+    save_network(network, tmp_path / 'folder')
+    again = load_controlnet(tmp_path / 'folder')
+    assert again.config == network.config
+    save_network(network, tmp_path / 'single.safetensors', layout='single-file')
+    found = load_file(tmp_path / 'single.safetensors')  # published under diffusers' names
+    assert found.keys() == shapes.controlnet(network.config).keys()
+    single = load_controlnet(tmp_path / 'single.safetensors', config=network.config)
+    for params in (again.params, single.params):
+        assert same(flat(params), flat(network.params))
 
 
 @pytest.mark.parametrize('kind', ['full_adapter', 'full_adapter_xl'])
