@@ -104,11 +104,15 @@ def mode_number(cfg: ControlNetConfig, mode: str | int | None) -> int:
     None and for one that it has not."""
     number = MODES.get(mode, -1) if isinstance(mode, str) else -1 if mode is None else mode
     if not 0 <= number < cfg.num_control_type:
-        named = [name for name, n in MODES.items() if n < cfg.num_control_type]
-        named += map(str, range(max(MODES.values()) + 1, cfg.num_control_type))
         raise ValueError(f'mode={mode!r}: expected what the hint is, of this ControlNet one of '
-                         f'{", ".join(named)}')
+                         f'{", ".join(map(str, modes_of(cfg)))}')
     return number
+
+
+def modes_of(cfg: ControlNetConfig) -> list[str | int]:
+    """The modes that a ControlNet-Union has, by their names, or numbers beyond those of MODES."""
+    return [*(name for name, number in MODES.items() if number < cfg.num_control_type),
+            *range(max(MODES.values()) + 1, cfg.num_control_type)]
 
 
 def check(cfg: ControlNetConfig, unet_cfg: UNetConfig) -> None:

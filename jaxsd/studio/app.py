@@ -19,6 +19,7 @@ import numpy as np
 from fastapi.responses import JSONResponse, Response
 
 from jaxsd import images, sampling
+from jaxsd.models.controlnet import modes_of
 from jaxsd.run import infotext, inputs, picture
 from jaxsd.run.request import (
     BUCKETS,
@@ -104,7 +105,10 @@ class Studio:
                 'factor': config.vae.factor,
                 'sizes': [size for size in sizes
                           if not any(side % config.vae.factor for side in size)],
-                'nets': sorted(net.controlnets), 'adapters': sorted(net.adapters),
+                'nets': sorted(net.controlnets),
+                'modes': {name: modes_of(one.config) for name, one in net.controlnets.items()
+                          if getattr(one.config, 'num_control_type', 0)},
+                'adapters': sorted(net.adapters),
                 'embeddings': sorted(net.embeddings), 'networks': sorted(net.upscalers),
                 'vae': loaded.vae, 'refiner': loaded.refiner,
                 'weights': loaded.queue.identity.settings['weights'],

@@ -103,6 +103,14 @@ function suit(before) {
   }
 }
 
+// Of a ControlNet-Union, which reads many kinds of hints.
+function showModes() {
+  const modes = known.modes[$('net').value];
+  options($('mode'), modes || []);
+  $('of-union').hidden = !modes;
+}
+$('net').onchange = showModes;
+
 function model() {
   const version = known.version === 'custom' ? '' : `${known.version}, `;
   $('model').textContent = `${known.model} (${version}${known.dtype}) is ready.`;
@@ -117,6 +125,7 @@ function model() {
     $(name).value ||= known.defaults[name] || known.native;
   }
   options($('net'), known.nets);
+  showModes();
   options($('hires-upscaler'), [...known.upscalers, ...known.networks.map(name => [name, name])],
     $('hires-upscaler').value);
   $('no-nets').hidden = known.nets.length > 0;
@@ -228,7 +237,8 @@ function settings(kind) {
   } else if (kind === 'control') {
     if (!$('hint').src) throw new Error('ControlNet: press "Show the hint" first');
     found.controls = [{net: $('net').value, image: $('hint').src, scale: number('scale'),
-      start: number('start'), end: number('end'), guess: $('guess').value || null}];
+      start: number('start'), end: number('end'), guess: $('guess').value || null,
+      mode: $('mode').value || null}];
   }
   const more = further();
   found.hires = null; // nor the recipe's
@@ -540,6 +550,8 @@ $('use').onclick = attempt(async () => {
   }
   if (kind === 'control') {
     const [{image, ...fields}] = sent.controls;
+    $('net').value = fields.net;
+    showModes();
     for (const [name, value] of Object.entries(fields)) $(name).value = value ?? '';
     $('hint').src = image;
     $('hint').hidden = false;

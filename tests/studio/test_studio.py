@@ -1,6 +1,7 @@
 """The studio as people use it: a real server with the emoji model, and a browser."""
 
 import base64
+import dataclasses
 import io
 import json
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 
 import jaxsd
 from jaxsd.batch import folder, plan
+from jaxsd.models import spec
 from jaxsd.run import picture
 from jaxsd.run.engine import CPU_SLOTS
 
@@ -24,12 +26,22 @@ EXAMPLES = ROOT / 'docs' / 'examples'
 LONG = 60  # seconds that a program may take to compile on a busy machine
 
 
+def union():
+    """A random ControlNet-Union for the emoji model."""
+    edges = jaxsd.load_controlnet('emoji_edges').config
+    config = dataclasses.replace(edges, num_control_type=6)
+    return jaxsd.Network(config, spec.init_part(np.random.default_rng(0), spec.names(config)))
+
+
 @pytest.fixture(scope='module')
 def server(tmp_path_factory):
     need()
     emoji = ROOT / 'checkpoints' / 'emoji'
+    path = tmp_path_factory.mktemp('nets') / 'union'
+    jaxsd.save_network(union(), path)
     flags = ('--nobrowser', '--config=emoji', f'--checkpoints=emoji={emoji}',
-             f'--checkpoints=second={emoji}')
+             f'--checkpoints=second={emoji}', f'--controlnet=union={path}',
+             f'--controlnet=edges={ROOT / "checkpoints" / "emoji_edges"}')
     with serving(*flags, command=(sys.executable, '-m', 'launch.studio')) as (url, _):
         yield url
 
@@ -367,6 +379,28 @@ def test_a_controlnet(page, model):
     find(page, '#use').click()
     assert [find(page, f'#{name}').get_property('value') for name in ('guess', 'scale', 'net')] == [
         'soft', '0.9', 'edges']
+
+
+def test_a_union(page, model):
+    """It is asked what the hint is; other nets are not."""
+    tab(page, 'control')
+    assert not find(page, '#mode').is_displayed()
+    put(page, net='union')
+    assert find(page, '#mode').is_displayed()
+    put(page, mode='depth', kind='none', prompt='tangerine', steps=4, seed=2, guess='', scale=0.9)
+    find(page, '#control-file').send_keys(str(EXAMPLES / 'apple.png'))
+    wait(lambda: find(page, '#hint').get_property('naturalWidth') == 64)
+    draw(page)
+    hint = jaxsd.images.hint('none', EXAMPLES / 'apple.png', 64, 64)
+    check(made(page), model.replace(controlnets={'union': union()}), jaxsd.Request(
+        'tangerine', steps=4, guidance=4, seed=2, width=64, height=64,
+        controls=[jaxsd.Control('union', hint, 0.9, mode='depth')]))
+    put(page, net='edges')
+    assert not find(page, '#mode').is_displayed()
+    find_all(page, '#jobs article:last-child figure button')[0].click()
+    find(page, '#use').click()
+    assert [find(page, f'#{name}').get_property('value') for name in ('net', 'mode')] == [
+        'union', 'depth']
 
 
 def test_settings_of_a_file(page, model, tmp_path):
