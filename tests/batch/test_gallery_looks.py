@@ -87,6 +87,7 @@ def test_everything_has_a_name(visit, state):
     assert not [node for node in nodes if not node.get('name', {}).get('value', '').strip()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['light', 'dark'])
 @pytest.mark.parametrize('state', STATES)
 def test_contrast(visit, name, state):

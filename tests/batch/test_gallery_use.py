@@ -225,6 +225,7 @@ def test_comparison_marks_what_differs(visit):
     assert texts(driver, '#picks')[0].startswith('4 at most')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('state', ['', '&columns=seed&rows=sampler', '&columns=prompt&rows=',
                                    '&search=apple&columns=sampler_options.order&rows=seed'])
 def test_grid_has_the_right_pictures(visit, state):

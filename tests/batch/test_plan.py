@@ -229,6 +229,7 @@ def test_more_pictures_than_memory_holds():
         plan.expand(items, plan.seeds('0-9'), axes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('piece', ['a', ' ', '(', '[', '{', '"', ',', ';', '\t', 'a,', '()', '-',
                                    '1', '1,', '"a":1,', '{"a":', '[1],', 'a='])
 def test_a_megabyte_of_anything_is_read_in_linear_time(piece):

@@ -52,6 +52,7 @@ def test_one_survey_for_all_seeds(engine, monkeypatch):
         (r.seed, *Engine.survey(engine, r)) for r in engine.resolve(requests)]
 
 
+@pytest.mark.slow
 def test_wrong_values_stop_nothing(engine, tmp_path):
     """Each field with values that it cannot have: an entry or a job with one line that says why."""
     values = (5, 'x', '', [1], {'a': 1}, None, True, -1, 0.5, [[1]], [], {}, 2**70, [1, 2, 3, 4],
@@ -80,6 +81,7 @@ def test_wrong_values_stop_nothing(engine, tmp_path):
     assert not [text for text in (*failed, *(each.error for each in bad)) if '\n' in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where', ['resolve', 'survey', 'prepare', 'device'])
 @pytest.mark.parametrize('error', [
     MemoryError(), MemoryError('Unable to allocate 7.45 GiB'),

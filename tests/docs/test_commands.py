@@ -152,6 +152,7 @@ def check_named(piece):
             assert (ROOT / word.rpartition('=')[2]).exists(), f'{piece.page}:{piece.line}: {word}'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('page', [
     pytest.param(name, marks=[pytest.mark.slow] if name != 'checkpoints/README.md' else [])
     for name in pages.NAMES if any(piece.page == name for piece in PIECES)])

@@ -35,6 +35,7 @@ def test_only_what_is_there_is_changed():
     assert BLOCKS.keys() >= substitutes.PROGRAMS.keys() | substitutes.BEFORE.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('page', [
     pytest.param(name, marks=[pytest.mark.slow] if name.startswith('docs/') else [])
     for name in BLOCKS])

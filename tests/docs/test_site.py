@@ -23,6 +23,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_pages_load_nothing_from_elsewhere(site):
     pages = [*site.rglob('*.html')]
     assert len(pages) > 25

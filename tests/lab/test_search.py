@@ -65,6 +65,7 @@ def toy_problem():
     return x, np.asarray(sampling.sample(denoise, x, rows, lambda i: jnp.zeros_like(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sampler', ['euler', 'heun', 'dpmpp_2m', 'unipc'])
 @pytest.mark.parametrize('last', [0.0, 0.05])
 def test_the_gradient_is_that_of_the_whole_walk(sampler, last):
@@ -86,6 +87,7 @@ def test_the_gradient_is_that_of_the_whole_walk(sampler, last):
             assert got[k] == pytest.approx(float(expected), rel=1e-5, abs=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('last', [0.0, 0.05])
 def test_learning_halves_the_error_of_karras(last):
     x, target = toy_problem()

@@ -70,6 +70,7 @@ def packed(tiny_model):
     return model, requests, parts, heard
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_generate(packed):
     model, requests, parts, _ = packed
     shots = {shot.index: shot for part in parts for shot in part}

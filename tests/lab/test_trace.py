@@ -19,6 +19,7 @@ def model(tiny_model):
     return tiny_model('sd2')
 
 
+@pytest.mark.slow
 def test_walk_ends_in_the_picture_of_generate(model):
     found = trace.trace(model, REQUEST)
     alone = jaxsd.generate(model, [REQUEST])[0]

@@ -20,6 +20,8 @@ from PIL import Image
 import jaxsd
 from jaxsd.batch import folder
 
+pytestmark = pytest.mark.slow
+
 
 def _batch(out, *flags, **more):
     return run_main('-m', 'launch.batch', f'--out={out}', *flags, **more)

@@ -140,6 +140,7 @@ def test_convert_and_merge(checkpoint, lora, tmp_path, main):
     assert abs(delta).max() > 0.1
 
 
+@pytest.mark.slow
 def test_merge_models(checkpoint, lora, tmp_path, main):
     """A + w (B - C) with blocks of another weight, another VAE and a LoRA, in one go."""
     a = jaxsd.load(checkpoint)

@@ -41,6 +41,7 @@ def _run(*arguments):
     return run_main('-m', 'launch.depth', *arguments)
 
 
+@pytest.mark.slow
 def test_estimate(network):
     """The depth of each picture of a batch, alone or in company, from a Model or a Network."""
     images = np.random.default_rng(0).integers(0, 255, (2, 50, 90, 3), np.uint8)

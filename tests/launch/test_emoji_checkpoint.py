@@ -15,6 +15,8 @@ from jaxsd.train import methods
 from jaxsd.train.config import AdapterConfig
 from launch import retrieval
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER, LISTS = ROOT / 'checkpoints' / 'emoji', ROOT / 'tests' / 'data'
 

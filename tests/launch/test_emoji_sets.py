@@ -1,6 +1,7 @@
 """The small sets of pictures for fine-tuning the emoji model."""
 
 import numpy as np
+import pytest
 from mains import run_main
 from PIL import Image
 from test_emoji_data import LISTS, needs_font
@@ -33,6 +34,7 @@ def test_pictures_and_captions(tmp_path):
         assert 0.1 < body.mean() < 0.5
 
 
+@pytest.mark.slow
 def test_the_nearer_of_two_draws_is_preferred():
     reference = retrieval.read_reference(LISTS / 'emoji_reference.npz')
     found = emoji_sets.pairs(3)

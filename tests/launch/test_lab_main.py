@@ -18,6 +18,7 @@ def _run(*flags, start=('-m', 'launch.lab')):
     return run_main(*start, *flags)
 
 
+@pytest.mark.slow
 def test_sweep_writes_its_three_files(checkpoint, tmp_path):
     code, stdout, stderr = _run(
         'sweep', f'--checkpoint={checkpoint}', *SIZE, '--samplers=euler, dpmpp_2m_sde(eta=0.5)',
@@ -36,6 +37,7 @@ def test_sweep_writes_its_three_files(checkpoint, tmp_path):
     assert 'Samplers and schedules on tiny' in page and '--reference_steps=20' in page
 
 
+@pytest.mark.slow
 def test_trace_writes_a_picture_and_its_numbers(checkpoint, tmp_path):
     code, _, stderr = _run('trace', f'--checkpoint={checkpoint}', *SIZE, '--prompt=cat',
                            '--config.steps=3', f'--out={tmp_path}/t.png')
@@ -46,6 +48,7 @@ def test_trace_writes_a_picture_and_its_numbers(checkpoint, tmp_path):
     assert found['request']['prompt'] == 'cat' and len(found['calls']) == 3
 
 
+@pytest.mark.slow
 def test_a_found_schedule_can_be_walked(checkpoint, tmp_path):
     path = tmp_path / 's.json'
     code, stdout, stderr = _run(

@@ -43,6 +43,7 @@ def test_a_days_work_compiles_eight_programs_at_most():
                                 '_encode', '_encode_text'], programs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('more', [[], pytest.param(
     ['--image=docs/examples/apple.png', '--strength=0.5'], marks=pytest.mark.slow)])
 def test_the_second_start_compiles_nothing(tmp_path, more):

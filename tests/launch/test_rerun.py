@@ -100,6 +100,7 @@ def drawn(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_emoji(run, tmp_path):
     """In a folder that has pictures; and as a user does it, in another process."""
     out = tmp_path / 'out'
@@ -134,6 +135,7 @@ def test_emoji_from_pictures(run, repeat, drawn):
     assert re.search('error: no such file: .*a.png\n$', error)
 
 
+@pytest.mark.slow
 def test_flags_beside_it(run, repeat, checkpoint, drawn):
     size = '--config.width=64', '--config.height=64'
     (first,), _ = run(f'--checkpoint={checkpoint}', '--prompt=cat', '--seed=7', *size,
@@ -156,6 +158,7 @@ def test_flags_beside_it(run, repeat, checkpoint, drawn):
     assert [path.name.split('-')[1] for path in several] == ['7', '8', 'grid.png']
 
 
+@pytest.mark.slow
 def test_emoji_with_a_hint(run, repeat, drawn):
     flag = f'--control=net={ROOT}/checkpoints/emoji_edges, image={drawn}/a.png, preprocess=scribble'
     (made,), _ = run('--prompt=cat', flag)
@@ -166,6 +169,7 @@ def test_emoji_with_a_hint(run, repeat, drawn):
     run(f'--from={made}', '--trust', flag)  # given anew, it may be another
 
 
+@pytest.mark.slow
 def test_image_prompts(run, repeat, checkpoint, drawn):
     tiny_ip_adapters.adapters(TINY['sd1'].unet, drawn, plus='plus', face=('faceid', {'rank': 2}))
     jaxsd.save_network(tiny_ip_adapters.encoder(), drawn / 'look')
@@ -198,6 +202,7 @@ def test_image_prompts(run, repeat, checkpoint, drawn):
         assert message in run(*model, *more)[1]
 
 
+@pytest.mark.slow
 def test_adapters_embeddings_and_wildcards(run, repeat, checkpoint, drawn):
     rng = np.random.default_rng(0)
     layer = 'unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q'

@@ -94,6 +94,7 @@ def test_missing_data_is_one_line(folder):
     assert 'launch.emoji_data' in err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, said', [
     (['--config.stages.vae.optimizer.warmup=6'],
      'stages.vae.optimizer.warmup=6: expected less than its 6 steps'),

@@ -87,6 +87,7 @@ def oldest(wheel, tmp_path_factory):
     return install(folder, f'{wheel}[serve]', '-c', folder / 'oldest.txt')
 
 
+@pytest.mark.slow
 def test_it_lies_in_one_package(home):
     code, stdout, stderr = run(home[1] / 'python', '-c', 'import jaxsd; print(jaxsd.__file__)',
                                cwd=home[0])
@@ -104,6 +105,7 @@ def test_every_package_is_in_it():
     assert listed == packages | {'jaxsd.launch', 'jaxsd.configs', 'jaxsd.checkpoints'}
 
 
+@pytest.mark.slow
 def test_generate(home):
     code, stdout, stderr = run(home[1] / 'jaxsd', 'generate', '--prompt=red apple', '--seed=7',
                                '--steps=3', cwd=home[0])
@@ -202,6 +204,7 @@ def test_serve(request):
     np.testing.assert_array_equal(Image.open(picture), opened(answer.json()['images'][0]))
 
 
+@pytest.mark.slow
 def test_commands(home):
     code, stdout, _ = run(home[1] / 'jaxsd', cwd=home[0])
     assert code == 0 and 'generate' in stdout and 'emoji_data' not in stdout

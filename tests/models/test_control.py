@@ -45,6 +45,7 @@ def test_a_copy_of_the_unet_has_the_names_and_shapes(family):
         net['mid_block']['resnets']['0']['conv1']['weight'])
 
 
+@pytest.mark.slow
 def test_a_fresh_controlnet_leaves_the_unet_as_it_is_and_can_learn():
     cfg, net, params = copy_of_unet('sd1')
     x, t, context = inputs(cfg)

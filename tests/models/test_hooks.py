@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import TINY
 
 from jaxsd.config import read_config
@@ -49,6 +50,7 @@ def test_a_hook_sees_every_attention_and_changes_nothing_by_looking():
     assert seen == PLACES
 
 
+@pytest.mark.slow
 def test_what_a_hook_returns_is_the_attention():
     assert np.abs(evaluate(hook=identity) - evaluate()).max() > 1e-3
     assert str(program(hook=lambda place, heads, q, k, v: attention(q, k, v, heads))) == (

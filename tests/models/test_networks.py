@@ -35,6 +35,7 @@ def tiny_vae():
     return config, spec.init_part(np.random.default_rng(0), shapes.vae(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', [(64, 64), (72, 64), (80, 100)])
 def test_tiled_decode_is_seamless(shape):
     """Norms and attention see a tile each, so pixels differ a little; but no edge appears.
@@ -58,6 +59,7 @@ def test_tiled_decode_is_seamless(shape):
             assert step[0] < 1.05 * step[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', [(64, 64), (80, 100)])
 def test_tiled_encode_is_seamless(shape):
     """As of the decoder: latents of a noisy picture, of which no seam is larger than its steps."""
@@ -150,6 +152,7 @@ def test_configs_hash_and_compare():
     assert dataclasses.replace(UNetConfig(), in_channels=9) != UNetConfig()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('keys, causal, masked', [
     (32, False, False), (32, True, False), (32, True, True), (1024, False, False)])
 def test_attention_in_float16_is_as_in_float32(keys, causal, masked):

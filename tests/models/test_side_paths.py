@@ -72,6 +72,7 @@ def program(config):
     return run
 
 
+@pytest.mark.slow
 def test_side_paths_are_the_merge_and_each_image_has_its_own_weights(model, run):
     a, b = model.adapters.values()
     weights = np.float32([[0.7, 0], [0, -0.4], [0.5, 0.9]])

@@ -118,6 +118,7 @@ def test_upscale(network):
         jaxsd.upscale(jaxsd.Network(UpscalerConfig, {}), image)
 
 
+@pytest.mark.slow
 def test_hires(network):
     """The second pass starts from what the network makes of the first one."""
     model = jaxsd.load('emoji').replace(upscalers={'small': network})

@@ -58,6 +58,7 @@ def segments(how, weighting):
             .schedule[-1][1] for text in GOLDEN['texts'][GOLDEN[f'{how}/which']]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how, weighting, cut, family, skip', [
     ('a1111/sd15', 'a1111', 'comma', 'sd15', 0), ('a1111/hard', 'a1111', 'hard', 'sd15', 0),
     ('a1111/skip', 'a1111', 'comma', 'sd15', 1), ('a1111/none', 'none', 'comma', 'sd15', 0),

@@ -145,6 +145,7 @@ PROMPTS = st.lists(st.one_of(st.sampled_from(PIECES), CHARACTERS), max_size=20).
 
 
 # 1,000 examples of ten prompts each: hypothesis' own time is by the example.
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None, database=None, derandomize=True,
           suppress_health_check=list(HealthCheck))
 @given(st.lists(PROMPTS, min_size=10, max_size=10))
@@ -176,6 +177,7 @@ LONG = {
     'weight of a tag': f'<lora:a:{"1" * (N - 9)}>'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('text', LONG.values(), ids=LONG)
 @pytest.mark.parametrize('weighting', ['a1111', 'comfy'])
 def test_no_prompt_takes_long(text, weighting):

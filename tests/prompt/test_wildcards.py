@@ -24,6 +24,7 @@ def _near(count, share):
     return abs(count - DRAWS * share) <= 5 * (DRAWS * share * (1 - share)) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('text, shares', [
     ('{a|b}', {'a': 1 / 2, 'b': 1 / 2}),
     ('{2::a|3::b}', {'a': 2 / 5, 'b': 3 / 5}),
@@ -116,6 +117,7 @@ def test_two_lines_are_letters_in_tags_and_without_wildcards():
     assert expand(f'{tag} a_b____', 0) == f'{tag} a_b____'  # without a warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('text, lists, message', [
     ('a' * 10**6, None, 'prompt: 1000000 characters: expected at most 32768'),
     ('__a__', {'a': ['a' * 10**6]}, 'prompt: 1000000 characters'),

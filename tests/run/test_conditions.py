@@ -62,6 +62,7 @@ def united(steered):
     return steered.replace(controlnets=steered.controlnets | {'union': net})
 
 
+@pytest.mark.slow
 def test_strength_0_is_the_round_trip_and_1_is_text_to_image(tiny_model):
     model = tiny_model('sd1')
     text = Request('cat', seed=3, steps=4)
@@ -109,6 +110,7 @@ PAINTED = [
 ]
 
 
+@pytest.mark.slow
 def test_painting_is_data_and_keeps_what_is_not_masked(tiny_model):
     model = tiny_model('sd1')
     images = jaxsd.generate(model, PAINTED)
@@ -210,6 +212,7 @@ def test_controls_are_data(steered):
     assert _far(images[0], jaxsd.generate(steered, requests[:1])[0]) <= 1
 
 
+@pytest.mark.slow
 def test_soft_weights_count_for_both_prompts(steered):
     """As from a net whose outputs are so much less; without a negative prompt as in guess mode."""
     net = steered.controlnets['edges']
@@ -260,6 +263,7 @@ np.savez(path, images=images, seen=np.stack(seen))
     np.testing.assert_array_equal(found['seen'][-1], seen[-1])
 
 
+@pytest.mark.slow
 def test_depth_class_and_text_together(tiny_model):
     model = widened(tiny_model, 5, num_class_embeds=7)
     first = Request('cat', seed=1, steps=3, depth=SLOPE, class_label=2)
@@ -274,6 +278,7 @@ def test_depth_class_and_text_together(tiny_model):
         assert i == j or _far(images[i], images[j]) > 0, (i, j)
 
 
+@pytest.mark.slow
 def test_an_inpainting_model_sees_the_mask(tiny_model):
     model = widened(tiny_model, 9)
     request = Request('cat', seed=1, steps=3, image=PICTURE, mask=HALF)
@@ -284,6 +289,7 @@ def test_an_inpainting_model_sees_the_mask(tiny_model):
     assert _far(images[0][:, 32:], images[2][:, 32:]) > 0  # the model saw another left half
 
 
+@pytest.mark.slow
 def test_an_upscaler_enlarges(tiny_model):
     vae = dataclasses.replace(tiny_model('sd1').config.vae, block_out_channels=(16, 16, 16))
     model = widened(tiny_model, 7, vae=vae, num_class_embeds=30, low_res=ScheduleConfig(
@@ -297,6 +303,7 @@ def test_an_upscaler_enlarges(tiny_model):
     assert min(_far(images[0], images[1]), _far(images[0], images[2])) > 0
 
 
+@pytest.mark.slow
 def test_a_refiner_takes_over(tiny_model):
     base, refiner = tiny_model('sdxl'), tiny_model('refiner')
     text = Request('cat', seed=1, steps=5, sampler='euler')

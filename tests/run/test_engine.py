@@ -49,6 +49,7 @@ ARRIVALS = st.lists(st.tuples(
         [0, 0, 0.003, 0.02])), min_size=1, max_size=9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('optimised')
 @settings(max_examples=12, deadline=None, suppress_health_check=[
     HealthCheck.function_scoped_fixture])
@@ -66,6 +67,7 @@ def test_a_picture_is_the_same_in_any_slot_beside_any_neighbours(engine, alone, 
         assert task.done == task.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fields', [
     {'guidance_options': {'rescale': 0.5}}, {'noise': 'torch'}, {'clip_skip': 2},
     {'guidance_options': {'apg': {'momentum': -0.5}}}, {'prompt_2': None, 'prompt': '[cat:dog:2]'},
@@ -80,9 +82,10 @@ def test_pictures_of_all_kinds(engine, fields):
 
 def test_kinds_keep_apart_what_would_be_another_program(engine):
     plain = Request('a', seed=1)
-    same = [Request('a', seed=1, steps=99), Request('b c d', seed=2, guidance=1.0),
+    same = [Request('a', seed=1, steps=99), Request('b c d', seed=2, guidance=1.5),
             Request('a', sampler='heun', schedule='normal')]
     others = [Request('a', seed=1, width=72, height=64), Request('a AND b', seed=1),
+              Request('a', seed=1, guidance=1.0),  # no second picture
               Request('[a:b:2]', seed=1), Request('(a:1.2) (b:2) c', seed=1, weighting='compel'),
               Request('a', seed=1, clip_skip=2), Request('a', seed=1, noise='torch'),
               Request('a', seed=1, sampler='dpm_adaptive'), Request(' '.join(['cat'] * 40), seed=1),
@@ -116,6 +119,7 @@ def test_slots_that_suit_a_device():
     assert module.slots_for('gpu', 4096) == module.MOST_SLOTS
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_of_a_kind(tiny_model, monkeypatch):
     programs = Programs()
     monkeypatch.setattr(replica, 'PROGRAMS', programs)
@@ -154,6 +158,7 @@ def test_what_did_not_compile_is_tried_again():
     assert programs.get(jax.numpy.negative, np.zeros(2)).call(np.ones(2)).tolist() == [-1, -1]
 
 
+@pytest.mark.slow
 def test_a_base_and_its_refiner(tiny_model):
     with Engine(tiny_model('sdxl'), tiny_model('refiner'), slots=2) as engine:
         requests = engine.resolve([
@@ -173,6 +178,7 @@ def test_what_is_not_finite_fails_alone(tiny_model):
             assert f'(seed {i}) is not finite' in str(task.future.exception(300))
 
 
+@pytest.mark.slow
 def test_a_cancelled_picture_frees_its_slot(tiny_model):
     """Half-way, within the rows that are on their way; those that wait go at once."""
     with Engine(tiny_model('sd1'), slots=1, at_once=1, rows=2) as engine:
@@ -196,6 +202,7 @@ def test_a_cancelled_picture_frees_its_slot(tiny_model):
             first.future.result()
 
 
+@pytest.mark.slow
 def test_nobody_starves(tiny_model):
     """A third kind waits for one of two to end, and none of theirs overtakes it."""
     with Engine(tiny_model('sd1'), slots=1, at_once=1, rows=2) as engine:
@@ -276,6 +283,7 @@ def one_device(checkpoint):
     return _pictures(checkpoint, 1)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_any_number_of_devices_makes_the_same_bits(checkpoint, one_device, devices):
     found, lines = _pictures(checkpoint, devices)
@@ -283,6 +291,7 @@ def test_any_number_of_devices_makes_the_same_bits(checkpoint, one_device, devic
     np.testing.assert_array_equal(found, one_device)
 
 
+@pytest.mark.slow
 def test_spread_weights_make_the_same_pictures(checkpoint, one_device):
     """By a program over several devices, whose last bits may be others; each holds a quarter."""
     found, lines = _pictures(checkpoint, 4, 'spread')

@@ -31,6 +31,7 @@ def trailing(name, **more):
     return {'_class_name': f'{name}Scheduler', 'timestep_spacing': 'trailing', **more}
 
 
+@pytest.mark.slow
 def test_the_scale_as_an_input(lcm):
     """Each picture has its own, in one program; the negative prompt does not count; a batch is its
     pictures."""

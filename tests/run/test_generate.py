@@ -49,6 +49,7 @@ def _far(a, b):
     return np.abs(a.astype(int) - b.astype(int)).max()
 
 
+@pytest.mark.slow
 def test_pictures_are_data(tiny_model, monkeypatch):
     model = tiny_model('sd1')
     first = Request('red apple', seed=7, steps=4)
@@ -74,6 +75,7 @@ def test_pictures_are_data(tiny_model, monkeypatch):
     assert not count
 
 
+@pytest.mark.slow
 def test_adaptive_steps_beside_tables(tiny_model):
     """dpm_adaptive has no table: its pictures have slots apart, and come back in their places."""
     model = tiny_model('sd1')
@@ -89,6 +91,7 @@ def test_adaptive_steps_beside_tables(tiny_model):
         np.testing.assert_array_equal(jaxsd.generate(model, [request])[0], image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('count', [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_picture_does_not_depend_on_its_batch(tiny_model, count, tmp_path):
     model = tiny_model('sd1')
@@ -147,6 +150,7 @@ def test_noise_can_be_given(tiny_model):
                 jaxsd.generate(model, [request])) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['sd1', 'sdxl'])
 def test_float16_draws_what_float32_does(tiny_model, family):
     """With the same values in both; a CPU widens what it cannot compute in 16 bits."""

@@ -26,6 +26,7 @@ OTHER = {
 PLAIN = Request('cat', seed=1, steps=3)
 
 
+@pytest.mark.slow
 def test_a_mixed_batch_equals_solo_runs_and_values_are_data(tiny_model):
     """All kinds at once beside an image without any, which must not notice; then other values."""
     model = tiny_model('sd1')

@@ -17,6 +17,7 @@ def model():
 FIELDS = {'prompt': 'red apple', 'seed': 7, 'steps': 6, 'guidance': 4, 'sampler': 'euler_ancestral'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('upscaler, by_hand', [
     ('lanczos', Image.Resampling.LANCZOS), ('nearest', Image.Resampling.NEAREST)])
 def test_of_pixels(model, upscaler, by_hand):
@@ -31,6 +32,7 @@ def test_of_pixels(model, upscaler, by_hand):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_of_latents(model):
     """By hand through the pure functions; and 'comfyui' makes all steps of the second pass."""
     fields = FIELDS | {'schedule_options': {'convention': 'comfyui'}}
@@ -50,6 +52,7 @@ def test_of_latents(model):
     assert seen[-1] == (12, 12)
 
 
+@pytest.mark.slow
 def test_passes_beside_other_pictures(model):
     """Each is what it is alone."""
     requests = [jaxsd.Request(**FIELDS | {'seed': seed}, hires=two) for seed, two in enumerate((
@@ -61,6 +64,7 @@ def test_passes_beside_other_pictures(model):
         np.testing.assert_array_equal(image, jaxsd.generate(model, request)[0])
 
 
+@pytest.mark.slow
 def test_with_a_refiner(tiny_model):
     """In both passes."""
     base, refiner = tiny_model('sdxl'), tiny_model('refiner')

@@ -56,6 +56,7 @@ DATA = [asked(prompt()), asked(prompt(image=OTHER)), asked(prompt(weight=0.5)),
         asked(prompt(), prompt='dog', sampler='heun', steps=3), asked(prompt(weight=0))]
 
 
+@pytest.mark.slow
 def test_image_prompts_are_data(model):
     first = jaxsd.generate(model, DATA[:1])
     with compilations() as count:
@@ -94,6 +95,7 @@ def test_a_mixed_batch_equals_its_solo_runs(model):
         assert i == j or _far(images[i], images[j]) > 0, (i, j)
 
 
+@pytest.mark.slow
 def test_a_file_with_a_lora_brings_it(model):
     """FaceID's LoRA holds in the U-Net wherever the adapter is named, whatever the prompt's weight,
     as in diffusers."""

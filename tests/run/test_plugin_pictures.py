@@ -89,6 +89,7 @@ def test_kinds(engine):
                 kinds(sampler='predictor_corrector', guidance_options={'shrunk': {}})}) == 5
 
 
+@pytest.mark.slow
 def test_what_goes_with_steps_of_ones_own(engine):
     """All that changes over the steps, and pictures to start from, where the rows are known."""
     picture, ramp = np.full((64, 64, 3), 90, np.uint8), np.linspace(0, 1, 64)[None].repeat(64, 0)

@@ -50,6 +50,7 @@ def test_schedules_are_an_index_into_encoded_texts(sd1):
     assert constant.steps.text_index is None
 
 
+@pytest.mark.slow
 def test_a_schedule_walks_as_its_texts_do(sd1):
     """Changing at the start is the second text, after the end the first one; between, neither."""
     model = sd1
@@ -64,6 +65,7 @@ def test_a_schedule_walks_as_its_texts_do(sd1):
         assert min(_far(between, first), _far(between, never)) > 2
 
 
+@pytest.mark.slow
 def test_everything_about_prompts_is_data(sd1):
     """Words, weights of every rule, and when they change; each picture as it is alone."""
     model = sd1
@@ -84,6 +86,7 @@ def test_everything_about_prompts_is_data(sd1):
     assert not count
 
 
+@pytest.mark.slow
 def test_and_adds_guidance_up(sd1):
     """`a AND a` of halves is a; a weight of 0 is nobody."""
     model = sd1
@@ -92,6 +95,7 @@ def test_and_adds_guidance_up(sd1):
     assert max(_far(images[0], image) for image in images[1:3]) <= 1 < _far(images[0], images[3])
 
 
+@pytest.mark.slow
 def test_blocks(tiny_model):
     """A long prompt is read to its end; a batch of one and three blocks equals its solo runs."""
     model = tiny_model('sdxl')
@@ -135,6 +139,7 @@ def adapted(sd1, tmp_path):
     return model.replace(adapters=found)
 
 
+@pytest.mark.slow
 def test_adapters_are_data(adapted):
     """Each picture with its own, as merged; another weight or another adapter compiles nothing."""
     batch = [Request('cat', **SOME), Request('cat <lora:one:0.5>', **SOME),

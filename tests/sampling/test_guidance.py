@@ -34,6 +34,7 @@ def sample(guidance, prediction='epsilon', i=0):
     return guide(X, SIGMA, i)
 
 
+@pytest.mark.slow
 def test_every_kind_at_its_neutral_value_changes_nothing():
     expected, uncond = sample(Guidance(5.0))
     np.testing.assert_allclose(expected, 5 * PICTURES[1] - 4 * PICTURES[0], atol=1e-5)

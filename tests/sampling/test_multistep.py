@@ -289,6 +289,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('loop, options', CASES)
 def test_equals_the_loop(loop, options):
     check(loop.__name__, loop, **options)

@@ -103,6 +103,7 @@ def test_path_and_independent_noise_in_one_batch():
         assert np.abs(noise(i)[0] - sampling.draw(keys, i, (4,))[0]).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['euler_ancestral', 'dpmpp_2m_sde', 'dpmpp_3m_sde', 'dpmpp_sde'])
 def test_more_steps_of_one_seed_converge_to_one_picture(name):
     """Distances to the picture of four times the steps shrink with strong order 1/2 or better."""

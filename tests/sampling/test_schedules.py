@@ -127,6 +127,7 @@ def test_discard_and_final(name):
                                       plain(name, steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('part', [1.0, 0.75, 0.6, 0.3, 0.11])
 @pytest.mark.parametrize('name', EVERY)
 def test_part_of_the_way(name, part):

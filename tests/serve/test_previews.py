@@ -10,6 +10,8 @@ from jaxsd.serve.metrics import Metrics
 from jaxsd.serve.previews import Previews
 from jaxsd.serve.queue import Queue
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def queue():

@@ -74,6 +74,7 @@ def test_pictures_from_many_clients_are_what_they_are_alone(server, solo):
     assert made + shared == 31
 
 
+@pytest.mark.slow
 def test_painting_over(server, solo):
     mask = np.zeros((64, 48, 3), np.uint8)
     mask[20:50, 10:40] = 255
@@ -83,6 +84,7 @@ def test_painting_over(server, solo):
     assert ask(server[0], body, 'img2img') == solo(body, [1], schemas.Img2Img)
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_what_runs(server):
     """Last, because it ends the server of the others."""
     url, run = server

@@ -21,6 +21,8 @@ from jaxsd.config import UpscalerConfig
 from jaxsd.models.upscaler import names
 from jaxsd.run import Engine
 
+pytestmark = pytest.mark.slow
+
 webuiapi = pytest.importorskip('webuiapi')
 EMOJI, EDGES = ROOT / 'checkpoints' / 'emoji', ROOT / 'checkpoints' / 'emoji_edges'
 UPSCALER = UpscalerConfig(kind='rrdb', scale=2, ups=1, channels=8, growth=4, blocks=(1,))

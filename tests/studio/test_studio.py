@@ -22,6 +22,8 @@ from jaxsd.models import spec
 from jaxsd.run import picture
 from jaxsd.run.engine import CPU_SLOTS
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / 'docs' / 'examples'
 LONG = 60  # seconds that a program may take to compile on a busy machine
 

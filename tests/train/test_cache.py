@@ -258,6 +258,7 @@ def test_text_features_with_dropped_captions(tmp_path):
     plain.close()
 
 
+@pytest.mark.slow
 def test_a_models_own_latents_and_features(tmp_path, tiny_model):
     """The VAE's moments of the picture and CLIP's states of its caption, as a step computes them
     without a cache."""

@@ -60,6 +60,7 @@ def draw(model, **fields):
     return np.asarray(jaxsd.generate(model, [request]))[0].astype(int)
 
 
+@pytest.mark.slow
 def test_a_lora_with_all_its_surroundings(tmp_path, pictures, checkpoint):
     """Cached latents and texts, a held-out part, samples: and the file draws what the run drew."""
     c = recipe('lora', tmp_path, pictures, checkpoint, sections={
@@ -95,6 +96,7 @@ def test_kin_of_a_lora(tmp_path, pictures, checkpoint, kind):
     assert np.abs(ours - loaded).max() <= 1 and np.abs(ours - draw(model, seed=0)).max() > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, rank', [('lora', 2), ('loha', 16)])
 def test_convolutions_that_are_prepared_once_are_trained_too(kind, rank):
     """Tiles of a frozen weight stay, unless a change is added to it, as of a large LoHa."""
@@ -301,6 +303,7 @@ def test_nothing_of_others_is_written_over(tmp_path, pictures, checkpoint):
         finetune.fine_tune(c)
 
 
+@pytest.mark.slow
 def test_every_shipped_recipe_reads():
     folder = pathlib.Path(__file__).resolve().parents[2] / 'configs'
     names = [path.stem for path in folder.glob('train_*.py')]

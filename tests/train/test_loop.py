@@ -156,6 +156,7 @@ def test_killed_at_random_and_resumed_ends_bit_for_bit_the_same(tmp_path):
     assert list((tmp_path / 'killed' / 'tensorboard').glob('events.out.tfevents.*'))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends(tmp_path):
     process = run_elsewhere(tmp_path / 'run', 'save_every=1000', slow=0.03)
     for line in process.stdout:
@@ -200,6 +201,7 @@ def test_parts_of_a_batch_are_the_batch(tmp_path):
         np.testing.assert_allclose(whole, parts, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['adamw', 'adafactor', 'lion', 'prodigy', 'schedule_free', 'sgd'])
 def test_all_optimisers_learn(tmp_path, name):
     rate = {'prodigy': 1.0, 'lion': 0.1, 'sgd': 0.1}.get(name, 0.3)
@@ -217,6 +219,7 @@ def test_a_state_of_another_training_is_refused(tmp_path, other, said):
     assert '\n' not in str(error.value) and 'remove it' in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('every', [5, 7])
 def test_what_is_not_finite_stops_and_keeps_the_last_state(tmp_path, every):
     """Whether logging or saving comes first after the damage."""

@@ -157,6 +157,7 @@ def tiny(version='sd1'):
         'tokens': {'text_encoder': rng.integers(0, 500, (4, 1, 16))}}
 
 
+@pytest.mark.slow
 def test_the_caption_and_the_examples_weight_count():
     params, config, batch = tiny()
     loss = jax.jit(lambda b: losses.diffusion(params, config, b, jax.random.key(0))[0])
@@ -208,6 +209,7 @@ def controlled():
     return controlnet.init_from_unet(params['unet'], NET, np.random.default_rng(2)), batch, step
 
 
+@pytest.mark.slow
 def test_a_fresh_controlnet_has_the_models_own_loss():
     net, batch, step = controlled()
     params, config, _ = tiny('sd2')
@@ -215,6 +217,7 @@ def test_a_fresh_controlnet_has_the_models_own_loss():
     np.testing.assert_allclose(step(net, TX.init(net), batch, jax.random.key(3))[2], own, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_what_the_hint_says():
     """With the hints of the other pictures it is wrong: it reads them."""
     net, batch, step = controlled()
@@ -226,6 +229,7 @@ def test_it_learns_what_the_hint_says():
     assert own < 0.8 * wrong, (own, wrong)
 
 
+@pytest.mark.slow
 def test_consistency_wants_neighbouring_levels_to_agree():
     """A student that says the true latents at all levels, and a teacher that does, have no loss."""
     params, config, batch = tiny()

@@ -8,6 +8,7 @@ from jaxsd.train import finetune
 from jaxsd.train.config import recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('objective, cached', [
     ('consistency', 'cache_texts'), ('preference', 'cache_latents')])
 def test_what_an_objective_computes_itself_is_not_cached(objective, cached, tmp_path):

@@ -36,6 +36,7 @@ def trained(version, kind):
         lambda a: np.float32(a + 0.2 * RNG.standard_normal(a.shape)), method.trainable))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('version', ['sd15', 'sd21', 'sdxl'])
 @pytest.mark.parametrize('layout', adapter_writing.LAYOUTS)
 @pytest.mark.parametrize('kind', KINDS)

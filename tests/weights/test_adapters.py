@@ -35,6 +35,7 @@ def test_copies_are_the_originals():
         assert copy == json.loads(gzip.decompress(raw) if path.suffix == '.gz' else raw), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MANIFESTS)
 def test_every_key_of_a_manifest_is_a_layers_of_its_version(name, tmp_path):
     sparse_file(tmp_path / 'lora.safetensors', MANIFESTS[name])

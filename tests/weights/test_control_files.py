@@ -100,6 +100,7 @@ def test_released_unions(name, modes, count, tmp_path):
         assert spec.count(source.shapes['controlnet']) == count
 
 
+@pytest.mark.slow
 def test_every_lost_or_changed_tensor_is_noticed(tmp_path):
     found = dict(SINGLE['controlnet_sd15_control_model'])
     del found['control_model.zero_convs.3.0.bias']

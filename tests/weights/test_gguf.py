@@ -55,6 +55,7 @@ def test_kinds(name, error, tmp_path):
         np.testing.assert_array_equal(file.read(key, rows=(1, 2)), found[2:4])
 
 
+@pytest.mark.slow
 def test_models(tmp_path):
     """A whole one, and a U-Net alone without the names' first part; converted, lazily too."""
     config, rng = small_config('sd15'), np.random.default_rng(0)

@@ -45,6 +45,7 @@ def test_copies_are_the_originals():
             assert copy == json.loads((SHARED / kind / f'{name}.json').read_text()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FILES)
 def test_single_file(name, tmp_path):
     version, extras, ema = FILES[name]
@@ -58,6 +59,7 @@ def test_single_file(name, tmp_path):
     assert len(places) + extras + ema == len(SINGLE[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FILES)
 def test_every_lost_or_changed_tensor_is_noticed(name, tmp_path):
     shapes = dict(SINGLE[name])
@@ -102,6 +104,7 @@ def test_parameter_counts(version):
     assert tuple(count(shapes.get(t, {})) for t in ('text_encoder', 'text_encoder_2')) == of(TEXTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('keys, prediction, zero_snr', [
     ((), 'epsilon', False), (('v_pred',), 'v_prediction', False),
     (('v_pred', 'ztsnr'), 'v_prediction', True)])
@@ -113,6 +116,7 @@ def test_sdxl_files_say_what_they_predict(keys, prediction, zero_snr, tmp_path):
     assert source.mismatches() == {} and not set(keys) & set(source.extras)
 
 
+@pytest.mark.slow
 def test_sd2_files_do_not_say_what_they_predict(tmp_path, caplog):
     sparse_file(tmp_path / 'a.safetensors', SINGLE['sd2'])
     source = open_single(tmp_path / 'a.safetensors', None, False, None)
@@ -127,6 +131,7 @@ def test_sd2_files_do_not_say_what_they_predict(tmp_path, caplog):
     assert not caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('file, metadata, prediction, pixels', [
     ('sdxl_base', {'modelspec.prediction_type': 'v'}, 'v_prediction', 1024),
     ('sdxl_base', {'prediction_type': 'v_prediction'}, 'v_prediction', 1024),
@@ -150,6 +155,7 @@ def test_headers_say_what_files_predict(file, metadata, prediction, pixels, tmp_
     assert not caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('given, marker, metadata, prediction, words', [
     ('epsilon', True, {'modelspec.prediction_type': 'v'}, 'epsilon',
      'epsilon, as given, though the tensor v_pred says v_prediction, the header\'s '
@@ -238,6 +244,7 @@ DISTILLED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', DISTILLED)
 def test_distilled(name, tmp_path):
     """Blocks that are missing, or deeper in one half than in the other, from a folder's config and

@@ -54,6 +54,7 @@ def bare(model, path, **tensors):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tensors, schedule, vae', [
     ({'v_pred': []}, {'prediction_type': 'v_prediction'}, {}),
     ({'v_pred': [], 'ztsnr': []},
@@ -216,6 +217,7 @@ def cast(params, dtype):
 FLOAT8 = ('float8_e4m3fn', 'float8_e5m2')
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(config=configs(), steps=st.lists(
     st.tuples(st.sampled_from(['diffusers', 'single-file']),

@@ -41,6 +41,7 @@ def medium_config():
     return config.replace(unet=unet, text_encoder=text, text_encoder_2=text, version='custom')
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc/self/status')
 @pytest.mark.parametrize('layout, stored, wanted', [
     pytest.param('single-file', 'F32', 'float32', marks=pytest.mark.slow),

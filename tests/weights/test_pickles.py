@@ -262,6 +262,7 @@ def mutated(data, rng):
     return bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', FORMATS)
 def test_fuzz(kind, tmp_path):
     """Half of the 500 mutations each: an error of one line, or tensors within the file's size."""

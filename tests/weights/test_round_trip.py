@@ -37,6 +37,7 @@ def single_file_like(version, dtype='float32'):
     return config, tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
 @pytest.mark.parametrize('version', ['sd15', 'sd21', 'sd2_depth', 'sdxl', 'sdxl_refiner',
                                      'x4_upscaler'])
@@ -53,6 +54,7 @@ def test_single_folder_single(version, dtype, tmp_path):
     assert same(load_file(tmp_path / 'b.safetensors'), marked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('version', versions())
 def test_folder_keeps_config_and_arrays(version, tmp_path):
     model = random_model(version)
@@ -78,6 +80,7 @@ def test_any_sizes(family, tiny_model, tmp_path):
         assert np.array_equal(folder.tokenizers[part](['a red cat']), tokenizer(['a red cat']))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stored', ['float32', 'float16', 'bfloat16'])
 @pytest.mark.parametrize('wanted', ['float32', 'float16', 'bfloat16'])
 def test_any_dtype_in_any_out(stored, wanted, tmp_path):
@@ -159,6 +162,7 @@ def test_fp16_variant_only_for_16_bits(tmp_path):
     assert np.any(jaxsd.load(tmp_path, dtype='float32').params['unet']['conv_in']['weight'])
 
 
+@pytest.mark.slow
 def test_tokenizers_are_kept(tmp_path):
     model = random_model('sdxl', tokenizers=True)
     jaxsd.save(model, tmp_path / 'folder')
@@ -184,6 +188,7 @@ def test_averaged_copy_is_ignored_aloud(tmp_path, caplog):
     assert 'model_ema.num_updates' in model.extras
 
 
+@pytest.mark.slow
 def test_saving_over_a_folder(tmp_path):
     """Other files stay; weights that would be read instead of the new ones go."""
     old, new = random_model('sd15'), random_model('sd15')

@@ -119,6 +119,7 @@ def test_averaged_weights_of_the_released_file(tmp_path):
     assert len(set(read)) == 686 and all(name.startswith('model_ema.') for name in read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('parts', [['vae'], ['text_encoder'], ['vae', 'text_encoder']])
 def test_missing_parts_from_a_base(parts, model, saved, tmp_path):
     prefixes = tuple(names.prefixes(model.config)[part] for part in parts)
@@ -178,6 +179,7 @@ def test_a_unet_alone_in_diffusers_names(model, saved, tmp_path):
         assert source.absent() == [part for part in source.places if part != 'unet']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('version', ['sd15', 'sd21', 'sdxl', 'sdxl_refiner'])
 @pytest.mark.parametrize('seed', range(3))
 def test_any_mixture_of_known_spellings(version, seed, tmp_path):
@@ -388,6 +390,7 @@ def test_fuzzed_headers(tmp_path):
     assert peak < 2 * (tmp_path / 'whole.safetensors').stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bias, dtype, version', [
     (-0.4, 'float32', 'sd21_base'), (-0.6, 'float16', 'sd21')])
 def test_the_output_tells_what_a_2x_model_predicts(bias, dtype, version, tmp_path, monkeypatch):
