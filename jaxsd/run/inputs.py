@@ -13,7 +13,7 @@ from jaxsd.models import ip_adapter
 from jaxsd.prompt import blocks, conditioning
 from jaxsd.run import image_conditioning, image_prompts
 from jaxsd.run.image_conditioning import InitImage
-from jaxsd.run.request import Request
+from jaxsd.run.request import Request, suit
 from jaxsd.run.steps import Steps, chunk, over_rows
 from jaxsd.run.text_conditioning import (
     adapters_of,
@@ -219,6 +219,13 @@ def _timesteps(calls, count):
     return found
 
 
+def _few_steps(config, request):
+    """Whether a guidance of 1 leaves the negative prompt's picture out. Where that is usual it has
+    programs of its own and costs half; elsewhere it shares those of guided pictures."""
+    return (request.sampler in ('lcm', 'tcd') or _of_diffusers(request)
+            or suit({}, config)['guidance'] == 1)
+
+
 def _guidance(config, requests, parsed, sigmas, rows):
     """The batch's Guidance of [calls,B]."""
     for r in requests:
@@ -229,7 +236,7 @@ def _guidance(config, requests, parsed, sigmas, rows):
                              f'{r.sampler}, which chooses its own steps')
     return jax.tree.map(np.float32, stack([
         table(r.guidance, r.guidance_options, s, rows.sigma[:, i], p.weights,
-              config.unet.time_cond_proj_dim > 0, rows.unguided)
+              config.unet.time_cond_proj_dim > 0, rows.unguided, _few_steps(config, r))
         for i, (r, p, s) in enumerate(zip(requests, parsed, sigmas))]))
 
 

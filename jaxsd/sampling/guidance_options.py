@@ -22,14 +22,15 @@ ALONE = ('freeu', 'interval', 'interval_sigma')
 
 def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np.ndarray,
           levels: np.ndarray, prompts: Sequence[float] = (1.0,), embedded: bool = False,
-          unguided: bool = False) -> Guidance:
+          unguided: bool = False, alone: bool = True) -> Guidance:
     """One image's guidance -> Guidance of [calls]; what `options` does not name stays None.
 
     scale: a number or one per step; options: from `check`; sigmas [steps + 1]; levels [calls]: the
     noise level of each row, 0 where it calls no model; prompts: the weights of several prompts. A
     value per step holds for all calls of the step (`steps_of`). embedded: the network takes the
-    scale as an input, and sees the prompt alone; so it does where the scale is 1, unless the
-    sampler wants the `unguided` output. Raises ValueError for kinds that embedded leaves no room.
+    scale as an input, and sees the prompt alone; so it does where the scale is 1 and it may be
+    `alone`, unless the sampler wants the `unguided` output. Raises ValueError for kinds that
+    embedded leaves no room.
     """
     levels, steps = np.asarray(levels), len(sigmas) - 1
     step = steps_of(sigmas, levels)
@@ -74,7 +75,8 @@ def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np
             raise ValueError(f'{others[0]}: expected none with this model, which takes the '
                              'guidance scale as an input and sees no negative prompt')
         found['embedded'] = scale
-    return Guidance(None if embedded or not others and (scale == 1).all() else scale, **found)
+    alone = alone and not others and bool((scale == 1).all())
+    return Guidance(None if embedded or alone else scale, **found)
 
 
 def steps_of(sigmas: np.ndarray, levels: np.ndarray) -> np.ndarray:

@@ -61,7 +61,7 @@ def test_what_needs_a_second_picture_is_refused(lcm, fields, named):
 def test_guidance_of_one_needs_no_second_picture(tiny_model):
     """And comes, beside others, to what it does alone."""
     model = tiny_model('sd1')
-    plain = Request(**TEXTS, guidance=1, steps=2, sampler='euler')
+    plain = Request(**TEXTS, guidance=1, steps=2, sampler='lcm')
 
     def parts(*requests):
         data = inputs(model, resolve(requests, model.config))
@@ -72,6 +72,10 @@ def test_guidance_of_one_needs_no_second_picture(tiny_model):
         return np.asarray(_latents(params, data, config, 64, 64))
 
     assert parts(plain)[0] == parts(plain.replace(guidance_options={'freeu': (1, 1, 1, 1)}))[0] == 1
+    assert parts(plain.replace(sampler='euler'))[0] == 2  # shares the programs of guided pictures
+    turbo = model.replace(config=model.config.replace(defaults={'guidance': 1.0}))
+    [request] = resolve([plain.replace(sampler='euler')], turbo.config)
+    assert inputs(turbo, [request]).steps.guidance.parts == 1
     others = [plain.replace(guidance=4), plain.replace(guidance_options={'rescale': 0.5}),
               plain.replace(sampler='euler_cfg_pp'), plain.replace(guidance=[1, 2])]
     assert [parts(other)[0] for other in others] == [2] * 4
