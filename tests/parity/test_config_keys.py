@@ -80,7 +80,7 @@ SHARED_REFUSED = {
 }
 SAME = {
     'UNet2DConditionModel': SHARED_SAME | {
-        'sample_size': [16, [16, 16]], 'layers_per_block': [2, [2, 2]],
+        'sample_size': [16, [16, 16]], 'layers_per_block': [2, [2, 2]], 'time_cond_proj_dim': [16],
         'mid_block_type': ['UNetMidBlock2D', None],
         'reverse_transformer_layers_per_block': [[1, 2], {
             'transformer_layers_per_block': [[2], 3],
@@ -137,7 +137,7 @@ REFUSED = {
         'resnet_skip_time_act': [True], 'resnet_out_scale_factor': [2.0],
         'time_embedding_type': ['fourier'], 'time_embedding_dim': [64],
         'time_embedding_act_fn': ['silu'], 'timestep_post_act': ['silu'],
-        'time_cond_proj_dim': [16], 'conv_in_kernel': [1], 'conv_out_kernel': [5],
+        'conv_in_kernel': [1], 'conv_out_kernel': [5],
         'attention_type': ['gated'], 'class_embeddings_concat': [True],
         'mid_block_only_cross_attention': [True], 'cross_attention_norm': ['layer_norm']},
     'ControlNetModel': SHARED_REFUSED | {'controlnet_conditioning_channel_order': ['bgr']},
@@ -252,6 +252,10 @@ def check_unet(module, cfg, rng):
     assert shapes.unet(cfg) == shapes_of(module)
     x, t, context = inputs(cfg, rng)
     ours, theirs = added(cfg, rng)
+    if cfg.time_cond_proj_dim:
+        ours['guidance'] = jnp.array([1.5, 8.0])
+        theirs['timestep_cond'] = torch.tensor(np.asarray(unet.guidance_embedding(
+            ours['guidance'], cfg.time_cond_proj_dim)))
     out = jit(unet.apply)(arrays(module), cfg, x, t, context, **ours)
     with torch.no_grad():
         close(out, module(nchw(x), torch.tensor(t), torch.tensor(context),
@@ -397,7 +401,7 @@ def test_other_schedulers_are_refused():
     assert len(others) > 25
     for name in others:
         with pytest.raises(ValueError, match='_class_name=.* is not implemented'):
-            jc._schedule({'_class_name': name})
+            jc.schedule_config({'_class_name': name})
 
 
 @pytest.mark.parametrize('name', filter(real, SCHEDULERS))
@@ -411,10 +415,10 @@ def test_what_a_scheduler_says_of_training(name):
         edm = name.removesuffix('Scheduler') in jc.EDM_SCHEDULERS
         if edm and value == 'sample':
             with pytest.raises(ValueError, match='sample'):
-                jc._schedule({'_class_name': name} | settings)
+                jc.schedule_config({'_class_name': name} | settings)
             continue
         theirs = cls(**settings)
-        ours = jc._schedule({'_class_name': name} | settings)
+        ours = jc.schedule_config({'_class_name': name} | settings)
         assert ours.prediction_type == theirs.config.prediction_type and ours.edm == edm
         if not edm:
             found = sampling.alphas_cumprod(ours)
@@ -451,7 +455,7 @@ def test_what_a_scheduler_may_not_say(name):
             continue
         for value in values if key in scheduler_keys(name) else ():
             with pytest.raises(ValueError) as error:
-                jc._schedule({'_class_name': name, key: value})
+                jc.schedule_config({'_class_name': name, key: value})
             assert '\n' not in str(error.value)
 
 
