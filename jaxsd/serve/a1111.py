@@ -350,6 +350,12 @@ def enlarged(body: Extras, image: Picture, limits: Limits,
     def by(field, name):
         one_of(field, name, ['None', 'Lanczos', 'Nearest', *networks])
         if name in networks:
+            area, step = width * height, networks[name].config.scale ** 2
+            while step > 1 and area < size[0] * size[1]:  # what it comes to before it is resized
+                area *= step
+            if area > 16 * limits.pixels:
+                raise ValueError(f'{field}={name}: comes to {area} pixels on its way to '
+                                 f'{size[0]}x{size[1]}: expected at most {16 * limits.pixels}')
             return to_size(networks[name], image, *size)
         return image if name == 'None' else enlarge(image, *size, name.lower())
 

@@ -11,7 +11,7 @@ import logging
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -326,9 +326,16 @@ def _own(params, name):
     return params
 
 
+def made_like(array: Any, compute: Callable[[], np.ndarray], lazy: bool) -> Any:
+    """What compute() gives, of an array's shape and dtype: where that lies, or lazily."""
+    if lazy:
+        return LazyArray(array.shape, array.dtype, compute)
+    return jax.device_put(compute(), _where(array))
+
+
 def _where(array):
     """A device for what is to go with an array; None where it follows what it is used with."""
-    return array.sharding if array.committed else None
+    return array.sharding if getattr(array, 'committed', False) else None
 
 
 def own_matrix(params: Params, name: str, module: Any = jnp) -> Any:
@@ -351,9 +358,7 @@ def _changed(tree, changes, at=''):
             change = sum(np.float32(weight) * delta.of(own) for weight, delta in changes[at])
             return (own + change).astype(tree.dtype)
 
-        if isinstance(tree, LazyArray):
-            return LazyArray(tree.shape, tree.dtype, compute)
-        return jax.device_put(compute(), _where(tree))
+        return made_like(tree, compute, isinstance(tree, LazyArray))
     found = dict(tree)
     for key in {name.removeprefix(at).lstrip('.').split('.')[0] for name in changes}:
         name = f'{at}.{key}' if at else key

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import numpy as np
 from flax import traverse_util
 
 from jaxsd.models.spec import spec
 from jaxsd.sampling.choice import check_number, one_of
 from jaxsd.weights import names
+from jaxsd.weights.adapters import made_like
 from jaxsd.weights.files import LazyArray
 from jaxsd.weights.model import Model
 
@@ -80,17 +80,16 @@ def merge_models(models: Sequence[Model], method: str = 'weighted_sum', weight: 
         block = _block(places[part][name].name, first) if part == 'unet' else 'BASE'
         w = np.float32(weights[block])
 
-        def compute(*given):
-            a, *rest = (np.ascontiguousarray(array, np.float32) for array in given)
+        def compute():
+            a, *rest = (np.ascontiguousarray(array, np.float32) for array in arrays)
             seen = a[..., :rest[0].shape[-2], :] if a.shape != rest[0].shape else a  # HWIO
             found = formula(w, seen, *rest)
             if seen is not a:
                 found = np.concatenate([found, a[..., seen.shape[-2]:, :]], -2)
             return found.astype(arrays[0].dtype)
 
-        if any(isinstance(array, LazyArray) for array in arrays):
-            return LazyArray(arrays[0].shape, arrays[0].dtype, lambda: compute(*arrays))
-        return jax.device_put(compute(*arrays), _sharding(arrays[0]))
+        lazy = any(isinstance(array, LazyArray) for array in arrays)
+        return made_like(arrays[0], compute, lazy)
 
     params = {}
     for part in first.params:
@@ -157,7 +156,3 @@ def _same_kind(first, other, letter):
 
 def _but_input(table):
     return {name: shape for name, shape in table['unet'].items() if name != 'conv_in.weight'}
-
-
-def _sharding(array):
-    return array.sharding if getattr(array, 'committed', False) else None

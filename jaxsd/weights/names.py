@@ -119,7 +119,7 @@ def is_extra(name: str, config: ModelConfig | Checked) -> bool:
               if getattr(config, part, None)]
     if isinstance(config, VisionConfig) and re.match(
             r'text_(model|projection)\.|logit_scale$', name):
-        return True  # of both sides of CLIP in one file
+        return True  # of both towers of CLIP in one file
     if name.startswith('depth_model.') and not getattr(config, 'depth_estimator', None):
         return True
     last = re.fullmatch(r'cond_stage_model\.(?:model|transformer)\.(?:transformer\.resblocks'

@@ -375,6 +375,8 @@ def test_upscalers(client, model, files):
     url = f'{client.baseurl}/extra-single-image'
     for body, said in ((dict(upscaler_1='sharper'), "unknown upscaler_1 'sharper': did you mean"),
                        (dict(gfpgan_visibility=1.0), 'gfpgan_visibility'),
+                       (dict(upscaling_resize=3.5, upscaler_1='sharp', image=sent(
+                           image.resize((1100, 1000)))), 'comes to 17600000 pixels on its way'),
                        (dict(upscaling_resize=16, upscaler_1='sharp', image=sent(
                            image.resize((1500, 1000)))), 'expected at most 16777216')):
         answer = client.session.post(url, json={'image': sent(image)} | body)
