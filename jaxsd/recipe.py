@@ -42,6 +42,9 @@ FIELDS = {
               'jaxsd.Hires'),
     'aspect': (str, 'SDXL: 16:9 and the like, instead of width and height'),
     'dtype': ('auto', 'float32, bfloat16 or float16; auto: float32 on CPU, else bfloat16'),
+    'quantize': (str, 'int8, float8_e4m3fn, q8_0, q4_0 and others: how weights are kept, for less '
+                 'memory; they compute in dtype, see docs/memory.md'),
+    'offload': (False, 'text encoders and VAE stay on the host but for their use'),
     'prediction': (str, 'epsilon or v_prediction, whatever the file says'),
     'base': (str, 'a model whose VAE or text encoders serve where a file has none'),
     'ema': (False, 'the averaged weights of a file that holds both'),
@@ -107,7 +110,8 @@ def load(config: ConfigDict, checkpoint: str | None = None, device: Device | Non
     if dtype == 'auto':
         dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     model = jaxsd.load(source, dtype=dtype, prediction_type=config.prediction, device=device,
-                       ema=config.ema, base=config.base, strays=strays)
+                       ema=config.ema, base=config.base, strays=strays,
+                       quantize=config.quantize, offload=config.offload)
     return model, model_name(source), dtype
 
 

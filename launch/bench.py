@@ -11,6 +11,10 @@ the emoji model, the same number of model calls.
 made and written as launch.batch does it, against diffusers' pipeline, which makes those of one
 sampler and number of steps together.
 
+`python -m launch.bench --parts=quantized`: the emoji model with its weights kept in each kind of
+--config.quantize: their megabytes, those of the denoise loop beside them, seconds for 16 pictures,
+and how far these are from those of the file's weights, the root mean square of 255.
+
 `python -m launch.bench --parts=train_lora,train_full --pixels=256`: steps of fine-tuning a U-Net, a
 LoRA of rank 16 with AdamW, or all of it with SGD (AdamW's state of both sides would not fit beside
 it), against PEFT and diffusers.
@@ -34,7 +38,7 @@ def define_flags():
     define_plugin_flag()
     flags.DEFINE_string('version', 'sd15', 'A released version, see jaxsd.versions().')
     flags.DEFINE_list('parts', ['text', 'unet', 'vae'], 'What to time: text, unet, vae, mixed, '
-                      'requests, train_lora, train_full.')
+                      'requests, quantized, train_lora, train_full.')
     flags.DEFINE_integer('pixels', 256, 'Height and width of the pictures that are trained on.',
                          lower_bound=64)
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Of both sides.')
@@ -180,6 +184,45 @@ def measure_mixed(count=16, steps=12):
 
     row, _ = alternate({'mixed': pictures(names[:count]), 'one': pictures(['dpmpp_2m'] * count)})
     return {**row, 'ratio': row['mixed'] / row['one']}
+
+
+def measure_quantized():
+    """A row of results for each way to keep the weights."""
+    import jax
+    import numpy as np
+
+    import jaxsd
+    from configs import emoji
+    from jaxsd.models import quantized
+    from jaxsd.run.programs import PROGRAMS
+    subjects = ['red apple', 'alien', 'rocket', 'rooster', 'musical note', 'red heart',
+                'tangerine', 'man student']
+    asked = [jaxsd.Request(subjects[i % 8], seed=i, steps=20, guidance=4) for i in range(16)]
+
+    def loaded(name):
+        if name == 'bfloat16':
+            return jaxsd.load(emoji.CHECKPOINT, 'bfloat16')
+        return jaxsd.load(emoji.CHECKPOINT, quantize=None if name == 'float32' else name)
+
+    models = {name: loaded(name) for name in ('float32', 'bfloat16', *quantized.KINDS)}
+    loops = {}
+
+    def pictures(name):
+        def draw():
+            made = jaxsd.generate(models[name], asked)
+            if name not in loops:
+                loops[name] = [entry.program.call for entry in PROGRAMS._kept.values()
+                               if entry.program.function.func.__name__ == '_advance'][-1]
+            return made.astype(np.float32)
+        return draw
+
+    times, first = alternate({name: pictures(name) for name in models})
+    return {name: {
+        'MB': sum(a.nbytes for a in jax.tree.leaves(model.params)) / 1e6,
+        'loop MB': loops[name].memory_analysis().temp_size_in_bytes / 1e6,
+        'seconds': times[name],
+        'distance': float(np.sqrt(np.square(first[name] - first['float32']).mean()))}
+        for name, model in models.items()}
 
 
 DIFFUSERS = {  # the same samplers on the same noise levels
@@ -376,7 +419,7 @@ def run():
         raise ValueError(f'--version={FLAGS.version}: expected one of {jaxsd.versions()}')
     config = jaxsd.read_config(FLAGS.version)
     found = cases(config, FLAGS.batch)
-    known = [*found, 'mixed', 'requests', 'train_lora', 'train_full']
+    known = [*found, 'mixed', 'requests', 'quantized', 'train_lora', 'train_full']
     if unknown := set(FLAGS.parts) - set(known):
         raise ValueError(f'--parts={",".join(sorted(unknown))}: expected some of {known}')
     print(f'{FLAGS.version}, {FLAGS.dtype}, batch {FLAGS.batch} (mixed: emoji, float32, 16), '
@@ -385,6 +428,7 @@ def run():
     results = {}
     for part in FLAGS.parts:
         rows = (measure_requests() if part == 'requests' else
+                measure_quantized() if part == 'quantized' else
                 {part: measure_mixed() if part == 'mixed' else
                  measure_training(part, config) if part.startswith('train_') else
                  measure(*found[part], config)})

@@ -67,6 +67,9 @@ def build(how, requests=None, devices=None, lone=False):
                             image_encoders=how.get('image_encoder', ()))
     tile = how['tile'] or None
     spread = how['weights'] == 'sharded' or how['weights'] == 'auto' and not _fits(model, refiner)
+    if spread and how.get('offload'):
+        raise ValueError('--weights=sharded spreads all weights over the devices: expected it, or '
+                         'where they do not fit on one, without --config.offload')
     engine = Engine(model, refiner, how['slots'], tile, devices, spread, lone=lone)
     identity = Identity(model, refiner, slots=engine.slots, tile=tile,
                         spread=len(engine.devices) if spread else None)
@@ -79,6 +82,7 @@ def build(how, requests=None, devices=None, lone=False):
 def _fits(*models):
     """Whether weights fill at most three quarters of a device; where none says its size, yes."""
     import jax
-    needed = sum(a.nbytes for model in models if model for a in jax.tree.leaves(model.params))
+    needed = sum(a.nbytes for model in models if model for a in jax.tree.leaves(model.params)
+                 if isinstance(a, jax.Array))
     room = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
     return needed <= 0.75 * room

@@ -26,7 +26,7 @@ CONFIGS = ROOT / 'configs'
 
 FLAGS = flags.FLAGS
 # What a picture's record holds beside its request, under the names of the recipe and the flags.
-RECIPE = ('checkpoint', 'base', 'ema', 'dtype', 'prediction', 'tile')
+RECIPE = ('checkpoint', 'base', 'ema', 'dtype', 'quantize', 'offload', 'prediction', 'tile')
 GIVEN = ('vae', 'refiner', 'control', 'lora', 'embeddings', 'upscalers', 'ip_adapter',
          'image_encoder', 'strays')
 OF_RECIPE = 'Of the recipe'  # so the help of its fields begins

@@ -10,17 +10,20 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
+from jaxsd.models.quantized import kernel
 from jaxsd.typing import Params
 
 
 def linear(p: Params, x: Array) -> Array:
-    """x [..., I] -> [..., O]; p: weight [I,O] and maybe bias [O]."""
-    y = adapted(p, x, x @ p['weight'], jnp.matmul)
+    """x [..., I] -> [..., O]; p: weight [I,O], or a quantized one, and maybe bias [O]."""
+    w = kernel(p, x)
+    y = adapted(p, x, x @ w.reshape(w.shape[-2:]), jnp.matmul)
     return y + p['bias'] if 'bias' in p else y
 
 
 def conv(p: Params, x: Array, stride: int = 1, padding: int | tuple[int, int] = 1) -> Array:
-    """x [B,H,W,I] -> [B,H/stride,W/stride,O]; p: weight [K,K,I,O] and maybe bias [O].
+    """x [B,H,W,I] -> [B,H/stride,W/stride,O]; p: weight [K,K,I,O], or a
+    quantized one, and maybe bias [O].
 
     padding: pixels on each side, or a pair (before, after) for both axes. On CPU, wide 3x3
     convolutions of few pixels are one matmul over the nine shifted pictures: 1.5 times (16x16) to
@@ -33,7 +36,7 @@ def conv(p: Params, x: Array, stride: int = 1, padding: int | tuple[int, int] = 
     if 'tiles' in p and stride == padding == 1 and even and _few(x):
         y = _winograd(x, p['tiles'])
     else:
-        y = convolve(x, p['weight'])
+        y = convolve(x, kernel(p, x))
     return adapted(p, x, y, convolve) + p.get('bias', 0)
 
 
@@ -117,7 +120,7 @@ def pointwise(p: Params, x: Array) -> Array:
     def mix(x, w):
         return x @ w.reshape(w.shape[-2:])
 
-    return adapted(p, x, mix(x, p['weight']), mix) + p['bias']
+    return adapted(p, x, mix(x, kernel(p, x)), mix) + p['bias']
 
 
 def adapted(p: Params, x: Array, y: Array, apply: Callable[[Array, Array], Array]) -> Array:
@@ -272,7 +275,7 @@ def upsample(p: Params, x: Array, shape: tuple[int, ...] | None = None) -> Array
     if 'tiles' in p and (H, W) == whole and _few(small):
         y = _winograd(small, p['tiles'])
     else:
-        y = convolve(x, p['weight'])
+        y = convolve(x, kernel(p, x))
     return adapted(p, x, y, convolve) + p.get('bias', 0)
 
 

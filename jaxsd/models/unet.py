@@ -247,9 +247,10 @@ def _transformer(p, cfg, level, x, context, hook, place, again, crossed=None):
         n = layer_norm(block['norm1'], h)
         watch, cross = (None if hook is None else functools.partial(hook, f'{here}.{name}')
                         for name in ('attn1', 'attn2'))
-        keys = _keys(block['attn1'], context if crossed else n)
+        keys = _keys(block['attn1'], context if crossed else n, n.dtype)
         h = h + _attend(block['attn1'], heads, n, *keys, None if crossed else watch)
-        n, keys = layer_norm(block['norm2'], h), _keys(block['attn2'], context, f'{here}.attn2')
+        n = layer_norm(block['norm2'], h)
+        keys = _keys(block['attn2'], context, n.dtype, f'{here}.attn2')
         h = h + _attend(block['attn2'], heads, n, *keys, cross)
         n = linear(block['ff']['net']['0']['proj'], layer_norm(block['norm3'], h))
         value, gate = jnp.split(n, 2, -1)  # GEGLU (Shazeer 2020), exact gelu
@@ -263,13 +264,14 @@ def _transformer(p, cfg, level, x, context, hook, place, again, crossed=None):
     return x + pointwise(p['proj_out'], h.reshape(B, H, W, C))
 
 
-def _keys(p, context, place=None):
-    """Keys and values [B,S,C] from a context [B,S,D], or those of this place in its cache."""
+def _keys(p, context, dtype, place=None):
+    """Keys and values [B,S,C] from a context [B,S,D], in a dtype, or those of this place in its
+    cache."""
     if isinstance(context, dict):
         if place is not None:
             return context[place]
         context = context['']
-    context = context.astype(p['to_k']['weight'].dtype)
+    context = context.astype(dtype)
     return linear(p['to_k'], context), linear(p['to_v'], context)
 
 

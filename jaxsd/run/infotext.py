@@ -129,11 +129,11 @@ def _whole(low, high):
 
 
 RUN = {  # what `picture.record` is given beside the request, where it is given
-    **dict.fromkeys(('checkpoint', 'base', 'dtype', 'prediction', 'vae', 'refiner', 'model',
-                     'device', 'id'), _text),
+    **dict.fromkeys(('checkpoint', 'base', 'dtype', 'quantize', 'prediction', 'vae', 'refiner',
+                     'model', 'device', 'id'), _text),
     **dict.fromkeys(('control', 'lora', 'embeddings', 'upscalers', 'ip_adapter', 'image_encoder',
                      'plugin'), _several),
-    **dict.fromkeys(('ema', 'strays'), _flag),
+    **dict.fromkeys(('ema', 'offload', 'strays'), _flag),
     'slots': _whole(1, MOST),
     'tile': _whole(0, MAX_SIDE),
     'hint_size': lambda value: isinstance(value, list) and list(
@@ -142,7 +142,8 @@ RUN = {  # what `picture.record` is given beside the request, where it is given
     'plugins': lambda value: isinstance(value, dict) and all(
         ' ' in key and _text(code) for key, code in value.items()),
 }
-SURE = ('checkpoint', 'dtype', 'ema', 'tile', 'slots')  # of them, those that are never None
+# Of them, those that are never None.
+SURE = ('checkpoint', 'dtype', 'ema', 'offload', 'tile', 'slots')
 
 
 def _recorded(path, text):

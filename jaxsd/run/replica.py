@@ -23,7 +23,7 @@ from jaxsd.run.pipeline import Encoded
 from jaxsd.run.programs import PROGRAMS
 from jaxsd.run.steps import beside, chunk
 from jaxsd.weights import adapters
-from jaxsd.weights.model import IPAdapter, Model, Network
+from jaxsd.weights.model import IPAdapter, Model, Network, on_host
 
 TEXTS, KINDS = 8, 16  # encoded texts, and programs of kinds, that a replica keeps
 WORDS = ('tokens', 'ids', 'zero', 'skip', 'embeddings')  # fields of Inputs for encode_text alone
@@ -121,14 +121,18 @@ class StagePrograms:
 
         def traced(function, names, *arguments, **static):
             """-> the shapes of its results."""
-            arguments = [{name: params[name] for name in names if name in params}, *jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=replica.here),
-                arguments)]
+            def shapes(tree):
+                return jax.tree.map(lambda a: jax.ShapeDtypeStruct(
+                    np.shape(a), a.dtype, sharding=replica.here), tree)
+
+            given = {name: params[name] for name in names if name in params}
+            arguments = [{name: shapes(tree) if on_host(tree) else tree
+                          for name, tree in given.items()}, *shapes(arguments)]
             if replica.mesh:
                 static |= {'function': function, 'mesh': replica.mesh}
                 function = sharded.run
             program = PROGRAMS.get(function, *arguments, **static)
-            self.parts.append((program, arguments))
+            self.parts.append((program, [given, *arguments[1:]]))
             return program.result
 
         words, rest = _parts(data)
@@ -214,7 +218,9 @@ def placed(model: Model, device: jax.Device | Mesh) -> Model:
         if isinstance(device, Mesh):
             params = sharded.place(model.params, device)
         else:
-            params = jax.device_put(model.params, device)
+            away = {part for part, tree in model.params.items() if part != 'unet' and on_host(tree)}
+            params = {part: tree if part in away else jax.device_put(tree, device)
+                      for part, tree in model.params.items()}
             params = params | {'unet': _once(params['unet'])}
             nets = {name: _once(net) for name, net in nets.items()}
         pictures = {name: IPAdapter(net.config, jax.device_put(net.params, _here(device)))

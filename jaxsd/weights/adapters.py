@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsd.config import ModelConfig, read_config
+from jaxsd.models import quantized
 from jaxsd.models.spec import from_jax, spec
 from jaxsd.typing import Device, Params, Path
 from jaxsd.weights import adapter_formats, adapter_names, names
@@ -134,7 +135,8 @@ def load_adapter(path: Path, model: Model, device: 'Device | None' = None,
                 raise ValueError(printable(
                     f'{path}: the tensors of {layer} do not fit together ({error}): {sizes}; for '
                     f'a weight {list(shape)}; the file is damaged, download it again')) from None
-            _fits_dtype(path, layer, found[name], _own(model.params[component], name).dtype)
+            _fits_dtype(path, layer, found[name],
+                        quantized.compute_dtype(model.params[component]))
         if 'diff_b' in parts:
             found[f'{target}.bias'] = Delta(dense=parts['diff_b'].reshape(-1))
     embeddings = bundled(file, model.config)
@@ -160,6 +162,7 @@ def merge(model: Model,
     Embeddings in their files become the model's.
     """
     pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
+    quantized.refuse(model.params, 'merge')
     params = dict(model.params)
     for component in sorted({c for adapter, _ in pairs for c in adapter.deltas}):
         changes = {}
@@ -176,8 +179,8 @@ def factors(model: Model, chosen: Iterable[str]) -> dict[str, Any]:
 
     Ranks are padded, so that other adapters of like shapes make arrays of the same shapes.
     """
-    devices = {part: (leaf.dtype, _where(leaf)) for part, tree in model.params.items()
-               for leaf in jax.tree.leaves(tree)[:1]}
+    devices = {part: (quantized.compute_dtype(tree), _where(leaf)) for part, tree
+               in model.params.items() for leaf in jax.tree.leaves(tree)[:1]}
     return _factors(tuple(_named(model, name) for name in chosen), tuple(devices.items()))
 
 
@@ -205,7 +208,9 @@ def attach(params: Params, factors: Any, weights: jax.Array) -> Params:
         value = getattr(factors, name)
         if value is not None:  # [B,A] x [A,O] -> [B,O]
             mixed = jnp.matmul(weights, value, precision='highest')
-            path[name] = mixed.astype(params['weight'].dtype)
+            # A quantized layer has no weight, and nothing but a scale beside `up`.
+            like: Any = params.get('weight', factors.up)
+            path[name] = mixed.astype(like.dtype)
     return params | {'adapter': path}
 
 
@@ -341,7 +346,10 @@ def _where(array):
 def own_matrix(params: Params, name: str, module: Any = jnp) -> Any:
     """A component's weight by its dotted name -> [O,N] in torch's order, float32, an array of
     jax.numpy, traced ones too, or of numpy."""
-    weight = from_jax(name, module.asarray(_own(params, name), np.float32))
+    layer = _own(params, name.removesuffix('.weight'))
+    if 'weight' not in layer:
+        return module.asarray(quantized.matrix(layer))
+    weight = from_jax(name, module.asarray(layer['weight'], np.float32))
     return weight.reshape(len(weight), -1)
 
 

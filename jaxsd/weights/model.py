@@ -5,10 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.tree_util import GetAttrKey
 
 from jaxsd.config import ModelConfig
 from jaxsd.typing import Params
+
+
+def on_host(params: Params) -> bool:
+    """Whether arrays are numpy's: they stay on the host, and are moved to a device for each use."""
+    return all(isinstance(array, np.ndarray) for array in jax.tree.leaves(params))
 
 
 class _Tree:
@@ -88,7 +94,8 @@ class Model(_Tree):
     and ip_adapters, for jax.jit, jax.device_put, jax.tree.map and orbax; the rest is static.
 
     params: {component: nested dict of jax arrays}, in our axis order (models.spec.to_jax), keys
-        as in a diffusers folder: params['unet']['conv_in']['weight'].
+        as in a diffusers folder: params['unet']['conv_in']['weight']. Components of numpy arrays
+        but the U-Net stay on the host, see `load`'s offload.
     tokenizers: {'text_encoder' / 'text_encoder_2': prompt.tokenizer.Tokenizer}.
     extras: {name in a single file: numpy array} of what single files hold and the model does not
         use (schedule buffers, 2.x's last text layer ...), kept so that a round trip loses nothing.
@@ -119,7 +126,8 @@ class Model(_Tree):
         """A copy with another VAE, a Network that `jaxsd.load_vae` gave.
 
         What a file without a config.json cannot say (scaling_factor, shift_factor, force_upcast,
-        sample_size) stays this model's. Raises ValueError when its latents are not the model's.
+        sample_size) stays this model's, and so does whether it is kept on the host. Raises
+        ValueError when its latents are not the model's.
         """
         ours, other = self.config.vae, network.config
         for what, name in (('channels', 'latent_channels'), ('pixels', 'factor')):
@@ -129,5 +137,8 @@ class Model(_Tree):
                     f'have {getattr(ours, name)}; give a VAE made for the model')
         unsaid = {name: getattr(ours, name) for name, value in vars(other).items()
                   if value is None}
+        params = network.params
+        if on_host(self.params['vae']):
+            params = jax.tree.map(np.asarray, params)
         return self.replace(config=self.config.replace(vae=dataclasses.replace(other, **unsaid)),
-                            params=self.params | {'vae': network.params})
+                            params=self.params | {'vae': params})

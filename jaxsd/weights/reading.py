@@ -14,7 +14,7 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from jaxsd.config import TEXT_ENCODERS, VERSIONS, ModelConfig, UNetConfig, read_config
-from jaxsd.models import unet
+from jaxsd.models import quantized, unet
 from jaxsd.models.spec import spec, to_jax
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.typing import Device, Params, Path
@@ -40,7 +40,8 @@ CANDIDATES = ('sd15', 'sd15_inpainting', 'sd21', 'sd2_inpainting', 'sd2_depth', 
 
 def load(path: Path, dtype: DTypeLike | None = 'float32', config: ModelConfig | None = None,
          prediction_type: str | None = None, device: 'Device | None' = None, ema: bool = False,
-         base: Path | None = None, strays: bool = False, lazy: bool = False) -> Model:
+         base: Path | None = None, strays: bool = False, lazy: bool = False,
+         quantize: str | None = None, offload: bool = False) -> Model:
     """Read a model from a diffusers folder, a single file or the Hugging Face Hub.
 
     path: a folder, a file (.safetensors, or a pickle of torch.save: .ckpt, .pt ..., in which
@@ -57,11 +58,20 @@ def load(path: Path, dtype: DTypeLike | None = 'float32', config: ModelConfig | 
     strays: leave out tensors of a single file or folder that are not the model's, with a warning.
     lazy: leave the tensors in the files: leaves are `files.LazyArray`s, for `merge`,
         `merge_models` and `save`; what is not finite is then an error when it is written.
+    quantize: a kind of models.quantized.KINDS ('int8', 'float8_e4m3fn', 'q4_0' ...), in which the
+        weights of the U-Net's and the text encoders' blocks are kept; they compute in `dtype`.
+    offload: all but the U-Net stays on the host, as numpy arrays, and is moved to a device for each
+        text and each picture that it encodes or decodes.
     Raises ValueError that lists every missing, unexpected, mis-shaped and non-finite tensor;
     ValueError or FileNotFoundError of one line for files that cannot be read.
-    Memory: the weights in `dtype` and the largest tensor.
+    Memory: the weights in `dtype`, or as they are kept, and the largest tensor.
     """
     dtype = as_dtype(dtype)
+    quantized.check(quantize)
+    if quantize and (lazy or dtype is None):
+        raise ValueError(f'quantize={quantize!r}: expected a dtype to compute in, and no lazy=True')
+    if offload and lazy:
+        raise ValueError('offload and lazy: expected one of them')
     half = dtype is not None and dtype.itemsize == 2
     source = open_source(path, config, half, prediction_type, ema)
     tokenizers = {}
@@ -75,7 +85,7 @@ def load(path: Path, dtype: DTypeLike | None = 'float32', config: ModelConfig | 
         tokenizers = _tokenizers(other.path, other.config, absent)
     if strays:
         source.drop_strays()
-    params, extras = source.read(dtype, device, lazy)
+    params, extras = source.read(dtype, device, lazy, quantize, offload)
     if source.untold:
         source.settle(prediction(jax.tree.map(np.asarray, params['unet']), source.config.unet))
         log.info('%s: does not say what it predicts; by its output %s', path,
@@ -114,8 +124,9 @@ class Source:
         self.tensors, self.places, self.extras = tensors, places, extras
         self.untold, self.size = untold, size
 
-    def read(self, dtype: np.dtype | None, device: 'Device | None' = None,
-             lazy: bool = False) -> tuple[dict[str, Params], dict[str, np.ndarray]]:
+    def read(self, dtype: np.dtype | None, device: 'Device | None' = None, lazy: bool = False,
+             quantize: str | None = None, offload: bool = False
+             ) -> tuple[dict[str, Params], dict[str, np.ndarray]]:
         """-> params, extras. One pass over everything, then one error for all that is wrong."""
         problems = self.mismatches()
         if lazy:
@@ -131,7 +142,13 @@ class Source:
                     if problem:
                         problems.setdefault(problem, {})[place.name] = ''
                     if not problems:
-                        params[part][name] = jax.device_put(to_jax(name, cast), device)
+                        kept = quantized.quantize(part, name, cast, quantize) or {
+                            name: to_jax(name, cast)}
+                        if offload and part != 'unet':
+                            kept = {name: np.ascontiguousarray(a) for name, a in kept.items()}
+                        else:
+                            kept = jax.device_put(kept, device)
+                        params[part] |= kept
         self._complain(problems)
         return ({part: traverse_util.unflatten_dict(flat, sep='.')
                  for part, flat in params.items()},

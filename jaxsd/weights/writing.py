@@ -14,6 +14,7 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
+from jaxsd.models import quantized
 from jaxsd.models.spec import from_jax, spec
 from jaxsd.prompt.tokenizer import SPECIAL
 from jaxsd.typing import Path, Shapes
@@ -39,6 +40,7 @@ def save(model: Model, path: Path, layout: str = 'diffusers',
     if layout not in LAYOUTS:
         raise ValueError(f'layout {layout!r}: expected one of {LAYOUTS}')
     dtype = as_dtype(dtype)
+    quantized.refuse(model.params, 'save')
     shapes = spec(model.config)
     arrays = {part: traverse_util.flatten_dict(tree, sep='.')
               for part, tree in model.params.items()}
