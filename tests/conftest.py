@@ -1,5 +1,7 @@
 """Settings for CPU; tiny random models, and a browser with a gallery, shared by the tests."""
 
+import contextlib
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -7,6 +9,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 
 # The processes that the tests start are many: none of them compiles Python anew.
 os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
@@ -129,6 +132,20 @@ def write_tokenizer(folder, pad=END, length=16, words=WORDS):
         tokenizer_class='CLIPTokenizer', model_max_length=length, bos_token='<|startoftext|>',
         eos_token=END, unk_token=END, pad_token=pad)))
     return len(vocab)
+
+
+@contextlib.contextmanager
+def at_most(seconds):
+    """What is inside takes no more processor time than this, other threads' and other processes'
+    aside; nor does it pay for garbage that is looked for among what other tests made."""
+    gc.freeze()
+    start = time.thread_time()
+    try:
+        yield
+        took = time.thread_time() - start
+    finally:
+        gc.unfreeze()
+    assert took < seconds
 
 
 @pytest.fixture(scope='session')

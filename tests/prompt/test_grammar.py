@@ -3,10 +3,10 @@
 import gzip
 import json
 import pathlib
-import time
 import warnings
 
 import pytest
+from conftest import at_most
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -183,13 +183,9 @@ LONG = {
 def test_no_prompt_takes_long(text, weighting):
     """The bound is 20 times what one slow core was measured to take: Earley's algorithm, or one
     quadratic step in Python, takes longer."""
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
+    with at_most(6):
         assert grammar.write(grammar.parse(text)) == text
         grammar.plan(text, 20, weighting)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 6
 
 
 @pytest.mark.parametrize('piece', ['a', ' ', '(', '[|', ']', 'AND ', '<lora:a:1>', ':1'])
@@ -202,11 +198,9 @@ def test_a_prompt_has_a_greatest_length(piece, how):
 
 def test_a_long_prompt_changes_at_few_steps():
     grammar.plan('[a|b]' * 1000, 200)
-    start = time.perf_counter()
     for text in ('[a|b]' * 5000, ' AND '.join(['[a|b] [c|d]'] * 2000)):
-        with pytest.raises(ValueError, match='change at 10000 steps: expected a product of at mo'):
+        with at_most(5), pytest.raises(ValueError, match='change at 10000 steps: expected a'):
             grammar.plan(text, 10_000)
-    assert time.perf_counter() - start < 5
 
 
 def test_schedules_nest_to_a_limit():
