@@ -18,6 +18,7 @@ from jaxsd.config import ModelConfig
 from jaxsd.run import denoiser as network_denoiser
 from jaxsd.run import encode, encode_text, inputs, resolve
 from jaxsd.run.inputs import Inputs
+from jaxsd.run.pipeline import memory
 from jaxsd.run.request import Request
 from jaxsd.sampling.choice import choose
 from jaxsd.sampling.scan import lift
@@ -52,6 +53,9 @@ def problem(model: Model, requests: Sequence[Request]) -> Inputs:
              config.vae.latent_channels)
     noise = sampling.initial(sampling.keys([r.seed for r in requests]), shape)
     data = inputs(model, requests, np.asarray(noise))
+    if data.steps.guidance.easycache is not None:
+        raise ValueError('easycache: expected none: what the model says must not depend on what it '
+                         'said before')
     called = data.rows.sigma > 0
     if data.steps.text_index is not None or any(
             (leaf != leaf[:1])[called].any() for leaf in jax.tree.leaves(data.steps.guidance)):
@@ -71,10 +75,10 @@ def denoiser(params: Params, config: ModelConfig, data: Inputs) -> Denoise:
     guided = network_denoiser(params, config, encoded)
     step = jax.tree.map(lambda a: jnp.asarray(a)[0], data.steps)
 
-    def denoise(x, sigma, i=None, *memory):
-        if step.guidance.momentum and not memory:
-            return guided(x, sigma, step, jnp.zeros_like(x))[0]
-        return guided(x, sigma, step, *memory)
+    def denoise(x, sigma, i=None, *given):
+        if step.guidance.momentum and not given:
+            return guided(x, sigma, step, memory(x, step.guidance))[0]
+        return guided(x, sigma, step, *given)
 
     return denoise
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from jaxsd import sampling
 from jaxsd.lab.ode import denoiser, problem
 from jaxsd.run.inputs import Inputs
-from jaxsd.run.pipeline import once
+from jaxsd.run.pipeline import memory, once
 from jaxsd.run.request import Request
 from jaxsd.sampling.choice import call, choose
 from jaxsd.sampling.tables import NOISE
@@ -199,9 +199,8 @@ def _start(data, sigmas):
 
 @functools.partial(jax.jit, static_argnames=('config', 'info'))
 def _denoise_loop(params, data, rows, x, *, config, info=None):
-    memory = jnp.zeros_like(x) if data.steps.guidance.momentum else None
     return sampling.sample(denoiser(once(params), config, data), x, rows,
-                           lambda i: jnp.zeros_like(x), info, memory)
+                           lambda i: jnp.zeros_like(x), info, memory(x, data.steps.guidance))
 
 
 def _seen(call):

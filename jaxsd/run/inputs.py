@@ -229,6 +229,9 @@ def _few_steps(config, request):
 def _guidance(config, requests, parsed, sigmas, rows):
     """The batch's Guidance of [calls,B]."""
     for r in requests:
+        if sampling.free(rows) and 'easycache' in r.guidance_options:
+            raise ValueError(f'easycache: expected a sampler that does not choose its own steps, '
+                             f'found {r.sampler}')
         varied = [name for name, value in (('guidance', r.guidance), *r.guidance_options.items())
                   if name not in ('freeu', 'perp_neg') and isinstance(value, tuple)]
         if sampling.free(rows) and varied:

@@ -20,6 +20,7 @@ from jaxsd.prompt.conditioning import Conditioning
 from jaxsd.run import image_prompts
 from jaxsd.run.inputs import Inputs
 from jaxsd.run.steps import Steps
+from jaxsd.sampling.guidance import Guidance
 from jaxsd.typing import Params
 from jaxsd.weights import adapters
 
@@ -131,7 +132,13 @@ def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioni
 def start(x: Float[Array, 'B h w L'], steps: Steps) -> Any:
     """The state of the denoise loop before the first row -> sampling.State. x: as of `encode`;
     steps: as of `advance`."""
-    return sampling.init(x, steps.row, jnp.zeros_like(x) if steps.guidance.momentum else None)
+    return sampling.init(x, steps.row, memory(x, steps.guidance))
+
+
+def memory(x: Float[Array, 'B h w L'], guidance: Guidance) -> tuple | None:
+    """What `denoiser` remembers from call to call, before the first; None: nothing. x: latents."""
+    return (*([sampling.Reuse.of(x)] if guidance.easycache is not None else []),
+            *([jnp.zeros_like(x)] if guidance.momentum else [])) or None
 
 
 def advance(params: Params, config: ModelConfig, state: Any, encoded: Encoded, steps: Steps,
@@ -158,14 +165,14 @@ def advance(params: Params, config: ModelConfig, state: Any, encoded: Encoded, s
 
 def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[..., Any]:
     """-> denoise(x, sigma, step), guided, for `sampling.sample`: ([B,h,w,L] and the same without
-    guidance), step: one row of Steps. Where the guidance has momentum, denoise(x, sigma, step,
-    memory) -> (those, memory).
+    guidance), step: one row of Steps. Where there is something to remember, see `memory`,
+    denoise(x, sigma, step, memory) -> (those, memory).
 
     params['controlnet']: {name: params} of the networks in config.controlnets.
     """
     params, schedule = _with_adapters(params, encoded.adapters), config.schedule
 
-    def denoise(x, sigma, step, *memory):
+    def denoise(x, sigma, step, memory=None):
         guidance = step.guidance
         parts = guidance.parts - (guidance.pag is not None)
         perturbed = [1] if guidance.pag is not None else []  # follows what the prompt's does
@@ -178,12 +185,17 @@ def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[
         guided = sampling.guided(
             model(every, guidance.pag, guidance.sag), guidance,
             schedule.prediction_type, model([0]), schedule.sigma_data if schedule.edm else None)
+        if guidance.easycache is not None:
+            guided = sampling.easycache(guided, guidance.easycache, step.row.sigma <= 0)
         if encoded.mask is not None:
             mask = encoded.mask
             if step.strength is not None:
                 mask = jnp.where(_each(encoded.differential), mask >= _each(step.strength), mask)
             guided = sampling.inpainted(guided, encoded.init_latents, lambda i: mask)
-        return guided(x, sigma, None, *memory)
+        if memory is None:
+            return guided(x, sigma, None)
+        out, *memory = guided(x, sigma, None, *memory)
+        return out, tuple(memory)
 
     return denoise
 

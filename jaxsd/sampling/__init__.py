@@ -1,6 +1,6 @@
 """Samplers as data: `schedule` gives noise levels, `plan` a table, `sample` runs any table."""
 
-from .denoise import denoiser, guided, inpainted, pair, timestep
+from .denoise import Reuse, denoiser, easycache, guided, inpainted, pair, timestep
 from .levels import alphas_cumprod, betas, model_sigmas, sigma_to_t, t_to_sigma
 from .noise import draw, fresh, initial, keys, of_row
 from .noise_schedule import (
@@ -33,10 +33,11 @@ from .sources import randn
 from .tables import HISTORY, NOISE, Custom, Row, Rows, mix, pairs, row, slope
 
 __all__ = [
-    'CONVENTIONS', 'Call', 'Custom', 'DISCARD_PENULTIMATE', 'HISTORY', 'NOISE', 'Row', 'Rows',
-    'SAMPLERS', 'SCHEDULES', 'State', 'advance', 'alphas_cumprod', 'betas', 'bucket', 'called_at',
-    'calls', 'denoiser', 'draw', 'free', 'fresh', 'going', 'guided', 'idle', 'init', 'initial',
-    'inpainted', 'keys', 'known_schedule', 'log_probability', 'mix', 'model_sigmas', 'of_row',
-    'pad', 'pair', 'pairs', 'plan', 'randn', 'row', 'sample', 'schedule', 'schedule_file',
-    'sigma_to_t', 'slope', 'stack', 'step', 't_to_sigma', 'timestep', 'write_schedule',
+    'CONVENTIONS', 'Call', 'Custom', 'DISCARD_PENULTIMATE', 'HISTORY', 'NOISE', 'Reuse', 'Row',
+    'Rows', 'SAMPLERS', 'SCHEDULES', 'State', 'advance', 'alphas_cumprod', 'betas', 'bucket',
+    'called_at', 'calls', 'denoiser', 'draw', 'easycache', 'free', 'fresh', 'going', 'guided',
+    'idle', 'init', 'initial', 'inpainted', 'keys', 'known_schedule', 'log_probability', 'mix',
+    'model_sigmas', 'of_row', 'pad', 'pair', 'pairs', 'plan', 'randn', 'row', 'sample',
+    'schedule', 'schedule_file', 'sigma_to_t', 'slope', 'stack', 'step', 't_to_sigma',
+    'timestep', 'write_schedule',
 ]

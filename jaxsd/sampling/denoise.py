@@ -1,7 +1,7 @@
 """From a network's raw prediction to `denoise(x, sigma, i)`, and guidance around it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +122,62 @@ def guided(denoise: Denoise, guidance: Guidance | ArrayLike, prediction_type: st
         return (result, uncond) if memory is None else ((result, uncond), memory)
 
     return guide
+
+
+class Reuse(NamedTuple):
+    """What `easycache` remembers of each image."""
+
+    x: Array  # [B,...]: what the model was asked for at the row before, of unit scale
+    noise: Array  # [B,...]: what it said at its last call, and without guidance
+    uncond: Array
+    rate: Array  # [B]: how much that changes where x changes by so much
+    estimate: Array  # [B]: how much it has changed since, of its size
+    calls: Array  # [B]: of the model, up to 2
+
+    @classmethod
+    def of(cls, x: Array) -> 'Reuse':
+        """Before the first row."""
+        nothing, zero = jnp.zeros_like(x), jnp.zeros(len(x), x.dtype)
+        return cls(nothing, nothing, nothing, zero, zero, zero)
+
+
+def easycache(denoise: Denoise, threshold: Array, idle: Array) -> Denoise:
+    """A denoiser that gives the noise of its last call again where little would have changed.
+
+    EasyCache (https://arxiv.org/abs/2507.02860, eq. 5 to 7), as ComfyUI estimates: how much the
+    predicted noise changes is taken to be how much x does, times the ratio of both at the last
+    call; while these estimates add up to less than threshold [B], of the noise's size, the model is
+    not called. It is called for all if for one; idle [B]: who does not count. The noise itself is
+    given again: on the emoji model that was nearer than x plus a difference, as the paper has it
+    for models of flows, than the picture, and than going on along the last change.
+    -> denoise(x, sigma, i, reuse, *memory) -> ((denoised, uncond), reuse, *memory).
+    """
+    def size(a):
+        return jnp.abs(a).mean(tuple(range(1, a.ndim)))
+
+    def cached(x, sigma, i, last, *memory):
+        sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
+        level = spread(sigma, x.ndim)
+        seen = x / jnp.hypot(1, level)
+        change = size(seen - last.x)
+        estimate = last.estimate + last.rate * change / jnp.maximum(size(last.noise), 1e-12)
+        reuse = (last.calls >= 2) & (estimate < threshold)
+        again = x - level * last.noise, x - level * last.uncond
+
+        def call():
+            out = denoise(x, sigma, i, *memory)
+            out, *after = out if memory else (out,)
+            return out if isinstance(out, tuple) else (out, out), tuple(after)
+
+        out, after = lax.cond(jnp.all(reuse | idle), lambda: (again, memory), call)
+        out = jax.tree.map(lambda old, new: jnp.where(spread(reuse, x.ndim), old, new), again, out)
+        noise, uncond = ((x - a) / level for a in out)
+        rate = size(noise - last.noise) / jnp.maximum(change, 1e-12)
+        return (out, Reuse(seen, noise, uncond, jnp.where(reuse, last.rate, rate),
+                           jnp.where(reuse, estimate, 0), jnp.minimum(last.calls + ~reuse, 2)),
+                *after)
+
+    return cached
 
 
 def inpainted(denoise: Denoise, picture: Array, free: Callable[[Any], Array]) -> Denoise:

@@ -59,6 +59,7 @@ class Guidance(NamedTuple):
     prompts: tuple | None = None  # a weight for each of several prompts, see `compose`
     function: Custom | None = None  # of one's own, see `jaxsd.guidance`; its field `on`, 0: off
     embedded: Any = None  # a scale that the network takes as an input, for `unet.apply`
+    easycache: Any = None  # the threshold of `denoise.easycache`; 0: off
 
     @property
     def parts(self) -> int:

@@ -12,12 +12,13 @@ from .tables import Custom
 
 # Every kind at the value that changes nothing.
 OFF = Guidance(1.0, 0.0, Threshold(1.0, 1.0, 0.0), ZeroStar(0.0, 0.0),
-               Projection(1.0, np.inf, 0.0, 1.0), (), 0.0, 0.0, (1.0, 1.0, 1.0, 1.0), (1.0,))
+               Projection(1.0, np.inf, 0.0, 1.0), (), 0.0, 0.0, (1.0, 1.0, 1.0, 1.0), (1.0,),
+               easycache=0.0)
 
 
 # Kinds that need no picture without the prompt, and those that a network which takes the scale as
 # an input leaves possible.
-ALONE = ('freeu', 'interval', 'interval_sigma')
+ALONE = ('freeu', 'interval', 'interval_sigma', 'easycache')
 
 
 def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np.ndarray,
@@ -62,6 +63,11 @@ def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np
         found['perp_neg'] = tuple(rows(weight) for _, weight in options['perp_neg'])
     if 'freeu' in options:
         found['freeu'] = tuple(map(rows, options['freeu']))
+    if 'easycache' in options:
+        cache = options['easycache']
+        before = step / max(steps, 1)
+        found['easycache'] = np.where((before >= cache['start']) & (before < cache['end']),
+                                  cache['threshold'], 0)
     for name in FUNCTIONS.keys() & options.keys():
         found['function'] = Custom(FUNCTIONS[name], {
             **{option: rows(value) for option, value in options[name].items()},
@@ -129,6 +135,8 @@ def check(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
         perp_neg        ((text, weight), ...)
         pag, sag        scale
         freeu           (b1, b2, s1, s2) (https://arxiv.org/abs/2309.11497)
+        easycache       {threshold (0.1), start (0.15), end (0.95)}, fractions of the steps: fewer
+                        model calls (https://arxiv.org/abs/2507.02860)
         and one of `jaxsd.guidance`, {option: number}
     Raises ValueError for an unknown name and for values that are out of range.
     """
@@ -204,4 +212,6 @@ CHECKS = {
     'pag': _scale(),
     'sag': _scale(),
     'freeu': _several(4, 0, np.inf, rising=False),
+    'easycache': fields(varies=False, threshold=(0.1, 0, np.inf), start=(0.15, 0, 1),
+                        end=(0.95, 0, 1)),
 }

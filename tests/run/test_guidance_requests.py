@@ -17,11 +17,13 @@ KINDS = {
     'rescale': 0.7, 'threshold': {'mimic': 2.0}, 'cfg_zero_star': {},
     'apg': {'norm': 5.0, 'momentum': -0.3}, 'perp_neg': (('dog', 1.0), ('a red', 0.5)),
     'pag': 3.0, 'sag': 0.75, 'freeu': (1.3, 1.4, 0.9, 0.2),
+    'easycache': {'threshold': 0.5, 'start': 0},
 }
 OTHER = {
     'rescale': (0.1, 0.2, 0.3), 'threshold': {'percentile': 0.9},
     'cfg_zero_star': {'init_steps': 0}, 'apg': {'eta': 0.5}, 'pag': 1.0, 'sag': 0.1,
     'perp_neg': (('apple', 2.0), ('', 1.0)), 'freeu': (1.1, 1.2, 0.8, (0.5, 0.6, 0.7)),
+    'easycache': {'threshold': 0},
 }
 PLAIN = Request('cat', seed=1, steps=3)
 

@@ -144,3 +144,68 @@ def test_zero_terminal_snr_from_sigma_4096(sampler):
                           lambda i: x)
     assert abs(float(end.mean()) - 0.4) < 0.02
     assert abs(float(end.std()) / 0.2 - 1) < 0.03
+
+
+def easycache(denoise, x, sigmas, threshold):
+    """EasyCache by Euler's method in a plain loop -> the end, and in which steps it was called."""
+    last = noise = rate = None
+    estimate, called = 0.0, []
+    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+        seen = x / np.sqrt(1 + sigma**2)
+        change = None if last is None else np.abs(seen - last).mean()
+        if rate is not None:
+            estimate += rate * change / np.abs(noise).mean()
+        if rate is None or not estimate < threshold[i]:
+            fresh = (x - denoise(x, sigma)) / sigma
+            if noise is not None:
+                rate = np.abs(fresh - noise).mean() / change
+            noise, estimate = fresh, 0.0
+            called.append(i)
+        x, last = x + (after - sigma) * noise, seen
+    return x, called
+
+
+def test_easycache_is_that_of_the_paper_for_each_image_alone():
+    """Images of other thresholds in one batch, one of them without; rows in which all reuse call no
+    model."""
+    steps = 24
+    sigmas = sampling.schedule('karras', steps, CONFIG)
+    target = np.random.default_rng(0).normal(size=(4, 6, 2))
+    x = np.random.default_rng(1).normal(size=(4, 6, 2)) * sigmas[0]
+    threshold = np.zeros((steps, 4))
+    threshold[3:20] = [0, 0.05, 0.2, 0.2]
+
+    def bent(x, sigma, where):  # a denoiser whose noise changes on the way
+        return target[where] + np.sin(2 * target[where]) * sigma**0.5 + 0.1 * np.tanh(x)
+
+    expected, called = zip(*[easycache(lambda x, s, k=k: bent(x, s, k), x[k], sigmas,
+                                       threshold[:, k]) for k in range(4)])
+    assert [len(c) for c in called][0] == steps > len(called[1]) > len(called[2]) > 8
+
+    def run(which):
+        count = []
+
+        def denoise(x, sigma, i):
+            jax.debug.callback(lambda: count.append(1))
+            s = sigma[:, None, None]
+            return target[which] + np.sin(2 * target[which]) * s**0.5 + 0.1 * jnp.tanh(x)
+
+        def cached(x, sigma, i, memory):
+            limit = jnp.asarray(threshold)[i][np.array(which)]
+            out, memory = sampling.easycache(denoise, limit, sigma <= 0)(x, sigma, i, memory)
+            return out, memory
+
+        rows = sampling.plan('euler', sigmas, config=CONFIG)
+        start = jnp.asarray(x[which], jnp.float32)
+        found = sampling.sample(cached, start, rows, lambda i: jnp.zeros_like(start),
+                                memory=sampling.Reuse.of(start))
+        jax.effects_barrier()
+        return found, len(count)
+
+    found, count = run([0, 1, 2, 3])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert count == steps
+    for k in (1, 2):
+        alone, count = run([k])
+        np.testing.assert_allclose(alone[0], expected[k], rtol=1e-4, atol=1e-4)
+        assert count == len(called[k])
