@@ -443,18 +443,20 @@ class ModelConfig:
     @property
     def task(self) -> str:
         """What the U-Net sees beside the latents: '' (nothing), 'depth', 'inpainting' (a mask and
-        what is around it) or 'upscaler' (a small image).
+        what is around it), 'pix2pix' (an image to edit) or 'upscaler' (a small image).
 
         Raises ValueError for input channels that none of these has.
         """
         latents, image = self.vae.latent_channels, self.vae.in_channels
-        tasks = {0: '', 1: 'depth', 1 + latents: 'inpainting', image: 'upscaler'}
+        tasks = {0: '', 1: 'depth', 1 + latents: 'inpainting', latents: 'pix2pix'}
+        tasks |= {image: 'upscaler'} if self.low_res or image != latents else {}
         found = tasks.get(self.unet.in_channels - latents)
         if found is None or (found == 'upscaler') != (self.low_res is not None):
             raise ValueError(
                 f'a U-Net of {self.unet.in_channels} input channels for latents of {latents}: '
-                f'expected as many (text to image), one more (depth), {1 + latents} more '
-                f'(inpainting), or {image} more and a low_res_scheduler (upscaler)')
+                f'expected as many (text to image), one more (depth), {latents} more '
+                f'(instruct-pix2pix), {1 + latents} more (inpainting), or {image} more and a '
+                'low_res_scheduler (upscaler)')
         return found
 
     def check_fit(self) -> None:
@@ -672,7 +674,7 @@ BETAS_OF = {
 }
 EDM_SCHEDULERS = ('EDMEuler', 'EDMDPMSolverMultistep')
 _PIPELINE = re.compile(r'(StableDiffusion(XL)?|LatentConsistencyModel)(ControlNet|Adapter)?'
-                       r'(Img2Img|Inpaint|Depth2Img|Upscale)?Pipeline(Legacy)?')
+                       r'(Img2Img|Inpaint|Depth2Img|InstructPix2Pix|Upscale)?Pipeline(Legacy)?')
 
 
 # Settings that are taken apart before a config class checks them.

@@ -31,6 +31,8 @@ FIELDS = {
     'height': (int, 'the same'),
     'steps': (int, 'steps of the sampler, those that suit the model if left out, most often 25'),
     'guidance': (float, 'classifier-free guidance scale, 1 for none; the same, most often 7'),
+    'image_guidance': (float, 'instruct-pix2pix: the scale of the image, 1 for none; 1.5 if left '
+                       'out'),
     'sampler': (str, 'its name, see docs/samplers.md; the same, most often dpmpp_2m'),
     'schedule': (str, 'noise schedule: a name, a .json file, levels as 14.6,7.3,1,0, or '
                  'diffusers:PATH, a scheduler_config.json; the same, most often karras'),
@@ -87,7 +89,7 @@ def fields(config: ConfigDict, only: Collection[str] | None = None) -> dict[str,
         one_of('field of Request', name, Request.__dataclass_fields__)
     size = () if config.aspect else ('width', 'height')
     found = {name: config[name] for name in (
-        'sampler', 'schedule', 'steps', 'guidance', 'eta', 'aspect', *size)}
+        'sampler', 'schedule', 'steps', 'guidance', 'image_guidance', 'eta', 'aspect', *size)}
     found |= {name: options(config[name]) for name in (
         'sampler_options', 'schedule_options', 'guidance_options')}
     if config.hires:

@@ -121,6 +121,8 @@ def inputs(model: Model, requests: Sequence[Request], init_images: Sequence[Init
         found['low_res_scale'] = np.stack([np.sqrt(abar), np.sqrt(1 - abar)], 1).astype(np.float32)
         return found, None, None
 
+    if task == 'pix2pix' and any(c.image is None for c in init_images):
+        raise ValueError('image: expected one, the picture that this model edits')
     if any(c.image is not None for c in init_images):
         blank = np.zeros((height, width, 3), np.uint8)
         found['init_image'] = np.stack([blank if c.image is None else c.image for c in init_images])

@@ -264,6 +264,7 @@ EMPHASIS = {'Original': 'a1111'} | {theirs: ours for ours, theirs in picture.WEI
 FIELDS = {  # of A1111's keys that are fields of a Request: what they become
     'Steps': lambda v: {'steps': int(v)},
     'CFG scale': lambda v: {'guidance': float(v)},
+    'Image CFG scale': lambda v: {'image_guidance': float(v)},
     'Seed': lambda v: {'seed': int(v)},
     'Size': lambda v: dict(zip(('width', 'height'), map(int, v.split('x')), strict=True)),
     'Denoising strength': lambda v: {'strength': float(v)},
@@ -490,5 +491,9 @@ def fit(requests: Sequence[Request], config: ModelConfig) -> tuple[Sequence[Requ
         if request.schedule == 'ays' and config.text_encoder_2:
             request = request.replace(
                 schedule_options={**request.schedule_options, 'table': 'sdxl'})
+        if request.image_guidance is not None and config.task != 'pix2pix':
+            notes = [*notes, f'Image CFG scale: {request.image_guidance:g}: this model does not '
+                     'see the image']
+            request = request.replace(image_guidance=None)
         requests = [*requests[:i], request, *requests[i + 1:]]
     return requests, notes

@@ -232,14 +232,16 @@ def _guidance(config, requests, parsed, sigmas, rows):
         if sampling.free(rows) and 'easycache' in r.guidance_options:
             raise ValueError(f'easycache: expected a sampler that does not choose its own steps, '
                              f'found {r.sampler}')
-        varied = [name for name, value in (('guidance', r.guidance), *r.guidance_options.items())
+        varied = [name for name, value in (('guidance', r.guidance), (
+            'image_guidance', r.image_guidance), *r.guidance_options.items())
                   if name not in ('freeu', 'perp_neg') and isinstance(value, tuple)]
         if sampling.free(rows) and varied:
             raise ValueError(f'{varied[0]} over the steps: expected a constant with '
                              f'{r.sampler}, which chooses its own steps')
     return jax.tree.map(np.float32, stack([
         table(r.guidance, r.guidance_options, s, rows.sigma[:, i], p.weights,
-              config.unet.time_cond_proj_dim > 0, rows.unguided, _few_steps(config, r))
+              config.unet.time_cond_proj_dim > 0, rows.unguided, _few_steps(config, r),
+              r.image_guidance)
         for i, (r, p, s) in enumerate(zip(requests, parsed, sigmas))]))
 
 

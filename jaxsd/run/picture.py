@@ -52,6 +52,8 @@ def parameters(request: Request, model: str = '', vae: str = '', refiner: str = 
         'Sampler': A1111_SAMPLERS.get(request.sampler, request.sampler) or '',
         'Schedule type': '' if request.schedule is None else _schedule(request.schedule),
         'CFG scale': '' if request.guidance is None else _short(np.ravel(request.guidance)[0]),
+        'Image CFG scale': '' if request.image_guidance is None else _short(
+            np.ravel(request.image_guidance)[0]),
         'Seed': request.seed,
         'Size': f'{request.width}x{request.height}',
         'Model': model,

@@ -113,6 +113,8 @@ def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioni
     if inputs.init_image is not None:
         init = encode_image(params, config, vae.unit(inputs.init_image), tile)
         x = x + inputs.init_weight * init
+        if config.task == 'pix2pix':  # its unscaled latents; of CosXL Edit as the U-Net has them
+            extra = init if config.schedule.edm else vae.unscale(config.vae, init)
     elif inputs.init_latents is not None:
         x = x + inputs.init_weight * inputs.init_latents
     if (hidden := inputs.inpaint_mask) is not None:  # the mask, and the image around it
@@ -174,16 +176,18 @@ def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[
 
     def denoise(x, sigma, step, memory=None):
         guidance = step.guidance
-        parts = guidance.parts - (guidance.pag is not None)
         perturbed = [1] if guidance.pag is not None else []  # follows what the prompt's does
+        imageless = [0] if guidance.image is not None else []
+        parts = guidance.parts - len(perturbed) - len(imageless)
 
-        def model(which, pag=None, sag=None):
-            return sampling.denoiser(_network(params, config, encoded, step, which, pag, sag),
+        def model(which, **kinds):
+            return sampling.denoiser(_network(params, config, encoded, step, which, **kinds),
                                      schedule)
 
-        every = [1] if guidance.scale is None else [*range(parts), *perturbed]
+        every = [1] if guidance.scale is None else [*range(parts), *perturbed, *imageless]
         guided = sampling.guided(
-            model(every, guidance.pag, guidance.sag), guidance,
+            model(every, pag=parts if perturbed else None, sag=guidance.sag is not None,
+                  imageless=bool(imageless)), guidance,
             schedule.prediction_type, model([0]), schedule.sigma_data if schedule.edm else None)
         if guidance.easycache is not None:
             guided = sampling.easycache(guided, guidance.easycache, step.row.sigma <= 0)
@@ -200,9 +204,10 @@ def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[
     return denoise
 
 
-def _network(params, config, encoded, step, which, pag, sag):
+def _network(params, config, encoded, step, which, pag=None, sag=False, imageless=False):
     """The U-Net, net(x, t, i) for `sampling.denoiser`, of some parts of the guidance: pictures and
-    their parts are one axis, picture after picture. pag, sag: None, or so guided."""
+    their parts are one axis, picture after picture. pag: the perturbed one among them, or None;
+    sag: whether attention is watched; imageless: whether the last does not see the image."""
     which, parts = np.array(which), len(which)
     labels = jax.tree.map(lambda a: a[:, which].reshape(-1), encoded.labels)
     weights = jax.tree.map(lambda a: a[:, which], step.control or {})
@@ -226,11 +231,11 @@ def _network(params, config, encoded, step, which, pag, sag):
         def hook(place, heads, q, k, v):
             if place.endswith('attn2'):
                 return prompted(place, heads, q, k, v) if prompted else None
-            if sag is not None and place == SAG_PLACE:
+            if sag and place == SAG_PLACE:
                 received.append(attention_received(q, k, heads))
             if pag is not None and place.startswith(PAG_PLACES):  # the identity, not attention
-                last = (np.arange(len(q)) % parts == parts - 1)[:, None, None]
-                return jnp.where(last, v, attention(q, k, v, heads))
+                here = (np.arange(len(q)) % parts == pag)[:, None, None]
+                return jnp.where(here, v, attention(q, k, v, heads))
 
         freeu, scale = jax.tree.map(lambda a: beside(jnp.broadcast_to(a, len(x) // parts)),
                                     (step.guidance.freeu, step.guidance.embedded))
@@ -238,7 +243,10 @@ def _network(params, config, encoded, step, which, pag, sag):
             params.get('controlnet'), config.controlnets, weights, (x, t, plain),
             jax.tree.map(beside, encoded.hints), added, labels)
         if encoded.extra is not None:
-            x = jnp.concatenate([x, beside(encoded.extra)], -1)
+            seen = beside(encoded.extra)
+            if imageless:
+                seen = _each(np.arange(len(seen)) % parts < parts - 1) * seen
+            x = jnp.concatenate([x, seen], -1)
         out = unet.apply(params['unet'], config.unet, x, t, context, added, labels, hook=hook,
                          freeu=freeu, residuals=residuals, features=features, guidance=scale)
         return (out, *received) if received else out

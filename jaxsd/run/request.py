@@ -45,7 +45,9 @@ CUTS = ('comma', 'hard', 'word')
 PROMPTS = ('prompt', 'negative_prompt', 'prompt_2', 'negative_prompt_2')
 NOISES = ('threefry', 'torch', 'philox')
 # The scale that suits a version, as its recipe in configs/ has it; '': of all others.
-GUIDANCE = {'': 7.0, 'sdxl': 6.0, 'sdxl_refiner': 6.0, 'x4_upscaler': 9.0}
+GUIDANCE = {'': 7.0, 'sdxl': 6.0, 'sdxl_refiner': 6.0, 'x4_upscaler': 9.0, 'sd15_pix2pix': 7.5,
+            'sdxl_pix2pix': 3.0}
+IMAGE_GUIDANCE = 1.5  # that suits instruct-pix2pix, in diffusers and A1111 too
 USUAL = {'sampler': 'dpmpp_2m', 'schedule': 'karras', 'steps': 25}
 SUITED = ('sampler', 'schedule', 'steps', 'guidance', 'sampler_options', 'schedule_options')
 
@@ -209,13 +211,15 @@ class Request:
     # 'diffusers:PATH', a scheduler_config.json
     steps: int | None = None
     guidance: float | Sequence[float] | None = None  # classifier-free, or one a step; 1: none
+    # Of the image that an instruct-pix2pix model edits, or one a step; None: 1.5, 1: none.
+    image_guidance: float | Sequence[float] | None = None
     width: int | None = None  # pixels; None: the model's native size
     height: int | None = None
     force_size: bool = False  # take one so far from the native size that only noise can come of it
     aspect: str | None = None  # SDXL: 'W:H', the nearest size that it was trained on
     image: 'ImageLike | None' = None  # to start from, repaint, take the depth of, or enlarge
     strength: float | None = None  # 0: the image as it is; 1: all new. None: 1 with a mask or
-    # outpaint, 0.75 without
+    # outpaint and for models that see the image, 0.75 without
     resize: str = 'crop'  # how an image comes to the picture's size: crop, pad or stretch
     mask: 'ImageLike | None' = None  # its size; white is painted anew, black stays to the bit
     mask_mode: str = 'blend'  # gray of the mask: a mixture, or 'strength' (differential diffusion)
@@ -284,6 +288,9 @@ class Request:
         if self.guidance is not None:
             object.__setattr__(self, 'guidance',
                                per_step('guidance', self.guidance, steps, low=0))
+        if self.image_guidance is not None:
+            object.__setattr__(self, 'image_guidance', per_step(
+                'image_guidance', self.image_guidance, steps, low=0))
         object.__setattr__(self, 'guidance_options', check(self.guidance_options, steps))
         for name in ('eta', 'aesthetic', 'negative_aesthetic'):
             if name != 'eta' or self.eta is not None:
@@ -459,8 +466,9 @@ def resolve(requests: Sequence[Request], config: ModelConfig) -> list[Request]:
             own = {name: expand(getattr(hires, name), seed, request.wildcards)
                    for name in PROMPTS[:2] if getattr(hires, name) is not None}
             hires = dataclasses.replace(hires, **cast(dict[str, Any], own))
-        resolved.append(request.replace(seed=seed, strength=_strength(request, config),
-                                        hires=hires, **size, **prompts))
+        resolved.append(request.replace(
+            seed=seed, strength=_strength(request, config), hires=hires,
+            image_guidance=_image_guidance(request, config), **size, **prompts))
     return resolved
 
 
@@ -555,7 +563,17 @@ def _strength(request, config):
     if request.strength is not None:
         return request.strength
     started = request.image is not None and request.mask is None and request.outpaint is None
-    return 0.75 if started and not upscaler else 1.0
+    return 0.75 if started and config.task not in ('upscaler', 'pix2pix') else 1.0
+
+
+def _image_guidance(request, config):
+    """A request's image_guidance, or what stands for None; ValueError where it has no meaning."""
+    if config.task == 'pix2pix':
+        return IMAGE_GUIDANCE if request.image_guidance is None else request.image_guidance
+    if request.image_guidance is not None:
+        raise ValueError(f'image_guidance={request.image_guidance}: expected an instruct-pix2pix '
+                         'model, which sees the image that it edits; leave it out for this one')
+    return None
 
 
 def _size(request, config):

@@ -84,8 +84,8 @@ def guided(denoise: Denoise, guidance: Guidance | ArrayLike, prediction_type: st
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): uncond + g (cond - uncond).
 
     denoise: takes `parts` pictures per image in `pair`'s order: uncond, cond (or several, see
-    `compose`), then perp_neg's negatives and the perturbed one, where there are any; cond alone
-    where the scale is None. guidance: g,
+    `compose`), then perp_neg's negatives, the perturbed one, and uncond without the image that the
+    others have, where there are any; cond alone where the scale is None. guidance: g,
     [] or [B], or a Guidance, data. prediction_type, and sigma_data of an EDM
     model: of the network, for the kinds that act on its prediction.
     unguided: the denoiser of the unconditional pictures alone, for self-attention guidance;
@@ -105,6 +105,7 @@ def guided(denoise: Denoise, guidance: Guidance | ArrayLike, prediction_type: st
         out = out.reshape(-1, parts, *x.shape[1:])
         uncond, cond, *more = (out[:, k] for k in range(parts))
         row = jax.tree.map(lambda a: spread(jnp.asarray(a, out.dtype), x.ndim), guidance.at(i))
+        imageless = None if row.image is None else more.pop()
         perturbed = None if row.pag is None else more.pop()
         if row.prompts is not None:
             others = len(row.prompts) - 1
@@ -113,7 +114,7 @@ def guided(denoise: Denoise, guidance: Guidance | ArrayLike, prediction_type: st
         if row.rescale is not None or row.zero_star is not None:
             origin = zero_prediction(x, spread(sigma, x.ndim), prediction_type, sigma_data)
         result, memory = combine(row, uncond, cond, more, perturbed, origin, memory, x,
-                                 sigma)
+                                 sigma, imageless)
         if row.sag is not None:
             blurred = blur_where(uncond, received[0][::parts])
             again = unguided(x + blurred - uncond, sigma, i)

@@ -54,6 +54,7 @@ class Guidance(NamedTuple):
     apg: Projection | None = None
     perp_neg: tuple | None = None  # a weight for each further negative
     pag: Any = None  # scale of perturbed-attention guidance
+    image: Any = None  # scale of the image that the network sees, of instruct-pix2pix
     sag: Any = None  # scale of self-attention guidance
     freeu: tuple | None = None  # b1, b2, s1, s2: for `unet.apply`
     prompts: tuple | None = None  # a weight for each of several prompts, see `compose`
@@ -63,12 +64,12 @@ class Guidance(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """Pictures that the network sees per image: uncond, conds, negatives, perturbed; or the
-        prompt's alone."""
+        """Pictures that the network sees per image: uncond, conds, negatives, perturbed, uncond
+        without its image; or the prompt's alone."""
         if self.scale is None:
             return 1
         return (1 + len(self.prompts or (1,)) + len(self.perp_neg or ())
-                + (self.pag is not None))
+                + (self.pag is not None) + (self.image is not None))
 
     @property
     def momentum(self) -> bool:
@@ -82,12 +83,16 @@ class Guidance(NamedTuple):
 
 def combine(guidance: Guidance, uncond: Array, cond: Array, negatives: Sequence[Array],
             perturbed: Array | None, origin: Array | None, memory: Array | None = None,
-            x: Array | None = None, sigma: Array | None = None) -> tuple[Array, Array | None]:
+            x: Array | None = None, sigma: Array | None = None,
+            imageless: Array | None = None) -> tuple[Array, Array | None]:
     """Denoised pictures [B,...] -> the guided one, and memory.
 
     guidance: of one row, values [] or [B,1,...]. negatives: a list; perturbed: or None. origin: the
     picture that a prediction of zero means, or None where neither rescale nor zero_star is on. x,
-    sigma [B]: what the model saw, for a function of one's own.
+    sigma [B]: what the model saw, for a function of one's own. imageless: where the network sees an
+    image and uncond has it, uncond without: eq. 3 of https://arxiv.org/abs/2211.09800 is
+    imageless + s_I (uncond - imageless) + s_T (cond - uncond), guidance by the text and
+    (s_I - 1) (uncond - imageless).
     """
     g, target = guidance, uncond
     if g.zero_star is not None:
@@ -102,6 +107,8 @@ def combine(guidance: Guidance, uncond: Array, cond: Array, negatives: Sequence[
         out = target + scale * difference
         if g.function is not None:
             out = own(g.function, out, target + difference, target, scale, x, sigma)
+        if imageless is not None:
+            out = out + (g.image - 1) * (uncond - imageless)
         return out if perturbed is None else out + g.pag * (cond - perturbed)
 
     out = at(g.scale)

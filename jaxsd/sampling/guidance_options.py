@@ -12,7 +12,7 @@ from .tables import Custom
 
 # Every kind at the value that changes nothing.
 OFF = Guidance(1.0, 0.0, Threshold(1.0, 1.0, 0.0), ZeroStar(0.0, 0.0),
-               Projection(1.0, np.inf, 0.0, 1.0), (), 0.0, 0.0, (1.0, 1.0, 1.0, 1.0), (1.0,),
+               Projection(1.0, np.inf, 0.0, 1.0), (), 0.0, 1.0, 0.0, (1.0, 1.0, 1.0, 1.0), (1.0,),
                easycache=0.0)
 
 
@@ -23,15 +23,17 @@ ALONE = ('freeu', 'interval', 'interval_sigma', 'easycache')
 
 def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np.ndarray,
           levels: np.ndarray, prompts: Sequence[float] = (1.0,), embedded: bool = False,
-          unguided: bool = False, alone: bool = True) -> Guidance:
+          unguided: bool = False, alone: bool = True,
+          image: float | Sequence[float] | None = None) -> Guidance:
     """One image's guidance -> Guidance of [calls]; what `options` does not name stays None.
 
     scale: a number or one per step; options: from `check`; sigmas [steps + 1]; levels [calls]: the
     noise level of each row, 0 where it calls no model; prompts: the weights of several prompts. A
     value per step holds for all calls of the step (`steps_of`). embedded: the network takes the
     scale as an input, and sees the prompt alone; so it does where the scale is 1 and it may be
-    `alone`, unless the sampler wants the `unguided` output. Raises ValueError for kinds that
-    embedded leaves no room.
+    `alone`, unless the sampler wants the `unguided` output. image: a scale like the first, of the
+    image that the network sees, None where it sees none. Raises ValueError for kinds that embedded
+    leaves no room.
     """
     levels, steps = np.asarray(levels), len(sigmas) - 1
     step = steps_of(sigmas, levels)
@@ -48,6 +50,7 @@ def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np
         low, high = options['interval_sigma']
         on &= (low < levels) & (levels <= high)
     scale = np.where(on, scale, 1)
+    image = None if image is None else np.where(on, rows(image), 1)
     found = {name: rows(options[name]) for name in ('rescale', 'pag', 'sag') if name in options}
     if 'threshold' in options:
         found['threshold'] = Threshold(**jax.tree.map(
@@ -76,13 +79,17 @@ def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np
         found['prompts'] = tuple(map(rows, prompts))
     others = [name for name in options if name not in ALONE] + ['AND'] * ('prompts' in found) + [
         'a CFG++ sampler'] * unguided
+    if image is not None and (image != 1).any():
+        others.append('image_guidance')
     if embedded:
         if others:
             raise ValueError(f'{others[0]}: expected none with this model, which takes the '
                              'guidance scale as an input and sees no negative prompt')
         found['embedded'] = scale
     alone = alone and not others and bool((scale == 1).all())
-    return Guidance(None if embedded or alone else scale, **found)
+    if embedded or alone:
+        return Guidance(None, **found)
+    return Guidance(scale, image=image, **found)
 
 
 def steps_of(sigmas: np.ndarray, levels: np.ndarray) -> np.ndarray:

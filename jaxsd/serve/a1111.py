@@ -85,13 +85,14 @@ def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
              model: str | Sequence[str] = '', vae: str = '', refiner: str = '',
              read: Callable[..., np.ndarray] = images.read_bytes,
              controlnets: Mapping[str, Network] = MappingProxyType({}),
-             upscalers: Collection[str] = (), ip_adapters: Collection[str] = ()) -> list[Request]:
+             upscalers: Collection[str] = (), ip_adapters: Collection[str] = (),
+             edits: bool = False) -> list[Request]:
     """A Body -> its Requests, with seeds that count up.
 
     defaults: arguments of Request, for what the body leaves open. model, vae, refiner: the names
     of what is loaded; the model may have several. read: decodes pictures, as images.read_bytes
-    does. controlnets: those there are; upscalers, ip_adapters: their names. Raises ValueError for
-    what is wrong or too much.
+    does. controlnets: those there are; upscalers, ip_adapters: their names. edits: whether the
+    model is an instruct-pix2pix. Raises ValueError for what is wrong or too much.
     """
     given = {**defaults, 'prompt': body.prompt or '', 'negative_prompt': body.negative_prompt or ''}
     given |= {ours: getattr(body, theirs) for ours, theirs in (
@@ -111,6 +112,8 @@ def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
             raise ValueError(f'{name}={value}: expected at most {most}')
     if isinstance(body, Img2Img):
         given |= _pictures(body, limits, read)
+        if edits and body.image_cfg_scale is not None:  # clients send it always, as eta
+            given['image_guidance'] = body.image_cfg_scale
         given['schedule_options'] = {'convention': 'a1111', **(given.get('schedule_options') or {})}
     elif isinstance(body, Txt2Img) and body.enable_hr:
         given['hires'] = _hires(body, limits, (model,) if isinstance(model, str) else model,

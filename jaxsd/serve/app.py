@@ -110,7 +110,7 @@ class Service:
         """Load, and draw the first picture."""
         loaded = self._load(*chosen)
         engine = loaded.queue.engine
-        needs = engine.config.task in ('depth', 'upscaler')
+        needs = engine.config.task in ('depth', 'pix2pix', 'upscaler')
         image = np.full((64, 64, 3), 127, np.uint8) if needs else None
         try:
             [first] = engine.resolve([Request(**self.defaults, image=image)])
@@ -218,7 +218,7 @@ class Service:
             body, self.suited(loaded), settings.limits, (loaded.model, *self.current().aliases),
             loaded.vae, loaded.refiner, functools.partial(self.decode, images.read_bytes),
             queue.engine.nets[0].controlnets, queue.engine.nets[0].upscalers,
-            queue.engine.nets[0].ip_adapters))
+            queue.engine.nets[0].ip_adapters, queue.engine.config.task == 'pix2pix'))
         job.batch = body.batch_size or 1
         name = body.force_task_id
         if self.tasks.setdefault(job if name is None else name, job) is not job:

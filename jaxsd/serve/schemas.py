@@ -221,7 +221,7 @@ class Img2Img(Body):
     resize_mode: Annotated[int, Field(ge=0, le=2)] | None = 0
     denoising_strength: Annotated[float, Field(ge=0, le=1)] | None = None
     include_init_images: bool | None = False
-    image_cfg_scale: float | None = None  # of instruct-pix2pix
+    image_cfg_scale: Annotated[float, Field(ge=0)] | None = None  # of instruct-pix2pix
     initial_noise_multiplier: Annotated[float, Field(ge=1, le=1)] | None = None
     enable_hr: No | None = None
     latent_mask: None = None

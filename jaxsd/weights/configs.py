@@ -95,7 +95,7 @@ def _released(config, part):
 
 def _index(config, tokenizers):
     xl = config.unet.added_dim > 0
-    kind = {9: 'InpaintPipeline', 5: 'Depth2ImgPipeline'}.get(
+    kind = {9: 'InpaintPipeline', 8: 'InstructPix2PixPipeline', 5: 'Depth2ImgPipeline'}.get(
         config.unet.in_channels, 'UpscalePipeline' if config.low_res else
         'Img2ImgPipeline' if xl and config.aesthetic else 'Pipeline')
     index = {'_class_name': f'StableDiffusion{"XL" * xl}{kind}',

@@ -34,8 +34,8 @@ from jaxsd.weights.model import Model
 log = logging.getLogger('jaxsd')
 # What a single file can be. Its tensors are the same for sd14 and sd15, and for all of 2.x's
 # text-to-image models.
-CANDIDATES = ('sd15', 'sd15_inpainting', 'sd21', 'sd2_inpainting', 'sd2_depth', 'sdxl',
-              'sdxl_inpainting', 'sdxl_refiner', 'x4_upscaler')
+CANDIDATES = ('sd15', 'sd15_inpainting', 'sd15_pix2pix', 'sd21', 'sd2_inpainting', 'sd2_depth',
+              'sdxl', 'sdxl_inpainting', 'sdxl_pix2pix', 'sdxl_refiner', 'x4_upscaler')
 
 
 def load(path: Path, dtype: DTypeLike | None = 'float32', config: ModelConfig | None = None,

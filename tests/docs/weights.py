@@ -21,6 +21,7 @@ from jaxsd.weights import Network, save_network
 sys.path.append(str(ROOT / 'tests' / 'weights'))
 import adapter_files  # noqa: E402
 
+EDITS = 'timbrooks/instruct-pix2pix'
 HUB = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
 COMMIT = 'c0ffee' + 34 * '0'
 PARAMETERS = """a red apple
@@ -49,10 +50,13 @@ def write(folder):
     shutil.copy(single, files / 'other.safetensors')  # to merge with
     save_network(Network(model.config.vae, model.params['vae']), files / 'vae')
     jaxsd.save(random_model('sdxl', 'sdxl'), files / 'sdxl.safetensors', layout='single-file')
-    home = pathlib.Path(folder) / 'hub' / f'models--{HUB.replace("/", "--")}'
-    jaxsd.save(model, home / 'snapshots' / COMMIT)
-    (home / 'refs').mkdir()
-    (home / 'refs' / 'main').write_text(COMMIT)
+    eight = model.config.replace(unet=dataclasses.replace(model.config.unet, in_channels=8))
+    edits = model.replace(config=eight, params=spec.init(0, eight))
+    for name, some in ((HUB, model), (EDITS, edits)):
+        home = pathlib.Path(folder) / 'hub' / f'models--{name.replace("/", "--")}'
+        jaxsd.save(some, home / 'snapshots' / COMMIT)
+        (home / 'refs').mkdir()
+        (home / 'refs' / 'main').write_text(COMMIT)
 
     tensors, header = load_file(single), safe_open(single, 'np').metadata()
     save_file({name: array for name, array in tensors.items()

@@ -109,6 +109,15 @@ def test_pictures_and_masks():
         2, None, 'latent')
 
 
+def test_scale_of_the_image():
+    """Clients send it always: it counts where the model is an instruct-pix2pix."""
+    body = a1111.parse(schemas.Img2Img, json.dumps({'init_images': [png()],
+                                                    'image_cfg_scale': 1.2}).encode())
+    scales = [a1111.requests(body, DEFAULTS, LIMITS, edits=edits)[0].image_guidance
+              for edits in (False, True)]
+    assert scales == [None, 1.2]
+
+
 def test_what_a1111_takes_as_unset_or_by_another_name():
     first, second = read(seed=-2, styles=['', 'None'], n_iter=2)
     assert (first.seed, second.seed) == (2**64 - 2, 2**64 - 1)  # torch.manual_seed(-2)

@@ -32,7 +32,7 @@ FILES = {
 UNETS = {'sd1': 859_520_964, 'sd2': 865_910_724, 'sd15_inpainting': 859_535_364,
          'sd2_inpainting': 865_925_124, 'sd2_depth': 865_913_604, 'sdxl': 2_567_463_684,
          'sdxl_inpainting': 2_567_478_084, 'sdxl_refiner': 2_259_526_660,
-         'x4_upscaler': 473_398_020}
+         'x4_upscaler': 473_398_020, 'sd15_pix2pix': 859_532_484, 'sdxl_pix2pix': 2_567_475_204}
 TEXTS = {'sd1': (123_060_480, 0), 'sd2': (340_387_840, 0), 'sdxl': (123_060_480, 694_659_840),
          'sdxl_refiner': (0, 694_659_840), 'x4_upscaler': (340_387_840, 0)}
 
@@ -57,6 +57,19 @@ def test_single_file(name, tmp_path):
     assert len(source.extras) == extras
     places = {p.name for table in source.places.values() for p in table.values()}
     assert len(places) + extras + ema == len(SINGLE[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, version', [('sd15_with_ema', 'sd15_pix2pix'),
+                                           ('sdxl_base', 'sdxl_pix2pix')])
+def test_single_file_of_instruct_pix2pix(name, version, tmp_path):
+    """timbrooks/instruct-pix2pix and CosXL Edit: a release's tensors but for the input channels."""
+    shapes, first = dict(SINGLE[name]), 'model.diffusion_model.input_blocks.0.0.weight'
+    shapes[first] = [shapes[first][0], 8, 3, 3]
+    sparse_file(tmp_path / 'model.safetensors', shapes)
+    source = open_single(tmp_path / 'model.safetensors', None, False, None)
+    assert source.config == read_config(version) and source.config.version == version
+    assert source.mismatches() == {}
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ from jaxsd.config import VERSIONS, ScheduleConfig, read_config, versions
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.weights import write_config
 
-ALL = ('sd14', 'sd15', 'sd15_inpainting', 'sd20', 'sd20_base', 'sd21', 'sd21_base', 'sd2_depth',
-       'sd2_inpainting', 'sdxl', 'sdxl_inpainting', 'sdxl_refiner', 'x4_upscaler')
+ALL = ('sd14', 'sd15', 'sd15_inpainting', 'sd15_pix2pix', 'sd20', 'sd20_base', 'sd21', 'sd21_base',
+       'sd2_depth', 'sd2_inpainting', 'sdxl', 'sdxl_inpainting', 'sdxl_pix2pix', 'sdxl_refiner',
+       'x4_upscaler')
 
 
 def as_custom(config):
@@ -45,10 +46,12 @@ def test_facts_of_the_versions():
     v768 = {v for v in ALL if read_config(v).schedule.prediction_type == 'v_prediction'}
     assert v768 == {'sd20', 'sd21', 'x4_upscaler'}
     assert {v for v in ALL if read_config(v).aesthetic} == {'sdxl_refiner'}
-    assert {v for v in ALL if read_config(v).zero_negative} == {'sdxl', 'sdxl_inpainting'}
+    assert {v for v in ALL if read_config(v).zero_negative} == {
+        'sdxl', 'sdxl_inpainting', 'sdxl_pix2pix'}
     sizes = {v: read_config(v).unet.sample_size for v in ALL}
     assert {v for v in ALL if sizes[v] == 96} == v768 - {'x4_upscaler'}
-    assert {v for v in ALL if sizes[v] == 128} == {v for v in ALL if 'x' in v}
+    assert {v for v in ALL if sizes[v] == 128} == {
+        v for v in ALL if v.startswith(('sdxl', 'x4'))}
     assert {v for v in ALL if read_config(v).low_res} == {'x4_upscaler'}
     upscaler = read_config('x4_upscaler')
     assert upscaler.low_res == ScheduleConfig(beta_start=0.0001, beta_end=0.02)
