@@ -6,7 +6,7 @@ parameters; the config adds what arrays cannot say (heads, groups, eps).
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaxsd.models.layers import (
     timestep_embedding,
     upsample,
 )
+from jaxsd.models.resample import resize
 from jaxsd.typing import Params
 
 FAMILIES = {768: '1.x', 1024: '2.x', 1280: 'the SDXL refiner', 2048: 'SDXL'}  # by width of the text
@@ -35,12 +36,29 @@ Cache = dict[str, Any]  # see `cross_attention_cache`
 Hook = Callable[[str, int, Array, Array, Array], Array | None]  # see `apply`
 
 
+class DeepShrink(NamedTuple):
+    """Kohya's deep shrink: features are smaller from a block of the way down to where the way up
+    comes by again, so that a picture larger than those of the training is composed as one of them.
+
+    block: as ComfyUI counts from 1, each residual block and downsampler on the way down is one.
+    factor: by which its features are smaller. after_skip: the skip connection keeps their size.
+    downscale_method, upscale_method: as of `resample.weights`.
+    """
+
+    block: int = 3
+    factor: float = 2.0
+    after_skip: bool = True
+    downscale_method: str = 'bicubic'
+    upscale_method: str = 'bicubic'
+
+
 def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Array, ' B'],
           context: Float[Array, 'B T D'] | Cache, added: Float[Array, 'B A'] | None = None,
           class_labels: Int[Array, ' B'] | None = None, hook: Hook | None = None,
           freeu: Sequence[Array] | None = None, residuals: Sequence[Array] | None = None,
           features: Iterable[Array] = (), remat: bool = False,
-          guidance: Float[Array, ' B'] | None = None) -> Float[Array, 'B H W O']:
+          guidance: Float[Array, ' B'] | None = None,
+          shrink: DeepShrink | None = None) -> Float[Array, 'B H W O']:
     """The network's output for x at the timesteps t; O = cfg.out_channels.
 
     context: features of the text, or their `cross_attention_cache` where they serve many times.
@@ -54,13 +72,15 @@ def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Ar
     summed over several networks.
     remat: the gradient computes what is inside of residual and transformer blocks again, instead
     of keeping it. guidance: the guidance scale, for models that take it as an input (LCM).
+    shrink: a DeepShrink, which goes with neither residuals nor features.
     Computes in the parameters' dtype and returns x's.
     """
     time = embed_time(params, t, added, class_labels, guidance)
-    states = encode(params, cfg, x, time, context, hook=hook, features=features, remat=remat)
+    states = encode(params, cfg, x, time, context, hook=hook, features=features, remat=remat,
+                    shrink=shrink)
     if residuals is not None:
         states = [s + r.astype(s.dtype) for s, r in zip(states, residuals, strict=True)]
-    return _decode(params, cfg, states, time, context, hook, freeu, remat).astype(x.dtype)
+    return _decode(params, cfg, states, time, context, hook, freeu, remat, shrink).astype(x.dtype)
 
 
 def cross_attention_cache(params: Params, context: Float[Array, 'B T D']) -> Cache:
@@ -132,55 +152,71 @@ def guidance_embedding(guidance: Float[Array, ' B'], dim: int) -> Float[Array, '
 def encode(p: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], time: Float[Array, 'B D'],
            context: Float[Array, 'B T E'] | Cache, hint: Float[Array, 'B H W F'] | None = None,
            hook: Hook | None = None, features: Iterable[Array] = (),
-           remat: bool = False) -> list[Array]:
+           remat: bool = False, shrink: DeepShrink | None = None) -> list[Array]:
     """The half that a ControlNet copies -> [skip connection, ..., the middle block's output].
 
     time: from `embed_time`; context: as of `apply`. hint: added to what the first layer gives.
     features: added after the last attention of each level, or at its end where it has none; one
-    too many is added at the very end (diffusers' down_intrablock_additional_residuals). remat: as
-    of `apply`.
+    too many is added at the very end (diffusers' down_intrablock_additional_residuals). remat,
+    shrink: as of `apply`.
     """
     features = iter(features)
     residual, transformer = _blocks(cfg, time, context, hook, remat)
 
     def adapt(x):
-        feature = next(features, None)
-        return x if feature is None else x + feature.astype(x.dtype)
+        if (feature := next(features, None)) is not None:
+            x = states[-1] = x + feature.astype(x.dtype)
+        return x
 
+    def keep(x):
+        """A block's output becomes a skip connection -> what the next block sees."""
+        states.append(x)
+        if shrink is None or len(states) - 1 != shrink.block:
+            return x
+        x = resize(x, *(round(n / shrink.factor) for n in x.shape[1:3]), shrink.downscale_method)
+        if not shrink.after_skip:
+            states[-1] = x
+        return x
+
+    states: list[Array] = []
     x = conv(p['conv_in'], x.astype(time.dtype))
     if hint is not None:
         x = x + hint.astype(x.dtype)
-    states = [x]
+    x = keep(x)
     for level, block in enumerate(children(p['down_blocks'])):
         for i, layer in enumerate(children(block['resnets'])):
             x = residual(layer, x)
             if 'attentions' in block:
                 x = transformer(block['attentions'][str(i)], x, level,
                                 f'down_blocks.{level}.attentions.{i}')
-            states.append(x)
+            x = keep(x)
         if 'attentions' in block:
-            x = states[-1] = adapt(x)
+            x = adapt(x)
         if 'downsamplers' in block:
             x = conv(block['downsamplers']['0']['conv'], x, stride=2)  # [B,H,W,C] -> [B,H/2,W/2,C]
-            states.append(x)
+            x = keep(x)
         if 'attentions' not in block:
-            x = states[-1] = adapt(x)
+            x = adapt(x)
 
     mid = p.get('mid_block', {'resnets': {}})  # distilled networks have less of it, or nothing
     for i, layer in enumerate(children(mid['resnets'])):
         if i == 1:  # not crossed whatever the last level does, as in diffusers
             x = transformer(mid['attentions']['0'], x, -1, 'mid_block.attentions.0', crossed=False)
         x = residual(layer, x)
-    return [*states, adapt(x)]
+    states.append(x)
+    adapt(x)
+    return states
 
 
-def _decode(p, cfg, states, time, context, hook, freeu, remat):
+def _decode(p, cfg, states, time, context, hook, freeu, remat, shrink):
     """The other half: what `encode` gives -> the output [B,H,W,cfg.out_channels]."""
     *skips, x = states
     residual, transformer = _blocks(cfg, time, context, hook, remat)
     for level, block in enumerate(children(p['up_blocks'])):
         for i, layer in enumerate(children(block['resnets'])):
             skip = skips.pop()
+            if shrink is not None and x.shape[1:3] != skip.shape[1:3]:
+                x = resize(x, *skip.shape[1:3], shrink.upscale_method)
             if freeu is not None and level < 2:
                 x, skip = _freeu(x, skip, freeu[level], freeu[level + 2])
             x = jnp.concatenate([x, skip], -1)

@@ -184,6 +184,9 @@ class Engine:
         if self.spread and found[0].steps.guidance.easycache is not None:
             raise ValueError('easycache: expected none where the weights are spread over devices, '
                              'which must call the model in the same rows')
+        if self.spread and found[0].steps.guidance.shrink is not None:
+            raise ValueError('deep_shrink: expected none where the weights are spread over '
+                             'devices, which compute the same network together')
         names = tuple(sorted(parse_for(self.nets[0], request).adapters))
         slots = self.slots_of(request)
         return [Stage(Kind(i, request.height, request.width, program(data), names * (i == 0),

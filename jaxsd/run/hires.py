@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from jaxsd import images
+from jaxsd.models import resample
 from jaxsd.run.inputs import Inputs
 from jaxsd.run.request import UPSCALERS, Hires, Request
 from jaxsd.run.upscale import to_size
@@ -80,31 +81,7 @@ def enlarge(image: np.ndarray, width: int, height: int, upscaler: str) -> np.nda
         left, top = (columns - width / scale) / 2, (rows - height / scale) / 2
         return np.asarray(Image.fromarray(image).resize(
             (width, height), Image.Resampling.NEAREST, (left, top, columns - left, rows - top)))
-    down, across = (_weights(upscaler.removeprefix('latent_'), old, new, new / scale)
+    kind = upscaler.removeprefix('latent').removeprefix('_') or 'bilinear'
+    down, across = (resample.weights(kind, old, new, new / scale)
                     for old, new in ((rows, height), (columns, width)))
     return np.einsum('yh,xw,hwc->yxc', down, across, image, optimize=True).astype(np.float32)
-
-
-def _weights(kind, old, new, length):
-    """How much each of `old` cells counts for each of `new` ones, which lie over the `length` cells
-    in the middle -> float32 [new,old]."""
-    place = (old - length) / 2 + (np.arange(new) + 0.5) * length / new - 0.5
-    if kind.startswith('nearest'):
-        cells = np.floor(place + 0.5 - (kind == 'nearest_floor') * 0.5 * length / new + 1e-9)
-        return (np.clip(cells, 0, old - 1)[:, None] == np.arange(old)).astype(np.float32)
-    sharp = -0.5 if kind == 'bicubic_antialiased' else -0.75
-    found, below = np.zeros((new, old)), np.floor(place)
-    for step in range(-1, 3):
-        cell = below + step
-        weight = _cubic(np.abs(place - cell), sharp) if 'bicubic' in kind else (
-            np.maximum(0, 1 - np.abs(place - cell)))
-        if kind == 'bicubic_antialiased':  # what lies outside does not count
-            weight = weight * ((cell >= 0) & (cell < old))
-        np.add.at(found, (np.arange(new), np.clip(cell, 0, old - 1).astype(int)), weight)
-    return (found / found.sum(1, keepdims=True)).astype(np.float32)
-
-
-def _cubic(x, a):
-    """Keys' kernel at distances x."""
-    return np.where(x < 1, (a + 2) * x ** 3 - (a + 3) * x ** 2 + 1, np.where(
-        x < 2, a * (x ** 3 - 5 * x ** 2 + 8 * x - 4), 0))

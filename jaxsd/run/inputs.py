@@ -106,6 +106,8 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
                                                           for r in requests):
             raise ValueError(f'{name}: expected a U-Net with attention in its middle block, which '
                              f'{name} looks at; this one has none there')
+    for r in requests:
+        _check_shrink(config, r)
     if init_images is None:
         init_images = [image_conditioning.load(r, config) for r in requests]
     parsed = [parse_for(model, r) for r in requests]
@@ -129,6 +131,24 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
         steps=Steps(rows, call, guidance, text, control, image_weights, strength,
                     _timesteps(calls, count), fresh),
         image_prompts=prompted, **start, **words, **images)
+
+
+def _check_shrink(config, request):
+    """ValueError for a deep shrink that the U-Net has no such block for, or that the rest of a
+    request does not go with."""
+    shrink, u = request.guidance_options.get('deep_shrink'), config.unet
+    if shrink is None:
+        return
+    last = len(u.block_out_channels) * (u.layers_per_block + 1) - 1
+    if shrink['block'] > last:
+        raise ValueError(f'deep_shrink block={shrink["block"]}: expected at most {last}, the last '
+                         'block before the middle of this U-Net')
+    for name, given in (('sag', 'sag' in request.guidance_options), ('controls', request.controls),
+                        ('masks of image_prompts', any(prompt.mask is not None for prompt in
+                                                       request.image_prompts))):
+        if given:
+            raise ValueError(f'deep_shrink and {name}: expected one of them, as the features that '
+                             'both work on have other sizes')
 
 
 def networks(model: Model, data: Inputs) -> tuple[Params, ModelConfig]:

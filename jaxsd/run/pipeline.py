@@ -1,6 +1,7 @@
 """From arrays to pictures, pure functions: `encode_text`, `encode`, `advance` (the denoise loop),
 `decode`; and `pipeline`, all of it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -247,11 +248,30 @@ def _network(params, config, encoded, step, which, pag=None, sag=False, imageles
             if imageless:
                 seen = _each(np.arange(len(seen)) % parts < parts - 1) * seen
             x = jnp.concatenate([x, seen], -1)
-        out = unet.apply(params['unet'], config.unet, x, t, context, added, labels, hook=hook,
-                         freeu=freeu, residuals=residuals, features=features, guidance=scale)
+
+        def predict(how=None):
+            return unet.apply(params['unet'], config.unet, x, t, context, added, labels, hook=hook,
+                              freeu=freeu, residuals=residuals, features=features, guidance=scale,
+                              shrink=how)
+
+        if (shrink := step.guidance.shrink) is not None:
+            return _either(beside(jnp.broadcast_to(shrink.on, len(x) // parts)) > 0,
+                           functools.partial(predict, shrink.how), predict)
+        out = predict()
         return (out, *received) if received else out
 
     return net
+
+
+def _either(on, first, other):
+    """first() where `on` [B] and other() elsewhere; what no picture needs is not computed."""
+    shape = jax.eval_shape(other)
+
+    def nothing():
+        return jnp.zeros(shape.shape, shape.dtype)
+
+    return jnp.where(_each(on), lax.cond(on.any(), first, nothing),
+                     lax.cond(on.all(), nothing, other))
 
 
 def _with_adapters(params, weights):

@@ -6,6 +6,8 @@ picture x0, which is the network's prediction but for an affine map: where a met
 of the two it acts on, its function says so.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,6 +46,15 @@ class Projection(NamedTuple):
     gain: Any = 1.0  # weight of the newest difference: 0, with momentum 1, keeps the sum
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['on'], meta_fields=['how'])
+@dataclasses.dataclass(frozen=True)
+class Shrink:
+    """Deep shrink; `how`, a unet.DeepShrink, chooses the program."""
+
+    how: Any
+    on: Any  # 1 in the rows in which features are smaller
+
+
 class Guidance(NamedTuple):
     """How an image is guided: numbers, or arrays [B] or [calls,B] (a value per row and image)."""
 
@@ -61,6 +72,7 @@ class Guidance(NamedTuple):
     function: Custom | None = None  # of one's own, see `jaxsd.guidance`; its field `on`, 0: off
     embedded: Any = None  # a scale that the network takes as an input, for `unet.apply`
     easycache: Any = None  # the threshold of `denoise.easycache`; 0: off
+    shrink: Shrink | None = None
 
     @property
     def parts(self) -> int:

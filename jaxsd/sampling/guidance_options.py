@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from .choice import check_number, choose
-from .guidance import Guidance, Projection, Threshold, ZeroStar
+from jaxsd.models.unet import DeepShrink
+
+from .choice import check_number, choose, flag, one_of
+from .guidance import Guidance, Projection, Shrink, Threshold, ZeroStar
 from .tables import Custom
 
 # Every kind at the value that changes nothing.
@@ -18,7 +20,7 @@ OFF = Guidance(1.0, 0.0, Threshold(1.0, 1.0, 0.0), ZeroStar(0.0, 0.0),
 
 # Kinds that need no picture without the prompt, and those that a network which takes the scale as
 # an input leaves possible.
-ALONE = ('freeu', 'interval', 'interval_sigma', 'easycache')
+ALONE = ('freeu', 'deep_shrink', 'interval', 'interval_sigma', 'easycache')
 
 
 def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np.ndarray,
@@ -71,6 +73,11 @@ def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np
         before = step / max(steps, 1)
         found['easycache'] = np.where((before >= cache['start']) & (before < cache['end']),
                                   cache['threshold'], 0)
+    if 'deep_shrink' in options:
+        how = dict(options['deep_shrink'])
+        start, end = how.pop('start') * steps, how.pop('end') * steps
+        found['shrink'] = Shrink(DeepShrink(**how), ((start <= step + 1e-9) & (
+            step < end - 1e-9)).astype(np.float64))
     for name in FUNCTIONS.keys() & options.keys():
         found['function'] = Custom(FUNCTIONS[name], {
             **{option: rows(value) for option, value in options[name].items()},
@@ -116,6 +123,12 @@ def stack(tables: Sequence[Guidance]) -> Guidance:
     if own:  # with `on` 0 the others' options change nothing
         off = off._replace(function=Custom(own[0].rule, {
             **own[0].fields, 'on': 0 * own[0].fields['on']}))
+    shrinks = [t.shrink for t in tables if t.shrink is not None]
+    if len({shrink.how for shrink in shrinks}) > 1:
+        raise ValueError('deep_shrink of one batch with several settings but for start and end: '
+                         'expected the same; run them in batches of their own')
+    if shrinks:
+        off = off._replace(shrink=Shrink(shrinks[0].how, 0 * shrinks[0].on))
     used = [any(field is not None for field in fields) for fields in zip(*tables)]
 
     def fill(t):
@@ -144,6 +157,9 @@ def check(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
         freeu           (b1, b2, s1, s2) (https://arxiv.org/abs/2309.11497)
         easycache       {threshold (0.1), start (0.15), end (0.95)}, fractions of the steps: fewer
                         model calls (https://arxiv.org/abs/2507.02860)
+        deep_shrink     {block (3), factor (2), start (0), end (0.35), after_skip (True),
+                        downscale_method ('bicubic'), upscale_method ('bicubic')}: see
+                        `unet.DeepShrink`; from one fraction of the steps to another
         and one of `jaxsd.guidance`, {option: number}
     Raises ValueError for an unknown name and for values that are out of range.
     """
@@ -207,6 +223,27 @@ def _negatives(name, value, steps):
     return tuple((text, per_step(name, weight, steps)) for text, weight in value)
 
 
+def _deep_shrink(name, value, steps):
+    if not isinstance(value, Mapping):
+        raise ValueError(f'{name}={value!r}: expected a mapping, of {", ".join(SHRINK)} or nothing:'
+                         ' {}')
+    for field in value:
+        one_of(f'field of {name}', field, SHRINK)
+    found = SHRINK | value
+    for field, low, high in (('block', 1, 64), ('factor', 1, 16), ('start', 0, 1), ('end', 0, 1)):
+        check_number(f'{name} {field}', found[field], low, high)
+    if found['block'] != int(found['block']):
+        raise ValueError(f'{name} block={found["block"]}: expected a whole number')
+    if not found['start'] < found['end']:
+        raise ValueError(f'{name} start={found["start"]}, end={found["end"]}: expected start < end')
+    flag(f'{name} after_skip', found['after_skip'])
+    for field in ('downscale_method', 'upscale_method'):
+        one_of(f'{field} of {name}', found[field], METHODS)
+    return found | {'block': int(found['block']), 'factor': float(found['factor'])}
+
+
+SHRINK = DeepShrink()._asdict() | {'start': 0.0, 'end': 0.35}
+METHODS = ('bicubic', 'bilinear', 'nearest')
 FUNCTIONS = {}  # {name: Rule}, of `jaxsd.guidance`
 CHECKS = {
     'rescale': _scale(0, 1),
@@ -221,4 +258,5 @@ CHECKS = {
     'freeu': _several(4, 0, np.inf, rising=False),
     'easycache': fields(varies=False, threshold=(0.1, 0, np.inf), start=(0.15, 0, 1),
                         end=(0.95, 0, 1)),
+    'deep_shrink': _deep_shrink,
 }

@@ -1,5 +1,7 @@
 """Guidance against diffusers: its pipelines on tiny random networks, and its guiders' formulas."""
 
+from unittest import mock
+
 import diffusers
 import jax
 import numpy as np
@@ -109,6 +111,48 @@ def test_freeu_of_one_evaluation(size):
     with torch.no_grad():
         theirs = module(nchw(x), torch.tensor(t), torch.tensor(context)).sample
     assert np.abs(ours - theirs.permute(0, 2, 3, 1).numpy()).max() <= 1e-5
+
+
+@pytest.mark.parametrize('how', [
+    unet.DeepShrink(block=1, factor=1.5, after_skip=False, upscale_method='nearest'),
+    unet.DeepShrink(block=1, downscale_method='bilinear'), unet.DeepShrink(block=2),
+    unet.DeepShrink(block=2, after_skip=False, upscale_method='bilinear')])
+def test_deep_shrink(how):
+    """ComfyUI's PatchModelAddDownscale, by hooks on diffusers' U-Net, whose blocks it counts."""
+    module, modes = network(), {'nearest': 'nearest-exact'}
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 12, 24, 4)).astype(np.float32)
+    context = rng.normal(size=(2, 7, 32)).astype(np.float32)
+    t, cat = np.array([3, 801], np.float32), torch.cat
+
+    def at_size(x, size, kind):
+        return torch.nn.functional.interpolate(x, size=size, mode=modes.get(kind, kind))
+
+    def smaller(x):
+        return at_size(x, [round(n / how.factor) for n in x.shape[2:]], how.downscale_method)
+
+    def joined(tensors, dim=0):  # where the blocks of the way up take a skip connection
+        if dim == 1 and tensors[0].shape[2:] != tensors[1].shape[2:]:
+            tensors = [at_size(tensors[0], tensors[1].shape[2:], how.upscale_method), tensors[1]]
+        return cat(tensors, dim)
+
+    first, last = module.down_blocks
+    after = [module.conv_in, first.attentions[0], first.downsamplers[0], last.resnets[0]]
+    before = [None, first.downsamplers[0], last.resnets[0]]  # sees what the block before it gave
+    if how.after_skip:
+        before[how.block].register_forward_pre_hook(
+            lambda module, args: (smaller(args[0]), *args[1:]))
+    else:
+        after[how.block].register_forward_hook(lambda module, args, out: (
+            (smaller(out[0]),) if isinstance(out, tuple) else smaller(out)))
+    with torch.no_grad(), mock.patch.object(torch, 'cat', joined):
+        theirs = module(nchw(x), torch.tensor(t), torch.tensor(context)).sample
+    ours = [np.asarray(jax.jit(unet.apply, static_argnums=1, static_argnames='shrink')(
+        arrays(module), jc._unet(dict(module.config)), x, t, context, shrink=shrink))
+        for shrink in (how, None)]
+    theirs = theirs.permute(0, 2, 3, 1).numpy()
+    assert np.abs(ours[0] - theirs).max() <= 1e-5 * max(1, np.abs(theirs).max())
+    assert np.abs(ours[1] - theirs).max() > 1e-2
 
 
 def pictures(seed=0):

@@ -4,13 +4,15 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 from run.test_generate import _far, compilations
 
 import jaxsd
 from jaxsd import Request, sampling
 from jaxsd.run import picture
-from jaxsd.run.inputs import _table, inputs
+from jaxsd.run.inputs import _table, inputs, networks, program
+from jaxsd.run.pipeline import latents
 from jaxsd.run.request import resolve
 
 KINDS = {
@@ -19,6 +21,7 @@ KINDS = {
     'pag': 3.0, 'sag': 0.75, 'freeu': (1.3, 1.4, 0.9, 0.2),
     'easycache': {'threshold': 0.5, 'start': 0},
 }
+SHRINK = {'block': 1, 'factor': 4, 'start': 0.3, 'end': 1}  # from the second of three steps on
 OTHER = {
     'rescale': (0.1, 0.2, 0.3), 'threshold': {'percentile': 0.9},
     'cfg_zero_star': {'init_steps': 0}, 'apg': {'eta': 0.5}, 'pag': 1.0, 'sag': 0.1,
@@ -47,11 +50,12 @@ def test_a_mixed_batch_equals_solo_runs_and_values_are_data(tiny_model):
 def test_every_kind_reaches_the_guidance(tiny_model):
     """From the same inputs as `generate`: each kind changes the Guidance and the parts it needs."""
     model = tiny_model('sdxl')
-    for kind, value in KINDS.items():
+    for kind, value in {**KINDS, 'deep_shrink': SHRINK}.items():
         request = PLAIN.replace(guidance_options={kind: value})
         data = inputs(model, resolve([PLAIN, request], model.config))
         used = [name for name, field in data.steps.guidance._asdict().items() if field is not None]
-        assert used == ['scale', {'cfg_zero_star': 'zero_star'}.get(kind, kind)]
+        assert used == ['scale', {'cfg_zero_star': 'zero_star', 'deep_shrink': 'shrink'}.get(
+            kind, kind)]
         texts = 4 if kind == 'perp_neg' else 2
         assert data.ids.shape == (2, texts, 6)
         assert {t.tokens.shape[1:] for t in data.tokens.values()} == {(texts, 16)}
@@ -109,3 +113,48 @@ def test_samplers_that_ask_for_the_config_get_the_models(tiny_model, monkeypatch
     monkeypatch.setitem(sampling.SAMPLERS, 'curious', curious)
     _table(Request(sampler='curious', schedule='karras', steps=3, strength=1), config)
     assert given == [config]
+
+
+def test_deep_shrink_in_some_steps_of_some_pictures(tiny_model):
+    """Where it is off a picture is what it is without, whatever is beside it; its span is data."""
+    model = tiny_model('sd1')
+    spans = [{'deep_shrink': SHRINK | span} for span in ({}, {'start': 0.9, 'end': 0.95})]
+    asked = resolve([PLAIN.replace(guidance_options=span) for span in (*spans, {})], model.config)
+    data = inputs(model, asked)
+    assert data.steps.guidance.shrink.on.T.tolist() == [[0, 1, 1], [0, 0, 0], [0, 0, 0]]
+    assert len({program(inputs(model, [request])) for request in asked[:2]}) == 1
+
+    def drawn(data):
+        params, config = networks(model, data)
+        draw = jax.jit(latents, static_argnames=('config', 'height', 'width'))
+        return np.asarray(draw(params, data, config=config, height=64, width=64))
+
+    shrunk, never, beside = drawn(data)
+    np.testing.assert_array_equal(never, beside)
+    alone, scale = drawn(inputs(model, asked[2:]))[0], np.abs(never).max()
+    assert np.abs(alone - never).max() <= 1e-5 * scale < 1e-3 * scale < np.abs(shrunk - never).max()
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'deep_shrink': 2}, 'expected a mapping, of block, factor'),
+    ({'deep_shrink': {'blocks': 2}}, "deep_shrink 'blocks': did you mean 'block'"),
+    ({'deep_shrink': {'block': 4}}, 'deep_shrink block=4: expected at most 3, the last block'),
+    ({'deep_shrink': {'block': 1.5}}, 'expected a whole number'),
+    ({'deep_shrink': {'factor': 0.5}}, 'deep_shrink factor=0.5: expected a number from 1 to 16'),
+    ({'deep_shrink': {'start': 0.4}}, 'expected start < end'),
+    ({'deep_shrink': {'upscale_method': 'bislerp'}}, 'unknown upscale_method of'),
+    ({'deep_shrink': {}, 'sag': 1}, 'deep_shrink and sag: expected one of them')])
+def test_deep_shrink_refused(tiny_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        inputs(tiny_model('sd1'), resolve([PLAIN.replace(guidance_options=options)],
+                                          tiny_model('sd1').config))
+
+
+def test_deep_shrinks_of_several_settings_are_batches_of_their_own(tiny_model):
+    """In one call of `inputs` they are refused; the engine gives each programs of its own."""
+    model = tiny_model('sd1')
+    several = resolve([PLAIN.replace(guidance_options={'deep_shrink': SHRINK | {'block': block}})
+                       for block in (1, 2)], model.config)
+    with pytest.raises(ValueError, match='expected the same; run them in batches of their own'):
+        inputs(model, several)
+    assert len({program(inputs(model, [request])) for request in several}) == 2
