@@ -140,13 +140,13 @@ def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
     """
     import jaxsd
     from jaxsd.run.hires import passes
-    from jaxsd.run.request import PROMPTS, Hires
+    from jaxsd.run.request import Hires
     from jaxsd.run.text_conditioning import parse_prompts
     nets = sorted({control.net for request in requests or () for control in request.controls})
     if requests is not None:
         drawn = [one for request in requests for one in passes(request)]
         asked = {name for request in drawn for name in parse_prompts(request).adapters}
-        words = ' '.join({getattr(r, name) or '' for r in drawn for name in PROMPTS}).lower()
+        words = ' '.join({text for r in drawn for text in r.texts}).lower()
         loras = {name: path for name, path in loras.items() if name in asked}
         embeddings = {name: path for name, path in embeddings.items() if name.lower() in words}
         used = {request.hires.upscaler for request in requests if isinstance(request.hires, Hires)}

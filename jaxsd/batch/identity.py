@@ -20,7 +20,7 @@ import jaxsd
 from jaxsd.run import picture
 from jaxsd.run.engine import slots_for
 from jaxsd.run.programs import recall, remember
-from jaxsd.run.request import PROMPTS, UPSCALERS, Hires, Request
+from jaxsd.run.request import UPSCALERS, Hires, Request
 from jaxsd.run.text_conditioning import parse_prompts
 from jaxsd.sampling import plugins, schedule_file
 from jaxsd.weights import Model
@@ -105,7 +105,7 @@ class Identity:
     def of(self, request: Request, slots: int | None = None) -> str:
         """A resolved request's id -> 32 hex digits. Reads the files that the request names. slots:
         of the program that makes it; None: the Engine's choice."""
-        words = ' '.join(getattr(request, name) or '' for name in PROMPTS).lower()
+        words = ' '.join(request.texts).lower()
         names = {'controlnets': [control.net for control in request.controls],
                  'ip_adapters': [prompt.net for prompt in request.image_prompts],
                  'adapters': parse_prompts(request).adapters,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxsd.run.infotext import tuples
-from jaxsd.run.request import MAX_SEED, PROMPTS, Control, ImagePrompt, Request
+from jaxsd.run.request import MAX_SEED, PROMPTS, Control, ImagePrompt, Region, Request
 from jaxsd.sampling.choice import one_of
 from jaxsd.typing import Path
 
@@ -170,6 +170,8 @@ def _checked(fields, column, defaults, folder):
         if 'image_prompts' in found:
             found['image_prompts'] = tuple(_image_prompt(each, folder)
                                            for each in found['image_prompts'])
+        if 'regions' in found:
+            found['regions'] = tuple(_region(each, folder) for each in found['regions'])
         found = {**defaults, **found}
         Request(**found)
         return found
@@ -204,6 +206,17 @@ def _image_prompt(given, folder):
     paths = ('image', 'mask', 'embeds', 'negative_embeds')
     return ImagePrompt(**{name: inside(value) if name in paths else value
                           for name, value in given.items()})
+
+
+def _region(given, folder):
+    """An object in `regions` -> a Region."""
+    if not isinstance(given, dict) or not isinstance(given.get('mask'), (str, type(None))):
+        raise ValueError(f'regions: {given!r}: expected objects with prompt, and mask or box')
+    for name in given:
+        one_of('field of regions', name, Region.__dataclass_fields__)
+    mask = given.get('mask')
+    return Region(**{'prompt': None, **given,
+                     'mask': None if mask is None else os.path.join(folder, mask)})
 
 
 def _decoded(path):

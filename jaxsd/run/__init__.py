@@ -15,9 +15,10 @@ from jaxsd.run.pipeline import (
     pipeline,
     start,
 )
-from jaxsd.run.request import Control, Hires, ImagePrompt, Request, resolve
+from jaxsd.run.request import Control, Hires, ImagePrompt, Region, Request, resolve
 from jaxsd.run.upscale import upscale
 
-__all__ = ['Control', 'Encoded', 'Engine', 'Hires', 'ImagePrompt', 'Inputs', 'Preview', 'Request',
-           'advance', 'decode', 'denoiser', 'encode', 'encode_image', 'encode_text', 'generate',
-           'inputs', 'latents', 'lengthened', 'networks', 'pipeline', 'resolve', 'start', 'upscale']
+__all__ = ['Control', 'Encoded', 'Engine', 'Hires', 'ImagePrompt', 'Inputs', 'Preview', 'Region',
+           'Request', 'advance', 'decode', 'denoiser', 'encode', 'encode_image', 'encode_text',
+           'generate', 'inputs', 'latents', 'lengthened', 'networks', 'pipeline', 'resolve',
+           'start', 'upscale']

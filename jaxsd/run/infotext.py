@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 from jaxsd import images
 from jaxsd.config import ModelConfig
 from jaxsd.run import picture
-from jaxsd.run.request import MAX_SIDE, Control, ImagePrompt, Request
+from jaxsd.run.request import MAX_SIDE, Control, ImagePrompt, Region, Request
 from jaxsd.sampling import plugins, schedule_file
 from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
 from jaxsd.typing import Path
 
 # Fields of a Request, and what else is in a record, that name files, folders and models.
-PATHS = ('image', 'mask', 'depth', 'schedule', 'wildcards', 'controls', 'image_prompts')
+PATHS = ('image', 'mask', 'depth', 'schedule', 'wildcards', 'controls', 'image_prompts', 'regions')
 NAMES = ('checkpoint', 'base', 'vae', 'refiner', 'control', 'lora', 'embeddings', 'upscalers',
          'ip_adapter', 'image_encoder')
 
@@ -46,12 +46,14 @@ class Metadata(NamedTuple):
         """Raises ValueError where a file that these fields name has changed since, and
         FileNotFoundError where it is gone."""
         given = [self.fields.get(name) for name in names
-                 if name not in ('controls', 'image_prompts')]
+                 if name not in ('controls', 'image_prompts', 'regions')]
         if 'controls' in names:
             given += [control.image for control in self.fields.get('controls', ())]
         if 'image_prompts' in names:
             given += [source for prompt in self.fields.get('image_prompts', ())
                       for source in prompt.sources]
+        if 'regions' in names:
+            given += [region.mask for region in self.fields.get('regions', ())]
         for path in map(_file_named, given):
             if path in self.files and picture.digest(path) != self.files[path]:
                 raise ValueError(f'{path} has changed since the picture was made from it')
@@ -157,6 +159,7 @@ def _recorded(path, text):
         controls, image = found.pop('controls', ()), found.get('image')
         hints = [dict(control) for control in controls]
         looks = [dict(prompt) for prompt in found.pop('image_prompts', ())]
+        regions = [dict(region) for region in found.pop('regions', ())]
         if not _text(found['prompt']) or not all(map(_text, files.values())):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -197,6 +200,13 @@ def _recorded(path, text):
         for source in [s for prompt in found['image_prompts'] for s in prompt.sources]:
             if not isinstance(source, (str, type(None))):
                 raise ValueError(f'image_prompts: {source!r}: expected a path')
+        lost = [region for region in regions if _lost(region.get('mask'))]
+        notes += [f'region {brief(region.get("prompt"))!r}: its mask was given as an array, which '
+                  'the record does not hold' for region in lost]
+        found['regions'] = tuple(Region(**region) for region in regions if region not in lost)
+        for region in found['regions']:
+            if not isinstance(region.mask, (str, type(None))):
+                raise ValueError(f'regions: {region.mask!r}: expected a path')
         Request(**found | {'image': image or 'given later'})
         for name in ('image', 'mask', 'depth', 'wildcards'):
             kinds = (str, type(None), *[dict] * (name == 'wildcards'))

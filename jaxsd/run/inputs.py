@@ -11,8 +11,9 @@ from jaxsd import sampling
 from jaxsd.config import TEXT_ENCODERS, ModelConfig
 from jaxsd.models import ip_adapter
 from jaxsd.prompt import blocks, conditioning
-from jaxsd.run import image_conditioning, image_prompts
+from jaxsd.run import image_conditioning, image_prompts, regions
 from jaxsd.run.image_conditioning import InitImage
+from jaxsd.run.regions import Windows
 from jaxsd.run.request import Request, suit
 from jaxsd.run.steps import Steps, chunk, over_rows
 from jaxsd.run.text_conditioning import (
@@ -53,6 +54,8 @@ class Inputs(NamedTuple):
     low_res_scale: np.ndarray | None = None  # [B,2]: weights of it and of noise
     mask: np.ndarray | None = None  # [B,h,w,1]: 1 where all is new
     differential: np.ndarray | None = None  # bool [B]: the mask says how strongly
+    regions: np.ndarray | None = None  # [B,h,w,K]: how much each of the prompts counts where
+    windows: Windows | None = None
     hints: dict | None = None  # {ControlNet: uint8 [B,H,W,3], of a union [B,K,H,W,3], int32 [B,K]}
     image_prompts: dict | None = None  # {IP-Adapter: image_prompts.Prompted}
     skip: np.ndarray | None = None  # int32 [B]: layers of the text encoders that are left out
@@ -117,6 +120,7 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
     words, text, prompts = _text(model, requests, parsed, sigmas, rows, stage)
     images, strength, control = image_conditioning.inputs(
         model, requests, init_images, sigmas, rows, prompts)
+    images |= regions.inputs(model, requests, parsed)
     prompted, image_weights = image_prompts.inputs(model, requests, sigmas, rows, prompts)
     start, fresh = _noise(config, requests, rows, noise, stage)
     if stage == 'refiner':
@@ -259,7 +263,8 @@ def _guidance(config, requests, parsed, sigmas, rows):
             raise ValueError(f'{varied[0]} over the steps: expected a constant with '
                              f'{r.sampler}, which chooses its own steps')
     return jax.tree.map(np.float32, stack([
-        table(r.guidance, r.guidance_options, s, rows.sigma[:, i], p.weights,
+        table(r.guidance, r.guidance_options, s, rows.sigma[:, i],
+              np.ones(len(p.weights)) if p.places else p.weights,
               config.unet.time_cond_proj_dim > 0, rows.unguided, _few_steps(config, r),
               r.image_guidance)
         for i, (r, p, s) in enumerate(zip(requests, parsed, sigmas))]))

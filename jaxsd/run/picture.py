@@ -164,6 +164,7 @@ def files(request: Request) -> set[str]:
                         *(c.image for c in request.controls)]
     for prompt in request.image_prompts:
         given += prompt.sources
+    given += [region.mask for region in request.regions]
     given.append(schedule_file(request.schedule))
     return {os.fspath(path) for path in given if isinstance(path, (str, os.PathLike))}
 

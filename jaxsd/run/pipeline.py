@@ -20,6 +20,7 @@ from jaxsd.prompt import conditioning
 from jaxsd.prompt.conditioning import Conditioning
 from jaxsd.run import image_prompts
 from jaxsd.run.inputs import Inputs
+from jaxsd.run.regions import Windows, averaged
 from jaxsd.run.steps import Steps
 from jaxsd.sampling.guidance import Guidance
 from jaxsd.typing import Params
@@ -51,6 +52,8 @@ class Encoded(NamedTuple):
     init_latents: Any = None  # [B,h,w,L], kept where the mask is 0
     mask: Any = None  # [B,h,w,1]: mask, 1 where all is painted
     differential: Any = None  # bool [B]: new where the mask is at least the step's strength
+    regions: Any = None  # [B,h,w,K]: how much each prompt counts where
+    windows: Windows | None = None
 
 
 def pipeline(params: Params, inputs: Inputs, config: ModelConfig, height: int, width: int,
@@ -129,7 +132,8 @@ def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioni
              for name, cfg in config.controlnets}
     return Encoded(text, inputs.keys, inputs.adapters, inputs.given, extra, inputs.labels, hints,
                    image_prompts.encode(params, config, inputs.image_prompts),
-                   None if inputs.mask is None else init, inputs.mask, inputs.differential), x
+                   None if inputs.mask is None else init, inputs.mask, inputs.differential,
+                   inputs.regions, inputs.windows), x
 
 
 def start(x: Float[Array, 'B h w L'], steps: Steps) -> Any:
@@ -189,7 +193,8 @@ def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[
         guided = sampling.guided(
             model(every, pag=parts if perturbed else None, sag=guidance.sag is not None,
                   imageless=bool(imageless)), guidance,
-            schedule.prediction_type, model([0]), schedule.sigma_data if schedule.edm else None)
+            schedule.prediction_type, model([0]), schedule.sigma_data if schedule.edm else None,
+            encoded.regions)
         if guidance.easycache is not None:
             guided = sampling.easycache(guided, guidance.easycache, step.row.sigma <= 0)
         if encoded.mask is not None:
@@ -224,6 +229,17 @@ def _network(params, config, encoded, step, which, pag=None, sag=False, imageles
                                         which)
 
     def net(x, t, i):
+        if encoded.windows is None:
+            return see(x, t, encoded.hints, encoded.extra)
+        seen = x, encoded.hints, encoded.extra
+
+        def in_window(cut):
+            x, hints, extra = jax.tree.map(cut, seen)
+            return see(x, t, hints, extra)
+
+        return averaged(encoded.windows, in_window, x.shape)
+
+    def see(x, t, hints, extra):
         received = []
         if step.timestep is not None:
             given = beside(jnp.broadcast_to(step.timestep, len(x) // parts))
@@ -242,9 +258,9 @@ def _network(params, config, encoded, step, which, pag=None, sag=False, imageles
                                     (step.guidance.freeu, step.guidance.embedded))
         residuals, features = _controls(
             params.get('controlnet'), config.controlnets, weights, (x, t, plain),
-            jax.tree.map(beside, encoded.hints), added, labels)
-        if encoded.extra is not None:
-            seen = beside(encoded.extra)
+            jax.tree.map(beside, hints), added, labels)
+        if extra is not None:
+            seen = beside(extra)
             if imageless:
                 seen = _each(np.arange(len(seen)) % parts < parts - 1) * seen
             x = jnp.concatenate([x, seen], -1)

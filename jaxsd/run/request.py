@@ -148,6 +148,38 @@ class ImagePrompt:
         return *self.pictures, self.mask, self.embeds, self.negative_embeds
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Region:
+    """A prompt for a part of the picture; all of it is data.
+
+    Where it lies: mask, of the picture's size, white is 1; or box, (left, top, right, bottom) as
+    fractions of the picture. Where several prompts lie, each counts by weight times mask, divided
+    by the sum of these (ComfyUI's ConditioningSetMask); the request's own prompt lies everywhere
+    with weight 1, an empty one only where no region does.
+    """
+
+    prompt: str
+    mask: 'ImageLike | None' = None
+    box: Sequence[float] | None = None
+    weight: float = 1.0
+
+    def __post_init__(self):
+        _check_text('region prompt', self.prompt)
+        if (self.mask is None) == (self.box is None):
+            raise ValueError(f'region {self.prompt!r:.80}: expected mask= or box=, where it lies')
+        check_number('region weight', self.weight, 0)
+        if self.box is not None:
+            if not isinstance(self.box, (tuple, list)) or len(self.box) != 4:
+                raise ValueError(f'region box={self.box!r}: expected four fractions of the '
+                                 'picture: left, top, right, bottom')
+            for side in self.box:
+                check_number('region box', side, 0, 1)
+            left, top, right, bottom = map(float, self.box)
+            if left >= right or top >= bottom:
+                raise ValueError(f'region box={self.box}: expected left < right and top < bottom')
+            object.__setattr__(self, 'box', (left, top, right, bottom))
+
+
 @dataclasses.dataclass(frozen=True)
 class Hires:
     """A second pass at a larger size, image to image from the first one ("hires fix").
@@ -230,6 +262,9 @@ class Request:
     depth: 'ImageLike | None' = None  # depth models: near is white; None: estimated from the image
     controls: Sequence[Control] = ()
     image_prompts: Sequence[ImagePrompt] = ()
+    regions: 'Sequence[Region | Mapping[str, Any]]' = ()  # prompts for parts of the picture
+    window: int | None = None  # MultiDiffusion: the network sees so many pixels per side at once
+    window_stride: int | None = None  # pixels from window to window; None: half a window
     hires: 'Hires | Mapping[str, Any] | None' = None  # a second, larger pass, or its fields
     class_label: int | None = None  # class-conditional models; upscaler: noise level, None: 20
     negative_class_label: int | None = None  # None: the last class; upscaler: the same level
@@ -257,14 +292,8 @@ class Request:
     def __post_init__(self):
         for name in ('sampler', *PROMPTS):
             value = getattr(self, name)
-            if not isinstance(value, str) and not (
-                    (name.endswith('_2') or name == 'sampler') and value is None):
-                raise ValueError(f'{name}={value!r}: expected a string')
-            try:
-                (value or '').encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f'{name}: expected text, found {value[error.start]!a} at '
-                                 f'{error.start}, which is no character') from None
+            if value is not None or not (name.endswith('_2') or name == 'sampler'):
+                _check_text(name, value)
         flag('force_size', self.force_size)
         self._translate()
         if self.sampler is not None:
@@ -377,7 +406,45 @@ class Request:
                 isinstance(prompt, ImagePrompt) for prompt in prompts):
             raise ValueError(f'image_prompts={prompts!r}: expected a list of jaxsd.ImagePrompt')
         object.__setattr__(self, 'image_prompts', tuple(prompts))
+        self._check_regions()
         self._check_hires()
+
+    def _check_regions(self):
+        if not isinstance(self.regions, (tuple, list)):
+            raise ValueError(f'regions={self.regions!r}: expected a list of jaxsd.Region')
+        found = []
+        for region in self.regions:
+            if isinstance(region, Mapping):
+                for name in region:
+                    one_of('field of regions', name, Region.__dataclass_fields__)
+                region = Region(**{'prompt': None, **region})
+            if not isinstance(region, Region):
+                raise ValueError(f'regions: {region!r}: expected a jaxsd.Region or a mapping of '
+                                 'its fields')
+            found.append(region)
+        object.__setattr__(self, 'regions', tuple(found))
+        if found and 'pag' in self.guidance_options:
+            raise ValueError('regions and pag: expected one of them, as pag perturbs one prompt')
+        for name in ('window', 'window_stride'):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 8, MAX_SIDE)
+        if self.window is None:
+            if self.window_stride is not None:
+                raise ValueError(f'window_stride={self.window_stride}: expected window= as well')
+            return
+        if (self.window_stride or 0) > self.window:
+            raise ValueError(f'window_stride={self.window_stride}: expected at most the window of '
+                             f'{self.window} pixels, or some are never seen')
+        for name, given in (('sag', 'sag' in self.guidance_options), ('masks of image_prompts', any(
+                prompt.mask is not None for prompt in self.image_prompts))):
+            if given:
+                raise ValueError(f'window and {name}: expected one of them')
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that its text encoders read, but for what a second pass has of its own."""
+        own = (getattr(self, name) for name in PROMPTS)
+        return tuple(filter(None, (*own, *(region.prompt for region in self.regions))))
 
     def _check_hires(self):
         if self.hires is None:
@@ -461,13 +528,17 @@ def resolve(requests: Sequence[Request], config: ModelConfig) -> list[Request]:
         prompts = {name: expand(getattr(request, name), seed, request.wildcards)
                    for name in PROMPTS
                    if getattr(request, name) is not None and request.weighting != 'plain'}
+        regions = request.regions
+        if request.weighting != 'plain':
+            regions = tuple(dataclasses.replace(region, prompt=expand(
+                region.prompt, seed, request.wildcards)) for region in regions)
         hires = request.hires
         if isinstance(hires, Hires) and request.weighting != 'plain':
             own = {name: expand(getattr(hires, name), seed, request.wildcards)
                    for name in PROMPTS[:2] if getattr(hires, name) is not None}
             hires = dataclasses.replace(hires, **cast(dict[str, Any], own))
         resolved.append(request.replace(
-            seed=seed, strength=_strength(request, config), hires=hires,
+            seed=seed, strength=_strength(request, config), hires=hires, regions=regions,
             image_guidance=_image_guidance(request, config), **size, **prompts))
     return resolved
 
@@ -544,6 +615,11 @@ def _check_hires(request, config, width, height):
 def _check_size(request, config, native, width, height):
     """Warn of a size of which the model knows little, a quarter of its pixels or four times as
     many. Raises ValueError for a sixteenth or sixteen times, which only give noise."""
+    if request.window is not None:
+        if request.window % config.vae.factor or (request.window_stride or 0) % config.vae.factor:
+            raise ValueError(f'window={request.window}, window_stride={request.window_stride}: '
+                             f'expected multiples of {config.vae.factor} pixels')
+        width, height = min(width, request.window), min(height, request.window)
     ratio = width * height / native ** 2
     if config.task == 'upscaler' or 1 / 4 <= ratio <= 4:
         return
@@ -647,6 +723,16 @@ def _weights(adapters):
             check_number(f'weight of adapter {name!r}', value)
         found[name] = both
     return found
+
+
+def _check_text(name, value):
+    if not isinstance(value, str):
+        raise ValueError(f'{name}={value!r}: expected a string')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f'{name}: expected text, found {value[error.start]!a} at '
+                         f'{error.start}, which is no character') from None
 
 
 def _check_span(what, start, end):

@@ -24,12 +24,14 @@ class Prompts(NamedTuple):
 
     roles: {role: list of schedules}; a schedule has for each step a text: the segments that each of
     TEXT_ENCODERS reads, see prompt.grammar. weights: of the prompts; adapters: {name: (weight in
-    the U-Net, in the text encoders)}.
+    the U-Net, in the text encoders)}. places: for each prompt the number of its region, None where
+    it lies everywhere; (): no regions.
     """
 
     roles: dict
     weights: tuple
     adapters: dict
+    places: tuple = ()
 
 
 class Arrangement(NamedTuple):
@@ -64,8 +66,18 @@ def parse_prompts(request: Request) -> Prompts:
     named = dict(request.adapters)
     for name, *both in tags:
         named[name] = tuple(np.add(named.get(name, (0, 0)), both).tolist())
+    places: tuple = (None,) * len(weights) if request.regions else ()
+    for number, region in enumerate(request.regions):
+        more, own, tags = parts(region.prompt, None)
+        if tags:
+            raise ValueError(f'region {region.prompt!r:.80}: expected no LoRA, which works in the '
+                             'whole picture: name it in the prompt')
+        positive, weights = [*positive, *more], (*weights, *np.multiply(own, region.weight))
+        places += (number,) * len(more)
+    if places and min(weights) < 0:
+        raise ValueError(f'regions: expected no weight below 0, found {min(weights):g}')
     roles = {'negative': negative, 'positive': positive, 'perp_neg': perp_neg}
-    return Prompts(roles, weights, named)
+    return Prompts(roles, weights, named, places)
 
 
 def parse_for(model: Model, request: Request) -> Prompts:

@@ -80,7 +80,8 @@ def pair(*parts: Array) -> Array:
 
 
 def guided(denoise: Denoise, guidance: Guidance | ArrayLike, prediction_type: str = 'epsilon',
-           unguided: Denoise | None = None, sigma_data: float | None = None) -> Denoise:
+           unguided: Denoise | None = None, sigma_data: float | None = None,
+           regions: Array | None = None) -> Denoise:
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): uncond + g (cond - uncond).
 
     denoise: takes `parts` pictures per image in `pair`'s order: uncond, cond (or several, see
@@ -89,7 +90,8 @@ def guided(denoise: Denoise, guidance: Guidance | ArrayLike, prediction_type: st
     [] or [B], or a Guidance, data. prediction_type, and sigma_data of an EDM
     model: of the network, for the kinds that act on its prediction.
     unguided: the denoiser of the unconditional pictures alone, for self-attention guidance;
-    denoise then returns (denoised, attention received per position [P*B,T]).
+    denoise then returns (denoised, attention received per position [P*B,T]). regions [B,...,K]:
+    the weights of K prompts are multiplied with these, pixel by pixel.
     -> denoise(x, sigma, i) for B images, which gives (guided, uncond); with momentum
     denoise(x, sigma, i, memory), memory [B,...] zeros at first, which gives that and the memory.
     """
@@ -108,8 +110,10 @@ def guided(denoise: Denoise, guidance: Guidance | ArrayLike, prediction_type: st
         imageless = None if row.image is None else more.pop()
         perturbed = None if row.pag is None else more.pop()
         if row.prompts is not None:
-            others = len(row.prompts) - 1
-            cond, more = compose(row.prompts, uncond, [cond, *more[:others]]), more[others:]
+            weights, others = row.prompts, len(row.prompts) - 1
+            if regions is not None:
+                weights = [w * regions[..., k, None] for k, w in enumerate(weights)]
+            cond, more = compose(weights, uncond, [cond, *more[:others]]), more[others:]
         origin = None
         if row.rescale is not None or row.zero_star is not None:
             origin = zero_prediction(x, spread(sigma, x.ndim), prediction_type, sigma_data)

@@ -146,7 +146,8 @@ def compose(weights: Sequence[Array], uncond: Array, conds: Sequence[Array]) -> 
     """Composable diffusion (https://arxiv.org/abs/2206.01714, eq. 11): several prompts as one.
 
     uncond + sum of w_i (cond_i - uncond), as A1111's AND; one prompt of weight 1 stays as it is, to
-    the bit, whatever the others of its batch are.
+    the bit, whatever the others of its batch are. Weights that vary over the pixels, and are 1 in
+    all, give each prompt its region: their sum is that of w_i cond_i.
     """
     first, *others = conds
     out = first + (weights[0] - 1) * (first - uncond)

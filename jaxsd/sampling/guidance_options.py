@@ -84,8 +84,8 @@ def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np
             'on': on.astype(np.float64)})
     if tuple(prompts) != (1.0,):
         found['prompts'] = tuple(map(rows, prompts))
-    others = [name for name in options if name not in ALONE] + ['AND'] * ('prompts' in found) + [
-        'a CFG++ sampler'] * unguided
+    others = [name for name in options if name not in ALONE]
+    others += ['AND or regions'] * ('prompts' in found) + ['a CFG++ sampler'] * unguided
     if image is not None and (image != 1).any():
         others.append('image_guidance')
     if embedded:
