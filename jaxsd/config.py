@@ -140,6 +140,13 @@ class VisionConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageNormalizerConfig(Checked):
+    """Mean and deviation of unCLIP's image embeddings, a StableUnCLIPImageNormalizer."""
+
+    embedding_dim: int = ranged(768, 1, WIDTH)
+
+
+@dataclasses.dataclass(frozen=True)
 class IPAdapterConfig(Checked):
     """An IP-Adapter, see models.ip_adapter. Its file says all but `shortcut` by its tensors."""
 
@@ -179,6 +186,7 @@ class UNetConfig(Checked):
     norm_num_groups: int = ranged(32, 1, WIDTH)
     norm_eps: float = ranged(1e-5, above=0, high=1)
     num_class_embeds: int = ranged(0, 0, 10**7)  # rows of the class embedding table; 0: none
+    class_proj_dim: int = ranged(0, 0, WIDTH)  # width of unCLIP's vector in its place; 0: none
     added_dim: int = ranged(0, 0, WIDTH)  # width of SDXL's `added` vector; 0: none
     added_time_dim: int = ranged(256, 1, WIDTH)  # sinusoids per time id inside `added`
     # Sinusoids of the guidance scale that the network takes as an input (LCM); 0: it takes none.
@@ -424,6 +432,9 @@ class ModelConfig:
     text_encoder: TextConfig | None = None
     text_encoder_2: TextConfig | None = None
     depth_estimator: DPTConfig | None = None
+    image_encoder: VisionConfig | None = None  # unCLIP's, and what follows
+    image_normalizer: ImageNormalizerConfig | None = None
+    image_noise: ScheduleConfig | None = None  # how the image's embedding is noised
     low_res: ScheduleConfig | None = None  # upscalers: how the small picture is noised
     max_noise_level: int = 350  # upscalers: the last timestep of low_res that was trained on
     controlnets: tuple = ()  # (name, ControlNetConfig) of those at work in a program
@@ -443,10 +454,13 @@ class ModelConfig:
     @property
     def task(self) -> str:
         """What the U-Net sees beside the latents: '' (nothing), 'depth', 'inpainting' (a mask and
-        what is around it), 'pix2pix' (an image to edit) or 'upscaler' (a small image).
+        what is around it), 'pix2pix' (an image to edit) or 'upscaler' (a small image); or
+        'unclip', where it takes the embedding of an image.
 
         Raises ValueError for input channels that none of these has.
         """
+        if self.unet.class_proj_dim:
+            return 'unclip'
         latents, image = self.vae.latent_channels, self.vae.in_channels
         tasks = {0: '', 1: 'depth', 1 + latents: 'inpainting', latents: 'pix2pix'}
         tasks |= {image: 'upscaler'} if self.low_res or image != latents else {}
@@ -471,6 +485,14 @@ class ModelConfig:
             raise ValueError(f'the U-Net has out_channels={self.unet.out_channels}, and the VAE '
                              f'latent_channels={self.vae.latent_channels}: expected the VAE that '
                              'it was trained with')
+        embeds = self.image_encoder.projection_dim if self.image_encoder else 0
+        if self.unet.class_proj_dim != 2 * embeds or embeds and (
+                self.image_noise is None or self.image_normalizer is None
+                or self.image_normalizer.embedding_dim != embeds):
+            raise ValueError(
+                f'the U-Net takes class embeddings of {self.unet.class_proj_dim}, and an image '
+                f'encoder gives {embeds}, beside which is their noise level: expected unCLIP\'s '
+                'image_encoder, image_normalizer and image_noising_scheduler')
         ids = (5 if self.aesthetic else 6) * self.unet.added_time_dim
         if texts and self.unet.added_dim and self.unet.added_dim != texts[-1].projection_dim + ids:
             raise ValueError(
@@ -522,6 +544,12 @@ def read_config(folder: Path) -> ModelConfig:
             # The release is older than the key, which diffusers takes for true; only its
             # pipelines of upscalers and of SDXL look at it.
             parts['vae'] = dataclasses.replace(parts['vae'], force_upcast=True)
+    if index['image_encoder']:
+        for name, kind in (('image_encoder', 'CLIPVisionModelWithProjection'),
+                           ('image_normalizer', 'StableUnCLIPImageNormalizer')):
+            parts[name] = read_network_config(folder / name, [kind])
+        parts['image_noise'] = read_json(
+            folder / 'image_noising_scheduler' / 'scheduler_config.json', schedule_config)
     if index['depth_estimator']:
         parts['depth_estimator'] = read_json(folder / 'depth_estimator' / 'config.json', _depth)
     scheduler = read_json(folder / 'scheduler' / 'scheduler_config.json', _distilled_for)
@@ -609,7 +637,8 @@ _FIXED = {
         'dual_cross_attention': (False,), 'resnet_time_scale_shift': ('default',),
         'mid_block_type': ('UNetMidBlock2DCrossAttn', 'UNetMidBlock2D', None),
         'time_embedding_type': ('positional',),
-        'time_embedding_dim': (None,), 'class_embed_type': (None,), 'attention_type': ('default',),
+        'time_embedding_dim': (None,), 'class_embed_type': (None, 'projection'),
+        'attention_type': ('default',),
         'addition_embed_type': (None, 'text_time'), 'encoder_hid_dim': (None,),
         'encoder_hid_dim_type': (None,), 'class_embeddings_concat': (False,),
         'cross_attention_norm': (None,), 'conv_in_kernel': (3,), 'conv_out_kernel': (3,),
@@ -649,7 +678,7 @@ _FIXED = {
                          ('transformers', 'CLIPTokenizerFast'))),
         'low_res_scheduler': ((None, None), ('diffusers', 'DDPMScheduler')),
         'depth_estimator': ((None, None), ('transformers', 'DPTForDepthEstimation')),
-        'image_encoder': ((None, None),),
+        'image_encoder': ((None, None), ('transformers', 'CLIPVisionModelWithProjection')),
     },
 }
 
@@ -674,7 +703,8 @@ BETAS_OF = {
 }
 EDM_SCHEDULERS = ('EDMEuler', 'EDMDPMSolverMultistep')
 _PIPELINE = re.compile(r'(StableDiffusion(XL)?|LatentConsistencyModel)(ControlNet|Adapter)?'
-                       r'(Img2Img|Inpaint|Depth2Img|InstructPix2Pix|Upscale)?Pipeline(Legacy)?')
+                       r'(Img2Img|Inpaint|Depth2Img|InstructPix2Pix|Upscale)?Pipeline(Legacy)?'
+                       r'|StableUnCLIPImg2ImgPipeline')
 
 
 # Settings that are taken apart before a config class checks them.
@@ -713,8 +743,11 @@ def _index(content):
         raise ValueError(f'_class_name={pipeline!r:.100} is not implemented; expected a pipeline '
                          'of Stable Diffusion 1.x, 2.x or XL such as StableDiffusionXLPipeline')
     found = {}
-    for part in (*TEXT_ENCODERS, 'low_res_scheduler', 'depth_estimator'):
+    for part in (*TEXT_ENCODERS, 'low_res_scheduler', 'depth_estimator', 'image_encoder'):
         found[part] = index.get(part, (None, None))[1]
+    if bool(found['image_encoder']) != pipeline.startswith('StableUnCLIP'):
+        raise ValueError(f'image_encoder={found["image_encoder"]!r} of a {pipeline}: expected one '
+                         'with StableUnCLIPImg2ImgPipeline alone; IP-Adapters have their own')
     for name, default in (('requires_aesthetics_score', False),
                           ('force_zeros_for_empty_prompt', None)):
         found[name] = index.get(name, default)
@@ -786,6 +819,10 @@ def _vision(content):
     return _pick(VisionConfig, _settings('vision', content))
 
 
+def _image_normalizer(content):
+    return _pick(ImageNormalizerConfig, content)
+
+
 def _controlnet(content):
     down = content.get('down_block_types') or _DOWN
     up = [kind.replace('Down', 'Up') for kind in reversed(down)]
@@ -819,8 +856,10 @@ def _unet(content, cls=UNetConfig):
     attention = [kind.startswith('CrossAttn') for kind in kinds[0]]
     heads = 'num_attention_heads' if settings.get('num_attention_heads') else 'attention_head_dim'
     added = settings.get('addition_embed_type') == 'text_time'
-    if added and 'projection_class_embeddings_input_dim' not in settings:
-        raise ValueError("addition_embed_type='text_time': expected "
+    projected = settings.get('class_embed_type') == 'projection'
+    if (added or projected) and 'projection_class_embeddings_input_dim' not in settings:
+        raise ValueError(f'{"addition_embed" if added else "class_embed"}_type='
+                         f'{"text_time" if added else "projection"!r}: expected '
                          'projection_class_embeddings_input_dim as well')
     single = {key: _alike(settings, key) for key in
               ('layers_per_block', 'cross_attention_dim', 'sample_size') if key in settings}
@@ -838,6 +877,7 @@ def _unet(content, cls=UNetConfig):
         heads=_per_level(settings, heads, 8, levels),
         only_cross_attention=_per_level(settings, 'only_cross_attention', False, levels),
         added_dim=settings['projection_class_embeddings_input_dim'] if added else 0,
+        class_proj_dim=settings['projection_class_embeddings_input_dim'] if projected else 0,
         added_time_dim=settings.get('addition_time_embed_dim', 256))
 
 
@@ -897,7 +937,8 @@ def _t2i_adapter(content):
 NETWORKS = {'AutoencoderKL': _vae, 'AutoencoderTiny': _tiny_vae,
             'ControlNetModel': _controlnet, 'ControlNetUnionModel': _controlnet_union,
             'T2IAdapter': _t2i_adapter,
-            'DPTForDepthEstimation': _depth, 'CLIPVisionModelWithProjection': _vision}
+            'DPTForDepthEstimation': _depth, 'CLIPVisionModelWithProjection': _vision,
+            'StableUnCLIPImageNormalizer': _image_normalizer}
 
 
 def _per_level(settings, key, default, levels):

@@ -6,6 +6,7 @@ The order of axes is torch's. Every function takes the network's config.
 from jaxsd.config import (
     ControlNetConfig,
     DPTConfig,
+    ImageNormalizerConfig,
     TextConfig,
     TinyVAEConfig,
     UNetConfig,
@@ -65,6 +66,11 @@ def vision(c: VisionConfig) -> Shapes:
     return names | linear('visual_projection', d, c.projection_dim, bias=False)
 
 
+def image_normalizer(c: ImageNormalizerConfig) -> Shapes:
+    """StableUnCLIPImageNormalizer, c: ImageNormalizerConfig."""
+    return dict.fromkeys(('mean', 'std'), (1, c.embedding_dim))
+
+
 def resnet(at: str, i: int, o: int, time: int = 0) -> Shapes:
     """A residual block; time: width of the time embedding, 0: it takes none."""
     names = affine(f'{at}.norm1', i) | conv(f'{at}.conv1', i, o)
@@ -109,6 +115,9 @@ def unet_encoder(c: UNetConfig) -> tuple[Shapes, list[int]]:
         names |= linear('time_embedding.cond_proj', c.time_cond_proj_dim, channels[0], bias=False)
     if c.num_class_embeds:
         names['class_embedding.weight'] = (c.num_class_embeds, time)
+    if c.class_proj_dim:
+        names |= linear('class_embedding.linear_1', c.class_proj_dim, time)
+        names |= linear('class_embedding.linear_2', time, time)
 
     skips = [channels[0]]
     for level, o in enumerate(channels):

@@ -21,12 +21,13 @@ NAMES: dict[type, Callable[..., Shapes]] = {
     c.UNetConfig: shapes.unet, c.ControlNetConfig: shapes.controlnet, c.VAEConfig: shapes.vae,
     c.TinyVAEConfig: shapes.tiny_vae, c.TextConfig: shapes.text, c.DPTConfig: shapes.dpt,
     c.T2IAdapterConfig: t2i_adapter.names, c.UpscalerConfig: upscaler.names,
-    c.VisionConfig: shapes.vision, c.IPAdapterConfig: ip_adapter.names}
+    c.VisionConfig: shapes.vision, c.ImageNormalizerConfig: shapes.image_normalizer,
+    c.IPAdapterConfig: ip_adapter.names}
 
 
 def spec(config: ModelConfig) -> dict[str, Shapes]:
     """ModelConfig -> {component: {dotted name: shape}}, e.g. ['unet']['conv_in.weight']."""
-    parts = ('unet', 'vae', *TEXT_ENCODERS, 'depth_estimator')
+    parts = ('unet', 'vae', *TEXT_ENCODERS, 'depth_estimator', 'image_encoder', 'image_normalizer')
     return {part: names(getattr(config, part)) for part in parts if getattr(config, part)}
 
 

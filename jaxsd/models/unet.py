@@ -54,7 +54,8 @@ class DeepShrink(NamedTuple):
 
 def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Array, ' B'],
           context: Float[Array, 'B T D'] | Cache, added: Float[Array, 'B A'] | None = None,
-          class_labels: Int[Array, ' B'] | None = None, hook: Hook | None = None,
+          class_labels: Int[Array, ' B'] | Float[Array, 'B P'] | None = None,
+          hook: Hook | None = None,
           freeu: Sequence[Array] | None = None, residuals: Sequence[Array] | None = None,
           features: Iterable[Array] = (), remat: bool = False,
           guidance: Float[Array, ' B'] | None = None,
@@ -63,7 +64,8 @@ def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Ar
 
     context: features of the text, or their `cross_attention_cache` where they serve many times.
     t: training timesteps, 0 to 999, whole or not. added: SDXL's pooled text ++ sinusoids of
-    the time ids. class_labels: rows of the class embedding, for models that have one.
+    the time ids. class_labels: rows of the class embedding, for models that have one; of unCLIP
+    [B,P], an image's embedding and sinusoids of its noise level.
     hook(place, heads, q, k, v): called at every self-attention, place its name in the checkpoint
     ('mid_block.attentions.0.transformer_blocks.0.attn1'), and cross-attention ('... .attn2'),
     q [B,T,C], k, v [B,S,C]; returns the attention's output, or None to go on as usual.
@@ -115,7 +117,7 @@ def cross_attentions(cfg: UNetConfig) -> dict[str, int]:
 
 
 def embed_time(p: Params, t: Num[Array, ' B'], added: Float[Array, 'B A'] | None = None,
-               class_labels: Int[Array, ' B'] | None = None,
+               class_labels: Int[Array, ' B'] | Float[Array, 'B P'] | None = None,
                guidance: Float[Array, ' B'] | None = None) -> Float[Array, 'B D']:
     """The time embedding that every residual block sees; arguments as of `apply`."""
     width, dtype = p['conv_in']['weight'].shape[-1], p['conv_in']['weight'].dtype
@@ -136,7 +138,9 @@ def embed_time(p: Params, t: Num[Array, ' B'], added: Float[Array, 'B A'] | None
     if added is not None:
         time = time + embed_vector(p['add_embedding'], added.astype(dtype))
     if class_labels is not None:
-        time = time + p['class_embedding']['weight'][class_labels]
+        classes = p['class_embedding']
+        time = time + (classes['weight'][class_labels] if 'weight' in classes else
+                       embed_vector(classes, class_labels.astype(dtype)))
     return time
 
 

@@ -13,7 +13,7 @@ from jaxsd import images, sampling
 from jaxsd.config import ModelConfig, T2IAdapterConfig
 from jaxsd.images.reading import Picture
 from jaxsd.models import controlnet, t2i_adapter
-from jaxsd.run import depth
+from jaxsd.run import depth, unclip
 from jaxsd.run.request import Request
 from jaxsd.run.steps import fractions, over_rows, span
 from jaxsd.sampling.choice import unknown
@@ -106,7 +106,11 @@ def inputs(model: Model, requests: Sequence[Request], init_images: Sequence[Init
     task, factor = config.task, config.vae.factor
     height, width = requests[0].height, requests[0].width
     cell = (len(requests), height // factor, width // factor, 1)
-    found = {'labels': _labels(config, requests, prompts)}
+    if task in ('pix2pix', 'unclip') and any(c.image is None for c in init_images):
+        does = 'edits' if task == 'pix2pix' else 'makes variations of'
+        raise ValueError(f'image: expected one, the picture that this model {does}')
+    found = {'labels': unclip.labels(model, requests, prompts) if task == 'unclip' else
+             _labels(config, requests, prompts)}
     if task == 'upscaler':
         if any(c.image is None for c in init_images):
             raise ValueError('image: expected one, the small picture that this model enlarges')
@@ -122,8 +126,6 @@ def inputs(model: Model, requests: Sequence[Request], init_images: Sequence[Init
         found['low_res_scale'] = np.stack([np.sqrt(abar), np.sqrt(1 - abar)], 1).astype(np.float32)
         return found, None, None
 
-    if task == 'pix2pix' and any(c.image is None for c in init_images):
-        raise ValueError('image: expected one, the picture that this model edits')
     if any(c.image is not None for c in init_images):
         blank = np.zeros((height, width, 3), np.uint8)
         found['init_image'] = np.stack([blank if c.image is None else c.image for c in init_images])

@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
     steps: Steps  # [rows,B,...]
     noise: np.ndarray | None = None  # [B,h,w,L] to start from; None: drawn from the keys
     given: np.ndarray | None = None  # bool [B]: whose noise holds, also the steps'; None: all
-    labels: np.ndarray | None = None  # int32 [B,P] classes
+    labels: np.ndarray | None = None  # int32 [B,P] classes; of unCLIP float32 [B,P,2*E]
     init_image: np.ndarray | None = None  # uint8 [B,H,W,3], to start from
     init_latents: np.ndarray | None = None  # [B,h,w,L], to start from in the image's place
     init_weight: np.ndarray | None = None  # [B,h,w,1]: weight of its latent at the start
@@ -160,7 +160,8 @@ def networks(model: Model, data: Inputs) -> tuple[Params, ModelConfig]:
     has done its work on the host, and the ControlNets, IP-Adapters and adapters that the batch
     names."""
     nets = {name: model.controlnets[name] for name in data.hints or ()}
-    params = {part: tree for part, tree in model.params.items() if part != 'depth_estimator'}
+    params = {part: tree for part, tree in model.params.items() if part not in (
+        'depth_estimator', 'image_encoder', 'image_normalizer')}
     params['controlnet'] = {name: net.params for name, net in nets.items()}
     prompted = {name: model.ip_adapters[name] for name in data.image_prompts or ()}
     params['ip_adapter'] = {name: ip_adapter.by_place(net.params, model.config.unet)

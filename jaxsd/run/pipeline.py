@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
     adapters: dict | None = None  # {component: [B,A]}: weights
     given: Any = None  # bool [B]: whose noise is the steps'; None: everybody's, if there is any
     extra: Any = None  # [B,h,w,E]: channels beside the latents
-    labels: Any = None  # int [B,P]: classes
+    labels: Any = None  # int [B,P]: classes; of unCLIP float [B,P,2*E]
     # {ControlNet: [B,h,w,C], from controlnet.embed; of a union ([B,K,h,w,C], modes int [B,K])};
     # {T2I-Adapter: t2i_adapter.apply's list}
     hints: Any = ()
@@ -215,7 +215,7 @@ def _network(params, config, encoded, step, which, pag=None, sag=False, imageles
     their parts are one axis, picture after picture. pag: the perturbed one among them, or None;
     sag: whether attention is watched; imageless: whether the last does not see the image."""
     which, parts = np.array(which), len(which)
-    labels = jax.tree.map(lambda a: a[:, which].reshape(-1), encoded.labels)
+    labels = jax.tree.map(lambda a: a[:, which].reshape(-1, *a.shape[2:]), encoded.labels)
     weights = jax.tree.map(lambda a: a[:, which], step.control or {})
     context, added = encoded.text.of(which, step.text_index)
     plain = context[''] if isinstance(context, dict) else context

@@ -266,7 +266,8 @@ class Request:
     window: int | None = None  # MultiDiffusion: the network sees so many pixels per side at once
     window_stride: int | None = None  # pixels from window to window; None: half a window
     hires: 'Hires | Mapping[str, Any] | None' = None  # a second, larger pass, or its fields
-    class_label: int | None = None  # class-conditional models; upscaler: noise level, None: 20
+    class_label: int | None = None  # class-conditional models; upscaler and unCLIP: noise level of
+    # the image, None: 20 and 0
     negative_class_label: int | None = None  # None: the last class; upscaler: the same level
     prompt_2: str | None = None  # SDXL: for its second text encoder; None: the same prompt
     negative_prompt_2: str | None = None
@@ -639,7 +640,7 @@ def _strength(request, config):
     if request.strength is not None:
         return request.strength
     started = request.image is not None and request.mask is None and request.outpaint is None
-    return 0.75 if started and config.task not in ('upscaler', 'pix2pix') else 1.0
+    return 0.75 if started and config.task not in ('upscaler', 'pix2pix', 'unclip') else 1.0
 
 
 def _image_guidance(request, config):

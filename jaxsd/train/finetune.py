@@ -159,9 +159,10 @@ def trainable_config(c: Settings, config: ModelConfig) -> ModelConfig:
     if schedule.rescale_betas_zero_snr and schedule.prediction_type == 'epsilon':
         raise ValueError('zero_terminal_snr: at the last timestep there is only noise, from which '
                          "'epsilon' says nothing; give prediction_type='v_prediction'")
-    if schedule.edm or config.low_res or config.aesthetic or config.task == 'pix2pix':
-        raise ValueError(f'{c.base.model}: training EDM models, upscalers, InstructPix2Pix and '
-                         'the SDXL refiner is not implemented')
+    if schedule.edm or config.low_res or config.aesthetic or config.task in (
+            'pix2pix', 'unclip'):
+        raise ValueError(f'{c.base.model}: training EDM models, upscalers, InstructPix2Pix, '
+                         'unCLIP and the SDXL refiner is not implemented')
     config = config.replace(schedule=schedule)
     if c.base.inpainting:
         config = config.replace(unet=dataclasses.replace(

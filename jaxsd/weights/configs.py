@@ -21,6 +21,7 @@ from jaxsd.config import (
     read_network_config,
     versions,
 )
+from jaxsd.models import clip
 from jaxsd.typing import Path
 
 # The fields of a ScheduleConfig that say how an EDM model was trained, in BETAS' place.
@@ -52,6 +53,14 @@ def write_config(config: ModelConfig, folder: Path,
                _released(config, 'depth_estimator') or _depth(config.depth_estimator))
         _write(folder / 'feature_extractor' / 'preprocessor_config.json',
                _preprocessor(config.depth_estimator))
+    if config.image_encoder is not None:
+        _write(folder / 'image_encoder' / 'config.json', _vision(config.image_encoder))
+        _write(folder / 'image_normalizer' / 'config.json', {
+            '_class_name': 'StableUnCLIPImageNormalizer', **_plain(config.image_normalizer)})
+        _write(folder / 'image_noising_scheduler' / 'scheduler_config.json',
+               _low_res(config.image_noise))
+        _write(folder / 'feature_extractor' / 'preprocessor_config.json',
+               _clip_preprocessor(config.image_encoder))
     written = read_config(folder)
     lost = [f'{field.name}.{part.name}' if dataclasses.is_dataclass(value) else field.name
             for field in dataclasses.fields(config) if field.name != 'version'
@@ -98,7 +107,9 @@ def _index(config, tokenizers):
     kind = {9: 'InpaintPipeline', 8: 'InstructPix2PixPipeline', 5: 'Depth2ImgPipeline'}.get(
         config.unet.in_channels, 'UpscalePipeline' if config.low_res else
         'Img2ImgPipeline' if xl and config.aesthetic else 'Pipeline')
-    index = {'_class_name': f'StableDiffusion{"XL" * xl}{kind}',
+    unclip = config.image_encoder is not None
+    index = {'_class_name': 'StableUnCLIPImg2ImgPipeline' if unclip else
+             f'StableDiffusion{"XL" * xl}{kind}',
              '_diffusers_version': '0.21.0'}  # the first to read everything written here
     if own := {k: v for k, v in config.defaults.items() if k != 'scheduler'}:
         index['_jaxsd'] = own
@@ -108,9 +119,14 @@ def _index(config, tokenizers):
     if config.low_res:
         index['low_res_scheduler'] = ['diffusers', 'DDPMScheduler']
         index['max_noise_level'] = config.max_noise_level
-    elif not xl:
+    elif not (xl or unclip):
         index['requires_safety_checker'] = False
-    if not xl:
+    if unclip:
+        index['image_encoder'] = ['transformers', 'CLIPVisionModelWithProjection']
+        index['feature_extractor'] = ['transformers', 'CLIPImageProcessor']
+        index['image_normalizer'] = ['stable_diffusion', 'StableUnCLIPImageNormalizer']
+        index['image_noising_scheduler'] = ['diffusers', 'DDPMScheduler']
+    elif not xl:
         index['feature_extractor'] = index['safety_checker'] = [None, None]
     for part in TEXT_ENCODERS if xl or config.text_encoder_2 else TEXT_ENCODERS[:1]:
         text = getattr(config, part)
@@ -159,7 +175,7 @@ def _unet(c):
         'mid_block_scale_factor': 1,
         **_plain(c, 'transformer_layers', 'mid_transformer_layers', 'heads', 'num_class_embeds',
                  'added_dim', 'added_time_dim', 'transformer_depths',
-                 'time_cond_proj_dim'),
+                 'time_cond_proj_dim', 'class_proj_dim'),
         'mid_block_type': mid,
         'down_block_types': ['CrossAttn' * a + 'DownBlock2D' for a in attends],
         'up_block_types': ['CrossAttn' * a + 'UpBlock2D' for a in reversed(attends)],
@@ -172,7 +188,8 @@ def _unet(c):
         'time_cond_proj_dim': c.time_cond_proj_dim or None,
         'addition_embed_type': 'text_time' if c.added_dim else None,
         'addition_time_embed_dim': c.added_time_dim if c.added_dim else None,
-        'projection_class_embeddings_input_dim': c.added_dim or None,
+        'class_embed_type': 'projection' if c.class_proj_dim else None,
+        'projection_class_embeddings_input_dim': c.added_dim or c.class_proj_dim or None,
     }
 
 
@@ -224,6 +241,16 @@ def _preprocessor(c):
             'ensure_multiple_of': 1, 'keep_aspect_ratio': False,
             'do_rescale': True, 'rescale_factor': 1 / 255,
             'do_normalize': True, 'image_mean': [0.5] * 3, 'image_std': [0.5] * 3}
+
+
+def _clip_preprocessor(c):
+    """What run.image_prompts.look_at does to a picture, as transformers' CLIPImageProcessor reads
+    it."""
+    return {'image_processor_type': 'CLIPImageProcessor', 'do_convert_rgb': True, 'resample': 3,
+            'do_resize': True, 'size': {'shortest_edge': c.image_size}, 'do_center_crop': True,
+            'crop_size': {'height': c.image_size, 'width': c.image_size}, 'do_rescale': True,
+            'rescale_factor': 1 / 255, 'do_normalize': True, 'image_mean': clip.MEAN.tolist(),
+            'image_std': clip.DEVIATION.tolist()}
 
 
 def _vision(c):

@@ -8,7 +8,7 @@ from jaxsd.config import TEXT_ENCODERS
 from jaxsd.typing import Path
 from jaxsd.weights.files import PICKLES, choose
 
-WEIGHTS = ('unet', 'vae', *TEXT_ENCODERS, 'depth_estimator')
+WEIGHTS = ('unet', 'vae', *TEXT_ENCODERS, 'depth_estimator', 'image_encoder', 'image_normalizer')
 SMALL = ('model_index.json', 'extras.safetensors', '*scheduler/*.json', 'tokenizer*/*.json',
          'tokenizer*/*.txt', *(f'{part}/config.json' for part in WEIGHTS))
 

@@ -14,12 +14,14 @@ import numpy as np
 
 from jaxsd.config import (
     DPTConfig,
+    ImageNormalizerConfig,
     ModelConfig,
     ScheduleConfig,
     TextConfig,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
+    VisionConfig,
     sampling_defaults,
     versions,
 )
@@ -149,8 +151,11 @@ def metadata(config: ModelConfig, title: str) -> dict[str, str]:
                  'implementation': 'https://github.com/Stability-AI/generative-models'}
     whole = dataclasses.asdict(config.replace(controlnets=(), ip_adapters=()))
     del whole['controlnets'], whole['ip_adapters']
-    if not whole['defaults']:
-        del whole['defaults']  # which older versions do not know
+    new = (whole, 'defaults'), *((whole, part) for part in (
+        'image_encoder', 'image_normalizer', 'image_noise')), (whole['unet'], 'class_proj_dim')
+    for fields, name in new:  # which older versions do not know
+        if not fields[name]:
+            del fields[name]
     return {f'modelspec.{name}': text for name, text in spec.items()} | {
         ENTRY: json.dumps(whole, separators=(',', ':'), allow_nan=False)}
 
@@ -167,7 +172,9 @@ def read_entry(file: Reader) -> ModelConfig | None:
         tiny = 'num_encoder_blocks' in given['vae']
         kinds = {'unet': UNetConfig, 'vae': TinyVAEConfig if tiny else VAEConfig,
                  'schedule': ScheduleConfig, 'low_res': ScheduleConfig, 'text_encoder': TextConfig,
-                 'text_encoder_2': TextConfig, 'depth_estimator': DPTConfig}
+                 'text_encoder_2': TextConfig, 'depth_estimator': DPTConfig,
+                 'image_encoder': VisionConfig, 'image_normalizer': ImageNormalizerConfig,
+                 'image_noise': ScheduleConfig}
         parts: dict[str, Any] = {
             name: kinds[name](**value) if name in kinds and value is not None else value
             for name, value in given.items()}

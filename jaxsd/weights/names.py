@@ -211,6 +211,7 @@ _TELLTALES = {
     r'(image_proj|ip_adapter)\.': ('an IP-Adapter', 'load_ip_adapter'),
     r'(control_model\.)?(input_hint_block|zero_convs|controlnet_)':
         ('a ControlNet', 'load_controlnet'),
+    r'noise_augmentor\.': ('an unCLIP in one file, whose diffusers folder can be read', ''),
     r'model\.diffusion_model\.(?!.*lora[._])': ('a whole checkpoint', 'load'),
     r'(lora|lycoris)_|.*[._](lora|hada|lokr)[._]': ('a LoRA', 'load_adapter'),
     r'emb_params$|string_to_param\.|clip_[lg]$|text_encoders_[01]$|<.*>$':

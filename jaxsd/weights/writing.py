@@ -47,6 +47,9 @@ def save(model: Model, path: Path, layout: str = 'diffusers',
     check(shapes, arrays)
     path = pathlib.Path(path).expanduser()
     if layout == 'single-file':
+        if model.config.image_encoder is not None:
+            raise ValueError(f"layout {layout!r}: expected 'diffusers' for an unCLIP, which has no "
+                             'other layout here')
         if path.is_dir() or path.suffix != '.safetensors':
             raise ValueError(f'{path}: expected the name of a .safetensors file')
         table = names.places(model.config, shapes)
@@ -73,7 +76,8 @@ def _write_folder(model, folder, shapes, arrays, dtype):
 def write_component(folder: pathlib.Path, part: str, shapes: Shapes, arrays: Mapping[str, Any],
                     dtype: np.dtype | None) -> None:
     """Write one component's weights, under the name that diffusers or transformers expects."""
-    stem = 'model' if part in (*TOKENIZERS, 'depth_estimator') else 'diffusion_pytorch_model'
+    transformers = (*TOKENIZERS, 'depth_estimator', 'image_encoder')
+    stem = 'model' if part in transformers else 'diffusion_pytorch_model'
     table = {name: names.Place(name) for name in shapes}
     write_tensors(folder / f'{stem}.safetensors', stored(arrays, shapes, table, dtype))
 

@@ -13,7 +13,14 @@ from PIL import Image, PngImagePlugin
 from safetensors.numpy import load_file, safe_open, save_file
 
 import jaxsd
-from jaxsd.config import VERSIONS, DPTConfig, UpscalerConfig
+from jaxsd.config import (
+    VERSIONS,
+    DPTConfig,
+    ImageNormalizerConfig,
+    ScheduleConfig,
+    UpscalerConfig,
+    VisionConfig,
+)
 from jaxsd.models import shapes, spec
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.weights import Network, save_network
@@ -21,7 +28,7 @@ from jaxsd.weights import Network, save_network
 sys.path.append(str(ROOT / 'tests' / 'weights'))
 import adapter_files  # noqa: E402
 
-EDITS = 'timbrooks/instruct-pix2pix'
+EDITS, VARIES = 'timbrooks/instruct-pix2pix', 'sd2-community/stable-diffusion-2-1-unclip'
 HUB = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
 COMMIT = 'c0ffee' + 34 * '0'
 PARAMETERS = """a red apple
@@ -40,6 +47,18 @@ def random_model(family, version):
     return jaxsd.Model(config, spec.init(0, config), tokenizers)
 
 
+def unclip(model):
+    """A Model with random weights of unCLIP."""
+    config = model.config.replace(
+        unet=dataclasses.replace(model.config.unet, class_proj_dim=16),
+        image_encoder=VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                   num_attention_heads=2, image_size=28, projection_dim=8),
+        image_normalizer=ImageNormalizerConfig(8), image_noise=ScheduleConfig())
+    params = spec.init(0, config)
+    params['image_normalizer']['std'] += 2
+    return model.replace(config=config, params=params)
+
+
 def write(folder):
     """files/, what lies where the pages' commands run, and hub/, a cache of Hugging Face's."""
     files, model = pathlib.Path(folder) / 'files', random_model('sd1', 'sd15')
@@ -52,7 +71,8 @@ def write(folder):
     jaxsd.save(random_model('sdxl', 'sdxl'), files / 'sdxl.safetensors', layout='single-file')
     eight = model.config.replace(unet=dataclasses.replace(model.config.unet, in_channels=8))
     edits = model.replace(config=eight, params=spec.init(0, eight))
-    for name, some in ((HUB, model), (EDITS, edits)):
+    varies = unclip(random_model('sd2', 'sd21'))
+    for name, some in ((HUB, model), (EDITS, edits), (VARIES, varies)):
         home = pathlib.Path(folder) / 'hub' / f'models--{name.replace("/", "--")}'
         jaxsd.save(some, home / 'snapshots' / COMMIT)
         (home / 'refs').mkdir()

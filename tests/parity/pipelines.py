@@ -76,7 +76,7 @@ def theirs(pipe, sampler, draws, **call):
     kept = {k: v for k, v in pipe.scheduler.config.items()
             if k.startswith('beta') or k == 'prediction_type'}
     pipe.scheduler = kind(timestep_spacing='trailing', **settings, **kept)
-    draws = [nchw(draw) for draw in draws]
+    draws = [nchw(draw) if draw.ndim == 4 else torch.tensor(draw) for draw in draws]
 
     def randn(shape, **_):
         assert draws[0].shape == tuple(shape)

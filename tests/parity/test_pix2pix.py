@@ -6,6 +6,7 @@ import pytest
 from pipelines import (
     BOUND,
     STEPS,
+    TEXTS,
     UNIT,
     far,
     normal,
@@ -17,8 +18,11 @@ from pipelines import (
     theirs,
     tiny,
 )
+from test_models import nchw
 
+import jaxsd
 from jaxsd import sampling
+from jaxsd.config import ScheduleConfig
 
 pytestmark = pytest.mark.parity
 SIZE = 16  # pixels; a cell of the latents is two
@@ -48,3 +52,22 @@ def test_edited(family, tokenizer_folder, tmp_path):
         wanted = theirs(pipe, sampler, [start], image=picture(i, SIZE), guidance_scale=scale,
                         image_guidance_scale=image, **more)
         assert far(found[i:i + 1], wanted) <= BOUND, (sampler, far(found[i:i + 1], wanted))
+
+
+def test_cosxl_edit(tokenizer_folder, tmp_path):
+    """An EDM model that sees scaled latents, as CosXL Edit."""
+    config = tiny('sdxl', levels=2, in_channels=8)
+    model = random_model(config.replace(schedule=ScheduleConfig(
+        edm=True, prediction_type='v_prediction', sigma_data=1.0, sigma_max=120.0)),
+        tokenizer_folder)
+    jaxsd.save(model, tmp_path / 'model')
+    pipe = SIDES['sdxl'].from_pretrained(tmp_path / 'model', is_cosxl_edit=True)
+    pipe.set_progress_bar_config(disable=True)
+    noise, look = normal(1), picture(0, SIZE)
+    sigmas = sampling.schedule('karras', STEPS, model.config.schedule)
+    start = noise * np.float32(sigmas[0] / np.hypot(sigmas[0], 1))  # theirs is wider than ours
+    wanted = pipe(**TEXTS, num_inference_steps=STEPS, image=look, height=SIZE, width=SIZE,
+                  guidance_scale=5.0, image_guidance_scale=1.5, latents=nchw(start),
+                  output_type='latent').images
+    found = ours(model, [request(schedule='karras', image=look, image_guidance=1.5)], noise)
+    assert far(found, wanted.permute(0, 2, 3, 1).numpy()) <= BOUND
