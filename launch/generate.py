@@ -167,12 +167,12 @@ def run():
     refiner = load(recipe, FLAGS.refiner, strays=FLAGS.strays)[0] if FLAGS.refiner else None
     preview = _preview(picture, out, jaxsd.load_vae(FLAGS.preview, dtype)
                        ) if FLAGS.preview else None
-    requests = resolve(requests, model.config)
     if past and 'versions' in past.run:
         _note([infotext.differences(past.run)], 'warning')
     elif past:
         requests, notes = infotext.fit(requests, model.config)
         _note(notes)
+    requests = resolve(requests, model.config)
     _check_adapters(requests, adapters)
     model, named = complete(model, requests, dtype, adapters, embeddings, strays=FLAGS.strays,
                             upscalers=upscalers, ip_adapters=ip_adapters,

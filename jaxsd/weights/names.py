@@ -98,6 +98,9 @@ def prefixes(config: ModelConfig) -> dict[str, str]:
         found[name] = stage + kind
     if config.depth_estimator:
         found['depth_estimator'] = 'depth_model.model.'
+    if config.image_encoder:
+        found |= {'image_encoder': 'embedder.model.visual.',
+                  'image_normalizer': 'noise_augmentor.data_'}
     return found
 
 
@@ -196,14 +199,16 @@ def renamed(names: Iterable[str], rename: Callable[[str], str]) -> dict[str, str
 # Schedule buffers, also those of an upscaler's small picture; counters of training and of the EMA;
 # position_ids; a text encoder's logit_scale, and its text_projection where the model has none, as
 # ComfyUI and others save them; the classes that MiDaS' transformer was trained on; the
-# discriminator that some VAEs were trained with; what ComfyUI scales TAESD's latents by.
+# discriminator that some VAEs were trained with; what ComfyUI scales TAESD's latents by; of unCLIP
+# CLIP's other tower, and the betas of its noise.
 _EXTRA = re.compile(
     r'betas|(?:\w+_)?alphas_cumprod(?:_prev)?|posterior_\w+|logvar|lvlb_weights|scale_factor'
     r'|(?:global_)?step|epoch|iteration|model_ema\.(?:decay|num_updates)|denoiser\..*'
     r'|.*\.position_ids|(?:cond_stage_model|conditioner\.embedders\.\d)\.(?:(?:model|transformer)\.)*'
     r'(?:logit_scale|text_projection(?:\.weight)?|attn_mask)'
     r'|(?:depth_model\.model\.)?pretrained\.model\.head\..*|(?:first_stage_model\.)?loss\..*'
-    r'|first_stage_model\.model_ema\..*|vae_scale|vae_shift|low_scale_model\..*')
+    r'|first_stage_model\.model_ema\..*|vae_scale|vae_shift|low_scale_model\..*'
+    r'|embedder\.model\.(?!visual\.).*|noise_augmentor\.(?!data_).*')
 
 # What files are, by what a name in them starts with; the first that fits, so that a ControlNet is
 # seen beside the whole model that its first version came with.
@@ -211,7 +216,6 @@ _TELLTALES = {
     r'(image_proj|ip_adapter)\.': ('an IP-Adapter', 'load_ip_adapter'),
     r'(control_model\.)?(input_hint_block|zero_convs|controlnet_)':
         ('a ControlNet', 'load_controlnet'),
-    r'noise_augmentor\.': ('an unCLIP in one file, whose diffusers folder can be read', ''),
     r'model\.diffusion_model\.(?!.*lora[._])': ('a whole checkpoint', 'load'),
     r'(lora|lycoris)_|.*[._](lora|hada|lokr)[._]': ('a LoRA', 'load_adapter'),
     r'emb_params$|string_to_param\.|clip_[lg]$|text_encoders_[01]$|<.*>$':
@@ -292,6 +296,8 @@ def _unet_rules(c):
         (r'^time_embedding\.cond_proj', 'time_embed.cond_proj'),
         (r'^add_embedding\.linear_1', 'label_emb.0.0'),
         (r'^add_embedding\.linear_2', 'label_emb.0.2'),
+        (r'^class_embedding\.linear_1', 'label_emb.0.0'),
+        (r'^class_embedding\.linear_2', 'label_emb.0.2'),
         (r'^class_embedding', 'label_emb'),
     ]
 
@@ -394,6 +400,7 @@ _RULES = {'unet': _unet_rules, 'vae': _vae_rules, 'controlnet': _controlnet_rule
           't2i_adapter': _t2i_adapter_rules,
           'depth_estimator': lambda c: names_dpt.RULES,
           'image_encoder': lambda c: _OPENCLIP_VISION,
+          'image_normalizer': lambda c: [],
           'ip_adapter': lambda c: [],
           **dict.fromkeys(TEXT_ENCODERS, _text_rules)}
 

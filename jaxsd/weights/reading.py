@@ -13,7 +13,16 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from jaxsd.config import TEXT_ENCODERS, VERSIONS, ModelConfig, UNetConfig, read_config
+from jaxsd.config import (
+    TEXT_ENCODERS,
+    VERSIONS,
+    ImageNormalizerConfig,
+    ModelConfig,
+    ScheduleConfig,
+    UNetConfig,
+    VisionConfig,
+    read_config,
+)
 from jaxsd.models import quantized, unet
 from jaxsd.models.spec import spec, to_jax
 from jaxsd.prompt.tokenizer import Tokenizer
@@ -36,6 +45,7 @@ log = logging.getLogger('jaxsd')
 # text-to-image models.
 CANDIDATES = ('sd15', 'sd15_inpainting', 'sd15_pix2pix', 'sd21', 'sd2_inpainting', 'sd2_depth',
               'sdxl', 'sdxl_inpainting', 'sdxl_pix2pix', 'sdxl_refiner', 'x4_upscaler')
+UNCLIP = 'noise_augmentor.data_mean'  # a tensor that unCLIP has beside 2.1's
 
 
 def load(path: Path, dtype: DTypeLike | None = 'float32', config: ModelConfig | None = None,
@@ -366,6 +376,8 @@ def _detect(file, prediction_type=None, size=None):
             'tensors of 1.x, 2.x, the x4 upscaler, SDXL or its refiner (model.diffusion_model.*, '
             f'first_stage_model.* ...), found {len(file.shapes)} tensors such as '
             f'{", ".join(list(file.shapes)[:3])}. Give config= for a model of other sizes.'))
+    if best == 'sd21' and UNCLIP in stored:
+        return _unclip(stored[UNCLIP][-1], size), False
     if best == 'sd21':
         return _version2(prediction_type or 'v_prediction', size), prediction_type is None
     config = read_config(best)
@@ -387,6 +399,19 @@ def _version2(prediction_type, size):
     """The ModelConfig of 2.1's text-to-image models, of which one predicts v."""
     version = 'sd21' if prediction_type == 'v_prediction' else 'sd21_base'
     return _sized(read_config(version), size).with_prediction(prediction_type)
+
+
+def _unclip(width, size):
+    """The ModelConfig of 2.1's unCLIP, whose image encoder gives embeddings of this width: CLIP's
+    ViT-H's or ViT-L's."""
+    config = _sized(read_config('sd21'), size)
+    small = {'hidden_size': 1024, 'intermediate_size': 4096, 'num_hidden_layers': 24,
+             'hidden_act': 'quick_gelu', 'projection_dim': 768}
+    return config.replace(
+        unet=dataclasses.replace(config.unet, class_proj_dim=2 * width), version='custom',
+        image_encoder=VisionConfig(**small) if width == 768 else VisionConfig(),
+        image_normalizer=ImageNormalizerConfig(width),
+        image_noise=ScheduleConfig(beta_schedule='squaredcos_cap_v2'))
 
 
 def _sized(config, size):

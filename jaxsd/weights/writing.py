@@ -47,9 +47,6 @@ def save(model: Model, path: Path, layout: str = 'diffusers',
     check(shapes, arrays)
     path = pathlib.Path(path).expanduser()
     if layout == 'single-file':
-        if model.config.image_encoder is not None:
-            raise ValueError(f"layout {layout!r}: expected 'diffusers' for an unCLIP, which has no "
-                             'other layout here')
         if path.is_dir() or path.suffix != '.safetensors':
             raise ValueError(f'{path}: expected the name of a .safetensors file')
         table = names.places(model.config, shapes)

@@ -73,6 +73,38 @@ def test_single_file_of_instruct_pix2pix(name, version, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('width', [1024, 768])
+def test_single_file_of_unclip(width, tmp_path):
+    """sd21-unclip-h and -l: 2.1's tensors, and those of their embedder and augmentor."""
+    layers, wide = (32, 1280) if width == 1024 else (24, 1024)
+    shapes, unet = dict(SINGLE['sd2']), 'model.diffusion_model.label_emb.0'
+    shapes |= {f'{unet}.0.weight': [1280, 2 * width], f'{unet}.0.bias': [1280],
+               f'{unet}.2.weight': [1280, 1280], f'{unet}.2.bias': [1280]}
+    at = 'embedder.model.visual'
+    shapes |= {f'{at}.conv1.weight': [wide, 3, 14, 14], f'{at}.class_embedding': [wide],
+               f'{at}.positional_embedding': [257, wide], f'{at}.proj': [wide, width],
+               'embedder.model.logit_scale': [], 'embedder.model.text_projection': [wide, width],
+               'noise_augmentor.betas': [1000], 'noise_augmentor.data_mean': [1, width],
+               'noise_augmentor.data_std': [1, width]}
+    for norm in ('ln_pre', 'ln_post'):
+        shapes |= {f'{at}.{norm}.weight': [wide], f'{at}.{norm}.bias': [wide]}
+    for i in range(layers):
+        block = f'{at}.transformer.resblocks.{i}'
+        for name, rows, columns in (('attn.out_proj', wide, wide), ('mlp.c_fc', 4 * wide, wide),
+                                    ('mlp.c_proj', wide, 4 * wide)):
+            shapes |= {f'{block}.{name}.weight': [rows, columns], f'{block}.{name}.bias': [rows]}
+        shapes |= {f'{block}.attn.in_proj_weight': [3 * wide, wide],
+                   f'{block}.attn.in_proj_bias': [3 * wide]}
+        for norm in ('ln_1', 'ln_2'):
+            shapes |= {f'{block}.{norm}.weight': [wide], f'{block}.{norm}.bias': [wide]}
+    sparse_file(tmp_path / 'model.safetensors', shapes)
+    source = open_single(tmp_path / 'model.safetensors', None, False, None)
+    source.config.check_fit()
+    assert source.config.task == 'unclip' and source.mismatches() == {}
+    assert len(source.extras) == 28 + 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FILES)
 def test_every_lost_or_changed_tensor_is_noticed(name, tmp_path):
     shapes = dict(SINGLE[name])
