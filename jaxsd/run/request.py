@@ -262,7 +262,7 @@ class Request:
     depth: 'ImageLike | None' = None  # depth models: near is white; None: estimated from the image
     controls: Sequence[Control] = ()
     image_prompts: Sequence[ImagePrompt] = ()
-    regions: 'Sequence[Region | Mapping[str, Any]]' = ()  # prompts for parts of the picture
+    regions: Sequence[Region] = ()  # prompts for parts of the picture; or mappings of fields
     window: int | None = None  # MultiDiffusion: the network sees so many pixels per side at once
     window_stride: int | None = None  # pixels from window to window; None: half a window
     hires: 'Hires | Mapping[str, Any] | None' = None  # a second, larger pass, or its fields
