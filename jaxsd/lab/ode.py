@@ -53,9 +53,10 @@ def problem(model: Model, requests: Sequence[Request]) -> Inputs:
              config.vae.latent_channels)
     noise = sampling.initial(sampling.keys([r.seed for r in requests]), shape)
     data = inputs(model, requests, np.asarray(noise))
-    if data.steps.guidance.easycache is not None:
-        raise ValueError('easycache: expected none: what the model says must not depend on what it '
-                         'said before')
+    for name in ('easycache', 'deepcache'):
+        if getattr(data.steps.guidance, name) is not None:
+            raise ValueError(f'{name}: expected none: what the model says must not depend on what '
+                             'it said before')
     called = data.rows.sigma > 0
     if data.steps.text_index is not None or any(
             (leaf != leaf[:1])[called].any() for leaf in jax.tree.leaves(data.steps.guidance)):
@@ -77,7 +78,7 @@ def denoiser(params: Params, config: ModelConfig, data: Inputs) -> Denoise:
 
     def denoise(x, sigma, i=None, *given):
         if step.guidance.momentum and not given:
-            return guided(x, sigma, step, memory(x, step.guidance))[0]
+            return guided(x, sigma, step, memory(x, step.guidance, config))[0]
         return guided(x, sigma, step, *given)
 
     return denoise

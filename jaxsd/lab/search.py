@@ -200,7 +200,8 @@ def _start(data, sigmas):
 @functools.partial(jax.jit, static_argnames=('config', 'info'))
 def _denoise_loop(params, data, rows, x, *, config, info=None):
     return sampling.sample(denoiser(once(params), config, data), x, rows,
-                           lambda i: jnp.zeros_like(x), info, memory(x, data.steps.guidance))
+                           lambda i: jnp.zeros_like(x), info,
+                           memory(x, data.steps.guidance, config))
 
 
 def _seen(call):

@@ -4,10 +4,11 @@ Both take what a layer has made of its tokens, queries, keys and values: project
 that they may be taken apart or averaged after them as well as before.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -16,7 +17,9 @@ from jaxtyping import Float
 from jaxsd.models.layers import attention
 
 
-class Fewer(NamedTuple):
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Fewer:
     """What is done at self-attentions of the `depth` + 1 largest levels.
 
     tile: latents per side of a tile of HyperTile (https://github.com/tfernd/HyperTile), at least:
@@ -28,7 +31,7 @@ class Fewer(NamedTuple):
     ratio: float = 0.0
     depth: int = 0
 
-    def attend(self, q: Float[Array, 'B T C'], k: Float[Array, 'B T C'], v: Float[Array, 'B T C'],
+    def __call__(self, q: Float[Array, 'B T C'], k: Float[Array, 'B T C'], v: Float[Array, 'B T C'],
                heads: int, height: int, width: int) -> Float[Array, 'B T C'] | None:
         """A self-attention's output, or None where it is as ever. height, width: of the latents."""
         level = round(math.log(height * width / q.shape[1], 4))
@@ -79,7 +82,7 @@ def merging(metric: Float[Array, 'B T C'], height: int, width: int,
     scores = f[:, others] @ f[:, kept].mT
     order = jnp.argsort(-scores.max(-1), axis=-1)
     nearest = jnp.take_along_axis(scores.argmax(-1), order, 1)[:, :r, None]  # of those that go
-    apart, gone = others[order[:, r:]], others[order[:, :r]]  # [B,...], places
+    apart, gone = (jnp.asarray(others)[part] for part in (order[:, r:], order[:, :r]))  # places
     rows = np.arange(len(metric))[:, None]
 
     def merge(x):

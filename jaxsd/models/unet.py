@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Int, Num
 
 from jaxsd.config import UNetConfig
@@ -34,6 +34,28 @@ from jaxsd.typing import Params
 FAMILIES = {768: '1.x', 1024: '2.x', 1280: 'the SDXL refiner', 2048: 'SDXL'}  # by width of the text
 Cache = dict[str, Any]  # see `cross_attention_cache`
 Hook = Callable[[str, int, Array, Array, Array], Array | None]  # see `apply`
+
+
+class Deep(NamedTuple):
+    """DeepCache (https://arxiv.org/abs/2312.00858): the features that the last `layers` layers of
+    the way up begin with are those of the last call for the images [B] that take them `again`; if
+    all do, nothing is computed but these layers and those whose skip connections they see.
+
+    layers: the paper's branch + 1. features: of `deep_features`.
+    """
+
+    layers: int
+    again: Array
+    features: Array
+
+
+def deep_features(cfg: UNetConfig, layers: int, height: int, width: int) -> tuple[int, ...]:
+    """The shape [H,W,C] of the features of `Deep`; height, width: of the latents."""
+    below, place = divmod(layers - 1, cfg.layers_per_block + 1)  # levels, and layers of the last
+    widths = cfg.block_out_channels
+    first = place == cfg.layers_per_block  # it sees what the level below gives
+    return (*(-(-n // 2 ** below) for n in (height, width)),
+            widths[min(below + first, len(widths) - 1)])
 
 
 class DeepShrink(NamedTuple):
@@ -59,8 +81,9 @@ def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Ar
           freeu: Sequence[Array] | None = None, residuals: Sequence[Array] | None = None,
           features: Iterable[Array] = (), remat: bool = False,
           guidance: Float[Array, ' B'] | None = None,
-          shrink: DeepShrink | None = None) -> Float[Array, 'B H W O']:
-    """The network's output for x at the timesteps t; O = cfg.out_channels.
+          shrink: DeepShrink | None = None, deep: Deep | None = None) -> Any:
+    """The network's output for x at the timesteps t, [B,H,W,O], O = cfg.out_channels; with `deep`
+    that and the features of this call.
 
     context: features of the text, or their `cross_attention_cache` where they serve many times.
     t: training timesteps, 0 to 999, whole or not. added: SDXL's pooled text ++ sinusoids of
@@ -74,15 +97,30 @@ def apply(params: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], t: Num[Ar
     summed over several networks.
     remat: the gradient computes what is inside of residual and transformer blocks again, instead
     of keeping it. guidance: the guidance scale, for models that take it as an input (LCM).
-    shrink: a DeepShrink, which goes with neither residuals nor features.
+    shrink: a DeepShrink, which goes with neither residuals nor features. deep: a Deep.
     Computes in the parameters' dtype and returns x's.
     """
     time = embed_time(params, t, added, class_labels, guidance)
-    states = encode(params, cfg, x, time, context, hook=hook, features=features, remat=remat,
-                    shrink=shrink)
-    if residuals is not None:
-        states = [s + r.astype(s.dtype) for s, r in zip(states, residuals, strict=True)]
-    return _decode(params, cfg, states, time, context, hook, freeu, remat, shrink).astype(x.dtype)
+    decode = functools.partial(_decode, params, cfg, time=time, context=context, hook=hook,
+                               freeu=freeu, remat=remat, shrink=shrink)
+
+    def states(most=None):
+        found = encode(params, cfg, x, time, context, hook=hook, features=features, remat=remat,
+                       shrink=shrink, most=most)
+        return found if residuals is None else [
+            s + r.astype(s.dtype) for s, r in zip(found, residuals[:most], strict=True)]
+
+    if deep is None:
+        return decode(states()).astype(x.dtype)
+    layers = sum(len(block['resnets']) for block in params['up_blocks'].values()) - deep.layers
+
+    def whole():
+        found = states()
+        return found[:deep.layers], decode(found, last=layers)
+
+    skips, fresh = lax.cond(deep.again.all(), lambda: (states(deep.layers), deep.features), whole)
+    kept = jnp.where(deep.again[:, None, None, None], deep.features, fresh)
+    return decode([*skips, kept], first=layers).astype(x.dtype), kept
 
 
 def cross_attention_cache(params: Params, context: Float[Array, 'B T D']) -> Cache:
@@ -156,8 +194,10 @@ def guidance_embedding(guidance: Float[Array, ' B'], dim: int) -> Float[Array, '
 def encode(p: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], time: Float[Array, 'B D'],
            context: Float[Array, 'B T E'] | Cache, hint: Float[Array, 'B H W F'] | None = None,
            hook: Hook | None = None, features: Iterable[Array] = (),
-           remat: bool = False, shrink: DeepShrink | None = None) -> list[Array]:
-    """The half that a ControlNet copies -> [skip connection, ..., the middle block's output].
+           remat: bool = False, shrink: DeepShrink | None = None,
+           most: int | None = None) -> list[Array]:
+    """The half that a ControlNet copies -> [skip connection, ..., the middle block's output], or
+    the first `most` of them.
 
     time: from `embed_time`; context: as of `apply`. hint: added to what the first layer gives.
     features: added after the last attention of each level, or at its end where it has none; one
@@ -189,6 +229,8 @@ def encode(p: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], time: Float[A
     x = keep(x)
     for level, block in enumerate(children(p['down_blocks'])):
         for i, layer in enumerate(children(block['resnets'])):
+            if len(states) == most:
+                return states
             x = residual(layer, x)
             if 'attentions' in block:
                 x = transformer(block['attentions'][str(i)], x, level,
@@ -196,6 +238,8 @@ def encode(p: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], time: Float[A
             x = keep(x)
         if 'attentions' in block:
             x = adapt(x)
+        if len(states) == most:
+            return states
         if 'downsamplers' in block:
             x = conv(block['downsamplers']['0']['conv'], x, stride=2)  # [B,H,W,C] -> [B,H/2,W/2,C]
             x = keep(x)
@@ -212,12 +256,17 @@ def encode(p: Params, cfg: UNetConfig, x: Float[Array, 'B H W C'], time: Float[A
     return states
 
 
-def _decode(p, cfg, states, time, context, hook, freeu, remat, shrink):
-    """The other half: what `encode` gives -> the output [B,H,W,cfg.out_channels]."""
+def _decode(p, cfg, states, time, context, hook, freeu, remat, shrink, first=0, last=None):
+    """The other half: what `encode` gives -> the output [B,H,W,cfg.out_channels]. first, last: only
+    the layers from one to another, without the output's own if a last one is given."""
     *skips, x = states
     residual, transformer = _blocks(cfg, time, context, hook, remat)
+    number = 0
     for level, block in enumerate(children(p['up_blocks'])):
         for i, layer in enumerate(children(block['resnets'])):
+            number += 1
+            if not first < number <= (last or number):
+                continue
             skip = skips.pop()
             if shrink is not None and x.shape[1:3] != skip.shape[1:3]:
                 x = resize(x, *skip.shape[1:3], shrink.upscale_method)
@@ -228,9 +277,11 @@ def _decode(p, cfg, states, time, context, hook, freeu, remat, shrink):
             if 'attentions' in block:
                 x = transformer(block['attentions'][str(i)], x, -1 - level,
                                 f'up_blocks.{level}.attentions.{i}')
-        if 'upsamplers' in block:
+        if 'upsamplers' in block and first < number <= (last or number):
             x = upsample(block['upsamplers']['0'], x, skips[-1].shape[1:3])
 
+    if last is not None:
+        return x
     x = jax.nn.silu(group_norm(p['conv_norm_out'], x, cfg.norm_num_groups, cfg.norm_eps))
     return conv(p['conv_out'], x)
 

@@ -181,12 +181,10 @@ class Engine:
             raise ValueError(f'{rows.rule.name}: expected a sampler without a step of its own '
                              'where the weights are spread over devices, which go row by row '
                              'together')
-        if self.spread and found[0].steps.guidance.easycache is not None:
-            raise ValueError('easycache: expected none where the weights are spread over devices, '
-                             'which must call the model in the same rows')
-        if self.spread and found[0].steps.guidance.shrink is not None:
-            raise ValueError('deep_shrink: expected none where the weights are spread over '
-                             'devices, which compute the same network together')
+        for kind in ('deep_shrink', 'easycache', 'deepcache'):
+            if self.spread and kind in request.guidance_options:
+                raise ValueError(f'{kind}: expected none where the weights are spread over '
+                                 'devices, which compute the same layers together')
         names = tuple(sorted(parse_for(self.nets[0], request).adapters))
         slots = self.slots_of(request)
         return [Stage(Kind(i, request.height, request.width, program(data), names * (i == 0),

@@ -110,7 +110,7 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
             raise ValueError(f'{name}: expected a U-Net with attention in its middle block, which '
                              f'{name} looks at; this one has none there')
     for r in requests:
-        _check_shrink(config, r)
+        _check_features(config, r)
     if init_images is None:
         init_images = [image_conditioning.load(r, config) for r in requests]
     parsed = [parse_for(model, r) for r in requests]
@@ -137,22 +137,29 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
         image_prompts=prompted, **start, **words, **images)
 
 
-def _check_shrink(config, request):
-    """ValueError for a deep shrink that the U-Net has no such block for, or that the rest of a
-    request does not go with."""
-    shrink, u = request.guidance_options.get('deep_shrink'), config.unet
-    if shrink is None:
-        return
-    last = len(u.block_out_channels) * (u.layers_per_block + 1) - 1
-    if shrink['block'] > last:
-        raise ValueError(f'deep_shrink block={shrink["block"]}: expected at most {last}, the last '
-                         'block before the middle of this U-Net')
-    for name, given in (('sag', 'sag' in request.guidance_options), ('controls', request.controls),
-                        ('masks of image_prompts', any(prompt.mask is not None for prompt in
-                                                       request.image_prompts))):
-        if given:
-            raise ValueError(f'deep_shrink and {name}: expected one of them, as the features that '
-                             'both work on have other sizes')
+def _check_features(config, request):
+    """ValueError for a deep shrink or a DeepCache that the U-Net has no such block for, and for
+    what works on the same features in other ways."""
+    options, u = request.guidance_options, config.unet
+    layers = len(u.block_out_channels) * (u.layers_per_block + 1)
+    for kind, field, most, which in (
+            ('deep_shrink', 'block', layers - 1, 'the last block before the middle'),
+            ('deepcache', 'branch', layers - 2, 'the last but one layer on the way up')):
+        if kind in options and options[kind][field] > most:
+            raise ValueError(f'{kind} {field}={options[kind][field]}: expected at most {most}, '
+                             f'{which} of this U-Net')
+    masked = any(prompt.mask is not None for prompt in request.image_prompts)
+    others = {*options, *(name for name, given in (
+        ('controls', request.controls), ('masks of image_prompts', masked),
+        ('window', request.window)) if given)}
+    for kind, refused in (
+            ('deep_shrink', ('sag', 'controls', 'masks of image_prompts', 'hypertile',
+                             'token_merging', 'deepcache')),
+            ('deepcache', ('sag', 'window'))):
+        for name in refused:
+            if kind in options and name in others:
+                raise ValueError(f'{kind} and {name}: expected one of them, as both work on the '
+                                 'same features')
 
 
 def networks(model: Model, data: Inputs) -> tuple[Params, ModelConfig]:
@@ -254,9 +261,10 @@ def _few_steps(config, request):
 def _guidance(config, requests, parsed, sigmas, rows):
     """The batch's Guidance of [calls,B]."""
     for r in requests:
-        if sampling.free(rows) and 'easycache' in r.guidance_options:
-            raise ValueError(f'easycache: expected a sampler that does not choose its own steps, '
-                             f'found {r.sampler}')
+        for kind in ('easycache', 'deepcache'):
+            if sampling.free(rows) and kind in r.guidance_options:
+                raise ValueError(f'{kind}: expected a sampler that does not choose its own steps, '
+                                 f'found {r.sampler}')
         varied = [name for name, value in (('guidance', r.guidance), (
             'image_guidance', r.image_guidance), *r.guidance_options.items())
                   if name not in ('freeu', 'perp_neg') and isinstance(value, tuple)]

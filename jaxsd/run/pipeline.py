@@ -76,7 +76,8 @@ def latents(params: Params, inputs: Inputs, config: ModelConfig, height: int, wi
     params = once(params)
     encoded, x = encode(params, config, inputs, encode_text(params, config, inputs), height, width,
                         tile)
-    state, seen = advance(params, config, start(x, inputs.steps), encoded, inputs.steps, info=info)
+    state, seen = advance(params, config, start(x, inputs.steps, config), encoded, inputs.steps,
+                          info=info)
     return state.x if info is None else (state.x, seen)
 
 
@@ -136,16 +137,23 @@ def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioni
                    inputs.regions, inputs.windows), x
 
 
-def start(x: Float[Array, 'B h w L'], steps: Steps) -> Any:
+def start(x: Float[Array, 'B h w L'], steps: Steps, config: ModelConfig) -> Any:
     """The state of the denoise loop before the first row -> sampling.State. x: as of `encode`;
     steps: as of `advance`."""
-    return sampling.init(x, steps.row, memory(x, steps.guidance))
+    return sampling.init(x, steps.row, memory(x, steps.guidance, config))
 
 
-def memory(x: Float[Array, 'B h w L'], guidance: Guidance) -> tuple | None:
+def memory(x: Float[Array, 'B h w L'], guidance: Guidance, config: ModelConfig) -> tuple | None:
     """What `denoiser` remembers from call to call, before the first; None: nothing. x: latents."""
-    return (*([sampling.Reuse.of(x)] if guidance.easycache is not None else []),
-            *([jnp.zeros_like(x)] if guidance.momentum else [])) or None
+    found: list[Any] = []
+    if guidance.easycache is not None:
+        found.append(sampling.Reuse.of(x))
+    if guidance.deepcache is not None:
+        shape = unet.deep_features(config.unet, guidance.deepcache.layers, *x.shape[1:3])
+        found.append(jnp.zeros((len(x), guidance.parts, *shape), x.dtype))
+    if guidance.momentum:
+        found.append(jnp.zeros_like(x))
+    return tuple(found) or None
 
 
 def advance(params: Params, config: ModelConfig, state: Any, encoded: Encoded, steps: Steps,
@@ -190,11 +198,21 @@ def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[
                                      schedule)
 
         every = [1] if guidance.scale is None else [*range(parts), *perturbed, *imageless]
-        guided = sampling.guided(
-            model(every, pag=parts if perturbed else None, sag=guidance.sag is not None,
-                  imageless=bool(imageless)), guidance,
-            schedule.prediction_type, model([0]), schedule.sigma_data if schedule.edm else None,
-            encoded.regions)
+        def guided(x, sigma, i, *memory):
+            cached = []  # features to take, and in their place those to keep
+            if guidance.deepcache is not None:
+                features, *memory = memory
+                cached.append(features.reshape(-1, *features.shape[2:]))
+            found = sampling.guided(
+                model(every, pag=parts if perturbed else None, sag=guidance.sag is not None,
+                      imageless=bool(imageless), cached=cached), guidance,
+                schedule.prediction_type, model([0]), schedule.sigma_data if schedule.edm else None,
+                encoded.regions)(x, sigma, i, *memory)
+            if not cached:
+                return found
+            out, *memory = found if memory else (found,)
+            return (out, cached[0].reshape(features.shape), *memory)
+
         if guidance.easycache is not None:
             guided = sampling.easycache(guided, guidance.easycache, step.row.sigma <= 0)
         if encoded.mask is not None:
@@ -210,10 +228,12 @@ def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[
     return denoise
 
 
-def _network(params, config, encoded, step, which, pag=None, sag=False, imageless=False):
+def _network(params, config, encoded, step, which, pag=None, sag=False, imageless=False,
+             cached=None):
     """The U-Net, net(x, t, i) for `sampling.denoiser`, of some parts of the guidance: pictures and
     their parts are one axis, picture after picture. pag: the perturbed one among them, or None;
-    sag: whether attention is watched; imageless: whether the last does not see the image."""
+    sag: whether attention is watched; imageless: whether the last does not see the image. cached:
+    a list of DeepCache's features, where they are used, whose place this call's take."""
     which, parts = np.array(which), len(which)
     labels = jax.tree.map(lambda a: a[:, which].reshape(-1, *a.shape[2:]), encoded.labels)
     weights = jax.tree.map(lambda a: a[:, which], step.control or {})
@@ -253,6 +273,8 @@ def _network(params, config, encoded, step, which, pag=None, sag=False, imageles
             if pag is not None and place.startswith(PAG_PLACES):  # the identity, not attention
                 here = (np.arange(len(q)) % parts == pag)[:, None, None]
                 return jnp.where(here, v, attention(q, k, v, heads))
+            if (fewer := step.guidance.attention) is not None:
+                return fewer(q, k, v, heads, *x.shape[1:3])
 
         freeu, scale = jax.tree.map(lambda a: beside(jnp.broadcast_to(a, len(x) // parts)),
                                     (step.guidance.freeu, step.guidance.embedded))
@@ -265,15 +287,23 @@ def _network(params, config, encoded, step, which, pag=None, sag=False, imageles
                 seen = _each(np.arange(len(seen)) % parts < parts - 1) * seen
             x = jnp.concatenate([x, seen], -1)
 
-        def predict(how=None):
+        def predict(how=None, deep=None):
             return unet.apply(params['unet'], config.unet, x, t, context, added, labels, hook=hook,
                               freeu=freeu, residuals=residuals, features=features, guidance=scale,
-                              shrink=how)
+                              shrink=how, deep=deep)
 
         if (shrink := step.guidance.shrink) is not None:
             return _either(beside(jnp.broadcast_to(shrink.on, len(x) // parts)) > 0,
                            functools.partial(predict, shrink.how), predict)
-        out = predict()
+        if cached:
+            rows = step.guidance.deepcache
+            again = (jnp.broadcast_to(rows.again, len(x) // parts) > 0) | (step.row.sigma <= 0)
+            out, features = predict(deep=unet.Deep(
+                rows.layers, beside(again),
+                cached[0].astype(params['unet']['conv_in']['weight'].dtype)))
+            cached[0] = features.astype(cached[0].dtype)
+        else:
+            out = predict()
         return (out, *received) if received else out
 
     return net

@@ -165,7 +165,7 @@ def _encode_text(params, data, *, config):
 
 def _encode(params, data, *, config, height, width, tile=None):
     encoded, x = pipeline.encode(params, config, data, None, height, width, tile)
-    return encoded, pipeline.start(x, data.steps)
+    return encoded, pipeline.start(x, data.steps, config)
 
 
 def _advance(params, slots, steps, count, *, config, axis=None):

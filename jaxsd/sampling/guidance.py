@@ -18,6 +18,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from jaxsd.models.self_attention import Fewer
+
 from .scan import Denoise, spread
 from .tables import Custom
 
@@ -55,6 +57,16 @@ class Shrink:
     on: Any  # 1 in the rows in which features are smaller
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['again'],
+                   meta_fields=['layers'])
+@dataclasses.dataclass(frozen=True)
+class DeepCache:
+    """See `unet.Deep`; `layers` chooses the program."""
+
+    layers: int
+    again: Any  # 1 in the rows that take features of an earlier one
+
+
 class Guidance(NamedTuple):
     """How an image is guided: numbers, or arrays [B] or [calls,B] (a value per row and image)."""
 
@@ -73,6 +85,8 @@ class Guidance(NamedTuple):
     embedded: Any = None  # a scale that the network takes as an input, for `unet.apply`
     easycache: Any = None  # the threshold of `denoise.easycache`; 0: off
     shrink: Shrink | None = None
+    deepcache: DeepCache | None = None
+    attention: Fewer | None = None  # chooses the program
 
     @property
     def parts(self) -> int:

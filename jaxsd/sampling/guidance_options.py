@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxsd.models.self_attention import Fewer
 from jaxsd.models.unet import DeepShrink
 
 from .choice import check_number, choose, flag, one_of
-from .guidance import Guidance, Projection, Shrink, Threshold, ZeroStar
+from .guidance import DeepCache, Guidance, Projection, Shrink, Threshold, ZeroStar
 from .tables import Custom
 
 # Every kind at the value that changes nothing.
@@ -17,10 +18,10 @@ OFF = Guidance(1.0, 0.0, Threshold(1.0, 1.0, 0.0), ZeroStar(0.0, 0.0),
                Projection(1.0, np.inf, 0.0, 1.0), (), 0.0, 1.0, 0.0, (1.0, 1.0, 1.0, 1.0), (1.0,),
                easycache=0.0)
 
-
 # Kinds that need no picture without the prompt, and those that a network which takes the scale as
 # an input leaves possible.
-ALONE = ('freeu', 'deep_shrink', 'interval', 'interval_sigma', 'easycache')
+ALONE = ('freeu', 'deep_shrink', 'interval', 'interval_sigma', 'easycache', 'deepcache',
+         'hypertile', 'token_merging')
 
 
 def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np.ndarray,
@@ -78,6 +79,15 @@ def table(scale: float | Sequence[float], options: Mapping[str, Any], sigmas: np
         start, end = how.pop('start') * steps, how.pop('end') * steps
         found['shrink'] = Shrink(DeepShrink(**how), ((start <= step + 1e-9) & (
             step < end - 1e-9)).astype(np.float64))
+    if 'deepcache' in options:
+        number = np.cumsum(levels > 0) - 1  # of the model call
+        found['deepcache'] = DeepCache(options['deepcache']['branch'] + 1, (
+            number % options['deepcache']['interval'] > 0).astype(np.float64))
+    tiles, merged = (options.get(name) for name in ('hypertile', 'token_merging'))
+    if tiles:
+        found['attention'] = Fewer(tile=tiles['tile_size'] // 8, depth=tiles['max_depth'])
+    elif merged:
+        found['attention'] = Fewer(ratio=merged['ratio'], depth=merged['max_depth'])
     for name in FUNCTIONS.keys() & options.keys():
         found['function'] = Custom(FUNCTIONS[name], {
             **{option: rows(value) for option, value in options[name].items()},
@@ -123,12 +133,18 @@ def stack(tables: Sequence[Guidance]) -> Guidance:
     if own:  # with `on` 0 the others' options change nothing
         off = off._replace(function=Custom(own[0].rule, {
             **own[0].fields, 'on': 0 * own[0].fields['on']}))
-    shrinks = [t.shrink for t in tables if t.shrink is not None]
-    if len({shrink.how for shrink in shrinks}) > 1:
-        raise ValueError('deep_shrink of one batch with several settings but for start and end: '
-                         'expected the same; run them in batches of their own')
-    if shrinks:
-        off = off._replace(shrink=Shrink(shrinks[0].how, 0 * shrinks[0].on))
+    for kind, what, name in (('shrink', 'how', 'deep_shrink'),
+                             ('deepcache', 'layers', 'deepcache')):
+        some = [value for t in tables if (value := getattr(t, kind)) is not None]
+        if len({getattr(value, what) for value in some}) > 1:
+            raise ValueError(f'{name} of one batch with several settings but for its steps: '
+                             'expected the same; run them in batches of their own')
+        if some:
+            off = off._replace(**{kind: jax.tree.map(lambda a: 0 * a, some[0])})
+    if len({t.attention for t in tables}) > 1:
+        raise ValueError('hypertile or token_merging of one batch with several settings, or in '
+                         'part of it: expected the same; run them in batches of their own')
+    off = off._replace(attention=tables[0].attention)
     used = [any(field is not None for field in fields) for fields in zip(*tables)]
 
     def fill(t):
@@ -160,6 +176,10 @@ def check(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
         deep_shrink     {block (3), factor (2), start (0), end (0.35), after_skip (True),
                         downscale_method ('bicubic'), upscale_method ('bicubic')}: see
                         `unet.DeepShrink`; from one fraction of the steps to another
+        deepcache       {interval (3), branch (0)}: the features of all but the last branch + 1
+                        layers are new in every interval-th model call (see `unet.Deep`)
+        hypertile       {tile_size (256 pixels), max_depth (0)}: see `self_attention.Fewer`
+        token_merging   {ratio (0.5), max_depth (0)}: the same
         and one of `jaxsd.guidance`, {option: number}
     Raises ValueError for an unknown name and for values that are out of range.
     """
@@ -167,6 +187,8 @@ def check(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
         raise ValueError(f'guidance_options={options!r}: expected a mapping from names to values')
     if len(own := sorted(FUNCTIONS.keys() & options.keys())) > 1:
         raise ValueError(f'guidance options {" and ".join(own)}: expected one of these functions')
+    if {'hypertile', 'token_merging'} <= options.keys():
+        raise ValueError('guidance options hypertile and token_merging: expected one of them')
     return {name: choose('guidance option', name, CHECKS)(f'guidance option {name}', value, steps)
             for name, value in options.items()}
 
@@ -223,6 +245,17 @@ def _negatives(name, value, steps):
     return tuple((text, per_step(name, weight, steps)) for text, weight in value)
 
 
+def _whole(**names):
+    """The check of a mapping of whole numbers."""
+    def check(name, value, steps):
+        found = fields(varies=False, **names)(name, value, steps)
+        for field, number in found.items():
+            if number != int(number):
+                raise ValueError(f'{name}.{field}={number}: expected a whole number')
+        return {field: int(number) for field, number in found.items()}
+    return check
+
+
 def _deep_shrink(name, value, steps):
     if not isinstance(value, Mapping):
         raise ValueError(f'{name}={value!r}: expected a mapping, of {", ".join(SHRINK)} or nothing:'
@@ -259,4 +292,8 @@ CHECKS = {
     'easycache': fields(varies=False, threshold=(0.1, 0, np.inf), start=(0.15, 0, 1),
                         end=(0.95, 0, 1)),
     'deep_shrink': _deep_shrink,
+    'deepcache': _whole(interval=(3, 1, 64), branch=(0, 0, 63)),
+    'hypertile': _whole(tile_size=(256, 32, 4096), max_depth=(0, 0, 3)),
+    'token_merging': lambda name, value, steps: {
+        **fields(varies=False, ratio=(0.5, 0, 0.75), max_depth=(0, 0, 3))(name, value, steps)},
 }

@@ -50,7 +50,7 @@ def test_the_scale_as_an_input(lcm):
 @pytest.mark.parametrize('fields, named', [
     (dict(guidance_options={'rescale': 0.5}), 'rescale'),
     (dict(sampler='euler_cfg_pp'), r'a CFG\+\+ sampler'),
-    (dict(prompt='red AND apple'), 'AND'), (dict(guidance_options={'pag': 1.0}), 'pag')])
+    (dict(prompt='red AND apple'), 'AND or regions'), (dict(guidance_options={'pag': 1.0}), 'pag')])
 def test_what_needs_a_second_picture_is_refused(lcm, fields, named):
     request, = resolve([Request(**TEXTS | fields)], lcm.config)
     with pytest.raises(ValueError, match=f'{named}: expected none with this model, which'):

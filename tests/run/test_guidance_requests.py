@@ -50,7 +50,7 @@ def test_a_mixed_batch_equals_solo_runs_and_values_are_data(tiny_model):
 def test_every_kind_reaches_the_guidance(tiny_model):
     """From the same inputs as `generate`: each kind changes the Guidance and the parts it needs."""
     model = tiny_model('sdxl')
-    for kind, value in {**KINDS, 'deep_shrink': SHRINK}.items():
+    for kind, value in {**KINDS, 'deep_shrink': SHRINK, 'deepcache': {}}.items():
         request = PLAIN.replace(guidance_options={kind: value})
         data = inputs(model, resolve([PLAIN, request], model.config))
         used = [name for name, field in data.steps.guidance._asdict().items() if field is not None]
@@ -158,3 +158,44 @@ def test_deep_shrinks_of_several_settings_are_batches_of_their_own(tiny_model):
     with pytest.raises(ValueError, match='expected the same; run them in batches of their own'):
         inputs(model, several)
     assert len({program(inputs(model, [request])) for request in several}) == 2
+
+
+def test_deepcache_of_some_pictures(tiny_model):
+    """A picture is the same beside others and alone, and near what it is without."""
+    model = tiny_model('sd1')
+    cached = PLAIN.replace(steps=8, guidance_options={'deepcache': {'interval': 2, 'branch': 1}})
+    asked = resolve([cached, cached.replace(guidance_options={}), cached.replace(sampler='heun')],
+                    model.config)
+    again = inputs(model, asked).steps.guidance.deepcache.again
+    assert again[:, 0].tolist() == [0, 1] * 4 + [1] * 7 and not again[:, 1].any()
+    assert again[:15, 2].tolist() == [0, 1] * 7 + [0]
+    images = jaxsd.generate(model, asked, slots=2)
+    for request, image in zip(asked[:2], images):
+        np.testing.assert_array_equal(jaxsd.generate(model, request, slots=2)[0], image)
+    assert 0 < _far(images[0], images[1]) < 100
+
+
+@pytest.mark.parametrize('options', [{'hypertile': {'tile_size': 32}},
+                                     {'token_merging': {'ratio': 0.25}}])
+def test_self_attention_over_fewer_tokens_is_a_program_of_its_own(tiny_model, options):
+    model = tiny_model('sd1')
+    asked = resolve([PLAIN.replace(guidance_options=more) for more in (options, {})], model.config)
+    with pytest.raises(ValueError, match='expected the same; run them in batches of their own'):
+        inputs(model, asked)
+    assert len({program(inputs(model, [request])) for request in asked}) == 2
+    images = jaxsd.generate(model, asked)
+    assert 0 < _far(*images) < 100
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'easycache': {'thresh': 1}}, "easycache 'thresh': did you mean 'threshold'"),
+    ({'deepcache': {'interval': 0}}, 'deepcache.interval=0: expected a number from 1 to 64'),
+    ({'deepcache': {'interval': 2.5}}, 'deepcache.interval=2.5: expected a whole number'),
+    ({'deepcache': {'branch': 3}}, 'deepcache branch=3: expected at most 2, the last but one'),
+    ({'deepcache': {}, 'sag': 1}, 'deepcache and sag: expected one of them'),
+    ({'token_merging': {'ratio': 0.8}}, 'token_merging.ratio=0.8: expected a number from 0 to 0'),
+    ({'hypertile': {}, 'token_merging': {}}, 'hypertile and token_merging: expected one of them')])
+def test_cheaper_calls_refused(tiny_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        inputs(tiny_model('sd1'), resolve([PLAIN.replace(guidance_options=options)],
+                                          tiny_model('sd1').config))
