@@ -38,7 +38,8 @@ def define_flags():
     """Not at import: other mains have flags of these names."""
     define_model_flags()
     flags.DEFINE_string('from', None, 'A picture to make again from what its file says, written '
-                        'here or by stable-diffusion-webui; other flags change what they name.')
+                        'here or by stable-diffusion-webui, ComfyUI or InvokeAI; other flags '
+                        'change what they name.')
     flags.DEFINE_boolean('trust', False, 'The picture of --from may name files, folders and Hub '
                          'models; else those stand in flags.')
     flags.DEFINE_multi_string('prompt', None, 'What to draw; repeat for several pictures.')

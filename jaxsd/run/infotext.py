@@ -1,4 +1,5 @@
-"""How a picture was made, read back from its file: our own record, or what A1111 writes."""
+"""How a picture was made, read back from its file: our own record, or what A1111, ComfyUI and
+InvokeAI write."""
 
 import json
 import pathlib
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxsd import images
 from jaxsd.config import ModelConfig
-from jaxsd.run import picture
+from jaxsd.run import comfyui, invokeai, picture
 from jaxsd.run.request import MAX_SIDE, Control, ImagePrompt, Region, Request
 from jaxsd.sampling import plugins, schedule_file
 from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
@@ -68,8 +69,8 @@ def read(path: Path, upscalers: Collection[str] = ()) -> Metadata:
     """A picture's file -> Metadata. Opens no file but this one.
 
     A PNG of ours tells everything; of PNG, JPEG and WebP files of other programs the text is read
-    that stable-diffusion-webui (A1111) writes. Raises ValueError where there is neither, and for a
-    record with values that no request and no command line takes.
+    that stable-diffusion-webui (A1111) writes, else InvokeAI's or ComfyUI's. Raises ValueError
+    where there is none, and for a record with values that no request and no command line takes.
     """
     return from_texts(path, _texts(path))
 
@@ -79,10 +80,22 @@ def from_texts(name: Path, texts: Mapping[str, str],
     """`read` of a picture's texts, {keyword: text}; name: what errors call it."""
     if 'jaxsd' in texts:
         return _recorded(name, texts['jaxsd'])
-    if not texts.get('parameters'):
+    if texts.get('parameters'):
+        return foreign(texts['parameters'], upscalers)
+    try:
+        found = invokeai.read(texts) or comfyui.read(texts.get('prompt', ''))
+        if found is not None:
+            Request(**found[0] | ({'image': 'given later'} if 'strength' in found[0] else {}))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f'{name}: {brief(error)}') from None
+    if found is None:
         raise ValueError(f'{name} does not say how it was made: expected the text that this '
-                         'program or stable-diffusion-webui writes into its pictures')
-    return foreign(texts['parameters'], upscalers)
+                         'program, stable-diffusion-webui, ComfyUI or InvokeAI writes into its '
+                         'pictures')
+    fields, run, notes = found
+    if fields.get('sampler') in BROWNIAN:
+        notes.append(_brownian(fields['sampler'], 'it'))
+    return Metadata(fields, run, notes)
 
 
 def _texts(path):
@@ -471,11 +484,15 @@ def _sampling(pairs, program, notes):
         options['space'] = 'sigma'
     habits = habits or (HABITS.get(sampler, {}) if program == 'A1111' else {})
     if sampler in BROWNIAN and program != 'jaxsd':
-        notes.append(f'{name}: {program} takes its noise from a Brownian tree that is not repeated '
-                     'here: the picture differs in its details')
+        notes.append(_brownian(name, program))
     known = {'sampler': sampler} if sampler else {}
     return {**known, 'schedule': schedule or 'normal', 'schedule_options': options,
             'sampler_options': {**habits, **_options(pairs, SAMPLER_OPTIONS, notes)}}
+
+
+def _brownian(sampler, program):
+    return (f'{sampler}: {program} takes its noise from a Brownian tree that is not repeated '
+            'here: the picture differs in its details')
 
 
 def _options(pairs, table, notes):

@@ -326,6 +326,33 @@ def test_texts_of_other_programs(run, checkpoint, tmp_path):
     assert infotext.read(again).fields['strength'] == 0.5
 
 
+def test_a_graph_of_comfyui(run, checkpoint, tmp_path):
+    """The same seed, steps and noise as by flags."""
+    nodes = {'3': ('KSampler', dict(
+        seed=9, steps=3, cfg=5.0, sampler_name='euler', scheduler='karras', denoise=1.0,
+        model=['4', 0], positive=['6', 0], negative=['7', 0], latent_image=['5', 0])),
+        '4': ('CheckpointLoaderSimple', {'ckpt_name': 'anything.ckpt'}),
+        '5': ('EmptyLatentImage', {'width': 64, 'height': 64, 'batch_size': 1}),
+        '6': ('CLIPTextEncode', {'text': 'red cat', 'clip': ['4', 1]}),
+        '7': ('CLIPTextEncode', {'text': 'dog', 'clip': ['4', 1]}),
+        '8': ('VAEDecode', {'samples': ['3', 0], 'vae': ['4', 2]}),
+        '9': ('SaveImage', {'images': ['8', 0]})}
+    info = PngImagePlugin.PngInfo()
+    info.add_text('prompt', json.dumps({key: {'class_type': kind, 'inputs': inputs}
+                                        for key, (kind, inputs) in nodes.items()}))
+    path = tmp_path / 'a.png'
+    Image.new('RGB', (8, 8)).save(path, pnginfo=info)
+    _, error = run(f'--from={path}')
+    assert "made with 'anything', and does not say where that is" in error
+    (made,), error = run(f'--from={path}', f'--checkpoint={checkpoint}')
+    assert 'note:' not in error
+    (same,), _ = run('--prompt=red cat', '--negative_prompt=dog', '--seed=9', '--steps=3',
+                     '--guidance=5', '--sampler=euler', '--schedule=karras', '--width=64',
+                     '--height=64', '--request=noise=torch, weighting=comfy',
+                     f'--checkpoint={checkpoint}')
+    assert (_pixels(made) == _pixels(same)).all()
+
+
 def test_versions_that_differ(run, checkpoint, tmp_path):
     request = jaxsd.Request('cat', seed=3, width=64, height=64, steps=2)
     text = json.loads(picture.record(request, checkpoint=str(checkpoint), dtype='float32'))

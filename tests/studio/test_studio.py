@@ -427,6 +427,13 @@ def test_settings_of_a_file(page, model, tmp_path):
     assert find(page, '#schedule').get_property('value') == 'karras'
     assert 'Face restoration: CodeFormer is not honoured' in find(page, '#read-notes').text
     assert json.loads(find(page, '#more').get_property('value'))['noise'] == 'philox'
+    others = tmp_path / 'others.png'
+    picture.write_png(others, image, {'invokeai_metadata': json.dumps({
+        'positive_prompt': 'a comet', 'steps': 9, 'scheduler': 'euler_k', 'hrf_enabled': True})})
+    find(page, '#read-file').send_keys(str(others))
+    wait(lambda: find(page, '#prompt').get_property('value') == 'a comet')
+    assert find(page, '#schedule').get_property('value') == 'diffusers'
+    assert 'second pass at a larger size is left out' in find(page, '#read-notes').text
     page.expected = '/studio/read'
     find(page, '#read-file').send_keys(str(EXAMPLES / 'apple.png'))
     wait(lambda: 'does not say how it was made' in find(page, '#wrong').text)
