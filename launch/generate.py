@@ -137,7 +137,7 @@ def run():
     recipe = FLAGS.config
     start = time.perf_counter()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's chatter
-    from jaxsd.run import infotext, picture  # heavy imports: only once the flags are right
+    from jaxsd.run import hashes, infotext, picture  # heavy imports: only once the flags are right
     past = _past(recipe)
     requests = _requests(recipe, past)
     hint_size = _hint_size(requests[0], past)
@@ -152,10 +152,13 @@ def run():
         requests = [request.replace(image_prompts=prompts) for request in requests]
     _check_ip_adapters(requests, ip_adapters)
     out = picture.check_folder(FLAGS.out)
+    weights = {'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'vae': FLAGS.vae,
+               'lora': [f'{name}={path}' for name, path in adapters.items()]}
     for path in sorted({path for request in requests for path in picture.files(request)}):
         if not os.path.exists(path):
             raise FileNotFoundError(f'{path}: no such file')
 
+    hashes.begin(weights)  # while weights are read and pictures are drawn
     import jax
 
     import jaxsd
@@ -174,6 +177,8 @@ def run():
         requests, notes = infotext.fit(requests, model.config)
         _note(notes)
     requests = resolve(requests, model.config)
+    if past:
+        _note(hashes.differences(past.hashes, weights), 'warning')
     _check_adapters(requests, adapters)
     model, named = complete(model, requests, dtype, adapters, embeddings, strays=FLAGS.strays,
                             upscalers=upscalers, ip_adapters=ip_adapters,
@@ -198,6 +203,7 @@ def run():
             **{name: FLAGS[name].value for name in GIVEN if FLAGS[name].value}, **named,
             'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'dtype': dtype, 'model': name,
             'slots': slots}
+    made['hashes'] = hashes.of_files(made)
     if FLAGS.control:
         made['hint_size'] = hint_size
     for path in _write(picture, out, images, requests, made):
@@ -367,7 +373,8 @@ def _write(picture, out, images, requests, made):
     used = [int(m[1]) for m in (re.match(r'(\d+)-.*\.png$', p.name) for p in out.iterdir()) if m]
     number = max(used, default=-1) + 1
     names = {name: pathlib.Path(made.get(name, '')).stem for name in ('vae', 'refiner')}
-    texts = [{'parameters': picture.parameters(request, made['model'], **names),
+    texts = [{'parameters': picture.parameters(request, made['model'], **names,
+                                                hashes=made['hashes']),
               'jaxsd': picture.record(request, **made)} for request in requests]
     for i, (image, request, text) in enumerate(zip(images, requests, texts)):
         slug = re.sub(r'[^a-z0-9]+', '-', request.prompt.lower())[:40].strip('-') or 'no-prompt'

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxsd.batch import folder
 from jaxsd.batch.identity import Identity
 from jaxsd.images.reading import Picture
-from jaxsd.run import picture
+from jaxsd.run import hashes, picture
 from jaxsd.run.engine import Engine
 from jaxsd.run.request import Request
 
@@ -102,8 +102,10 @@ def encode(job: Job, image: Picture, how: dict[str, Any]) -> dict[str, Any]:
     """A job's picture, uint8 [H,W,3] -> what Folder.add takes; how: as of Runner."""
     vae, refiner = (pathlib.Path(how.get(name) or '').stem for name in ('vae', 'refiner'))
     own = {'id': job.id, 'slots': job.kinds[0].slots}
-    texts = {'parameters': picture.parameters(job.request, how.get('model', ''), vae, refiner),
-             'jaxsd': picture.record(job.request, **how | own)}
+    known = hashes.of_files(how)
+    texts = {'parameters': picture.parameters(job.request, how.get('model', ''), vae, refiner,
+                                              hashes=known),
+             'jaxsd': picture.record(job.request, **how | own | {'hashes': known})}
     return folder.encode(image, texts)
 
 

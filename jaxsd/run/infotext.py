@@ -25,12 +25,14 @@ NAMES = ('checkpoint', 'base', 'vae', 'refiner', 'control', 'lora', 'embeddings'
 class Metadata(NamedTuple):
     """fields: arguments of a Request. run: what else `picture.record` was given (checkpoint,
     dtype, vae ...), empty for pictures of other programs. notes: a line for each thing that cannot
-    be honoured. files: {path: digest} of the files that the picture was made from."""
+    be honoured. files: {path: digest} of the files that the picture was made from. hashes: of
+    weights, {'model', 'vae', 'lora:NAME': digits}, for `hashes.differences`."""
 
     fields: dict[str, Any]
     run: dict[str, Any]
     notes: list[str]
     files: Mapping[str, str] = MappingProxyType({})
+    hashes: Mapping[str, str] = MappingProxyType({})
 
     def named(self) -> dict[str, Any]:
         """What of it names files, folders and models, {name of the field or of the run's: value}.
@@ -168,12 +170,14 @@ def _recorded(path, text):
     try:
         run = json.loads(text)
         versions, files = run['versions'], run.pop('files', {})
+        hashes = run.pop('hashes', {})
         found = {name: tuples(value) for name, value in run.pop('request').items()}
         controls, image = found.pop('controls', ()), found.get('image')
         hints = [dict(control) for control in controls]
         looks = [dict(prompt) for prompt in found.pop('image_prompts', ())]
         regions = [dict(region) for region in found.pop('regions', ())]
-        if not _text(found['prompt']) or not all(map(_text, files.values())):
+        if not _text(found['prompt']) or not all(
+                map(_text, [*files.values(), *hashes.values()])):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f'{path}: its record is damaged, expected the JSON that this program '
@@ -227,7 +231,7 @@ def _recorded(path, text):
                 raise ValueError(f'{name}={found[name]!r}: expected a path')
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f'{path}: its record is damaged: {brief(error)}') from None
-    return Metadata(found, run, notes, files)
+    return Metadata(found, run, notes, files, hashes)
 
 
 def brief(value: object) -> str:
@@ -267,6 +271,7 @@ VALUE = re.compile(r'''("(?:\\.|[^\\"])++"(?=[,\n]|$)|(?:[^,\n]|\n(?!\w[\w \-/]+
 STEPS, STEPS_LINE = re.compile(r'(?<!\S)Steps: *+\d'), re.compile(r'^[ \t]*+Steps: *+\d', re.M)
 TEMPLATE = re.compile(r'^(Template|Negative Template):', re.M)  # of sd-dynamic-prompts
 SETTING = re.compile(r'\b(steps|sampler|seed|cfg scale)\s*+[:=]', re.I)
+HASH = re.compile('[0-9a-fA-F]{8,64}')
 # Nothing that changes a picture, or told elsewhere in the text.
 HARMLESS = ('Version', 'Model hash', 'VAE hash', 'Lora hashes', 'TI hashes', 'Hashes', 'User',
             'Batch size', 'Batch pos', 'Init image hash', 'Downcast alphas_cumprod', 'Pad conds',
@@ -426,7 +431,25 @@ def foreign(text: str, upscalers: Collection[str] = ()) -> Metadata:
               for name in ('vae', 'refiner') if run.get(name, 'None') not in ('None', 'Automatic')]
     notes += [f'{key}: {value} is not honoured' for key, value in pairs.items()
               if key not in HARMLESS]
-    return Metadata(fields, {'model': run['model']} if 'model' in run else {}, notes)
+    return Metadata(fields, {'model': run['model']} if 'model' in run else {}, notes,
+                    hashes=_hashes(pairs))
+
+
+def _hashes(pairs):
+    """A1111's hashes of weights, and those of Civitai's pair -> as of Metadata."""
+    found = {name: pairs[key] for name, key in (('model', 'Model hash'), ('vae', 'VAE hash'))
+             if key in pairs}
+    try:
+        given = json.loads(pairs.get('Hashes', '{}'))
+        found = {str(key).replace('LORA:', 'lora:'): value for key, value in given.items()
+                 if _text(value)} | found
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    for part in pairs.get('Lora hashes', '').split(','):
+        name, colon, digest = part.rpartition(':')
+        if colon:
+            found[f'lora:{name.strip()}'] = digest.strip()
+    return {name: value for name, value in found.items() if HASH.fullmatch(value)}
 
 
 def _hires(pairs, notes, upscalers):

@@ -13,6 +13,7 @@ import platform
 import re
 import tempfile
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import jaxsd
 from jaxsd import images
 from jaxsd.images.reading import Picture
 from jaxsd.run.request import Hires, Request
+from jaxsd.run.text_conditioning import parse_prompts
 from jaxsd.sampling import plugins, schedule_file
 from jaxsd.sampling.names import A1111_SAMPLERS, A1111_SCHEDULES
 from jaxsd.typing import Path
@@ -36,13 +38,15 @@ UPSCALERS = {'latent': 'Latent', 'latent_bicubic': 'Latent (bicubic)',
 
 
 def parameters(request: Request, model: str = '', vae: str = '', refiner: str = '',
-               unfinished: tuple[int, int] | None = None) -> str:
+               unfinished: tuple[int, int] | None = None,
+               hashes: Mapping[str, str] = MappingProxyType({})) -> str:
     """The `parameters` text that A1111 writes into its PNG files.
 
     Prompt, then `Negative prompt:` if there is one, then one line of `Key: value` pairs. Adapters
     stand in the prompt. A guidance for each step is told by its first: `record` has them all.
     model, vae, refiner: their names. unfinished: of a picture that was interrupted, how many model
-    calls were done, of how many.
+    calls were done, of how many. hashes: of `hashes.of_files`; of LoRAs those that the prompt or
+    the request names are written.
     """
     strength = None if request.image is None else request.strength
     if isinstance(request.hires, Hires):
@@ -56,7 +60,9 @@ def parameters(request: Request, model: str = '', vae: str = '', refiner: str = 
             np.ravel(request.image_guidance)[0]),
         'Seed': request.seed,
         'Size': f'{request.width}x{request.height}',
+        'Model hash': hashes.get('model', ''),
         'Model': model,
+        'VAE hash': hashes.get('vae', '') if vae else '',
         'VAE': vae,
         'Denoising strength': '' if strength is None else _short(strength),
         **(_hires(request.hires) if isinstance(request.hires, Hires) else {}),
@@ -67,6 +73,7 @@ def parameters(request: Request, model: str = '', vae: str = '', refiner: str = 
         'Emphasis': WEIGHTINGS.get(request.weighting, ''),
         'Refiner': refiner,
         'Refiner switch at': _short(request.switch) if refiner else '',
+        'Lora hashes': _lora_hashes(request, hashes),
         'Unfinished': f'{unfinished[0]} of {unfinished[1]} model calls' if unfinished else '',
         'Version': f'jaxsd {jaxsd.__version__}',
     }
@@ -77,6 +84,14 @@ def parameters(request: Request, model: str = '', vae: str = '', refiner: str = 
         lines.append(f'Negative prompt: {request.negative_prompt}')
     lines.append(', '.join(f'{k}: {_quote(v)}' for k, v in pairs.items() if v != ''))
     return '\n'.join(lines)
+
+
+def _lora_hashes(request, hashes):
+    """'one: 7c6bad76eb54, two: ...' of the LoRAs that a request names."""
+    if not any(name.startswith('lora:') for name in hashes):
+        return ''
+    found = [(name, hashes.get(f'lora:{name}')) for name in parse_prompts(request).adapters]
+    return ', '.join(f'{name}: {digest}' for name, digest in found if digest)
 
 
 def _schedule(schedule: Any) -> str:

@@ -321,11 +321,14 @@ class Service:
 
     def file(self, loaded: Loaded, request: Request, made: Result) -> tuple[str, bytes]:
         """A picture -> the `parameters` in its file, and the PNG file."""
+        hashes = self.choices.hashes(loaded.model, loaded.vae)
         line = picture.parameters(request, loaded.model, loaded.vae,
-                                  loaded.refiner if request.switch < 1 else '', made.unfinished)
+                                  loaded.refiner if request.switch < 1 else '', made.unfinished,
+                                  hashes)
         texts = {'parameters': line}
         if made.unfinished is None:  # else nothing makes it again
-            texts['jaxsd'] = picture.record(request, id=made.id, slots=made.slots, **loaded.run)
+            texts['jaxsd'] = picture.record(request, id=made.id, slots=made.slots,
+                                            hashes=hashes, **loaded.run)
         return line, picture.png(made.image, texts)
 
     def answer(self, loaded: Loaded, body: schemas.Body, requests: Sequence[Request],

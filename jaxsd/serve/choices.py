@@ -1,19 +1,19 @@
 """What a server may load: files of weights by their names, with A1111's hashes."""
 
-import functools
-import hashlib
 import pathlib
 import threading
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from jaxsd.run.hashes import SHORT, sha256, tensors_sha256
 from jaxsd.sampling.choice import unknown
 
 KINDS = ('checkpoints', 'vaes', 'lora', 'embeddings', 'controlnet', 'upscalers', 'ip_adapter')
 
 
 class Weights(NamedTuple):
-    """A file or a folder of weights. sha256: None until it is computed."""
+    """A file or a folder of weights. sha256: None until it is computed; of a LoRA that of its
+    tensors, as A1111 has it."""
 
     name: str
     path: str
@@ -64,7 +64,7 @@ class Choices:
         for kind in ('checkpoints', 'vaes', 'lora', 'controlnet', 'ip_adapter'):
             for path in list(self._files.get(kind, {}).values()):
                 try:
-                    self._hashes[path] = sha256(path)
+                    self._hashes[path] = (tensors_sha256 if kind == 'lora' else sha256)(path)
                 except OSError:  # gone: loading it will say so
                     self._hashes[path] = None
 
@@ -73,6 +73,16 @@ class Choices:
         return [Weights(name, path, self._hashes.get(path))
                 for name, path in sorted(self._files.get(kind, {}).items())]
 
+    def hashes(self, model: str, vae: str = '') -> dict[str, str]:
+        """Those of a checkpoint and a VAE of these names and of all LoRAs, as of
+        `run.hashes.of_files`, less what is not computed yet."""
+        found = {'model': ('checkpoints', model), 'vae': ('vaes', vae), **{
+            f'lora:{one.name}': ('lora', one.name) for one in self.all('lora')}}
+        known = {name: self._hashes.get(self._files.get(kind, {}).get(file, ''))
+                 for name, (kind, file) in found.items()}
+        return {name: digest[:SHORT[name.partition(':')[0]]]
+                for name, digest in known.items() if digest}
+
     def find(self, kind: str, what: str, text: str) -> Weights:
         """The weights that a client calls by this name, title, file name or hash. what: the field,
         for the ValueError that names what there is."""
@@ -80,25 +90,3 @@ class Choices:
         if not found:
             raise unknown(what, text, [one.title for one in self.all(kind)])
         return found[0]
-
-
-def sha256(path: str) -> str | None:
-    """A file's, or that of the U-Net's file in a folder of diffusers' -> hex digits; None for a
-    model of the Hub and for a folder without weights."""
-    found = pathlib.Path(path)
-    if found.is_dir():
-        inside = found / 'unet' if (found / 'unet').is_dir() else found
-        files = sorted(inside.glob('*.safetensors')) or sorted(inside.glob('*.bin'))
-        if not files:
-            return None
-        found = files[0]
-    if not found.is_file():
-        return None
-    state = found.stat()
-    return _sha256(str(found), state.st_mtime_ns, state.st_size)
-
-
-@functools.lru_cache(4096)
-def _sha256(path, _mtime, _size):
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -311,6 +311,7 @@ def _foreign(path, text):
 def test_texts_of_other_programs(run, checkpoint, tmp_path):
     path = _foreign(tmp_path / 'a.png', 'red cat\nNegative prompt: dog\nSteps: 3, Sampler: DPM++ '
                     '2M Karras, CFG scale: 5, Seed: 9, Size: 64x64, Model: anything, ENSD: 31337, '
+                    'Model hash: 45dee52b1c, '
                     'Denoising strength: 0.5')
     _, error = run(f'--from={path}')
     assert "made with 'anything', and does not say where that is: give it as --chec" in error
@@ -318,6 +319,12 @@ def test_texts_of_other_programs(run, checkpoint, tmp_path):
     assert re.findall('^note: (.*)$', error, re.M) == [
         'the picture that it was made from is not in the text: give it as --image',
         'ENSD: 31337 is not honoured']
+    [line] = re.findall('^warning: (model.*)$', error, re.M)
+    assert line.startswith('model: the picture was made with the file of hash 45dee52b1c, and ')
+    text = Image.open(made).text['parameters']
+    assert re.search(rf'Model hash: {line[-10:]}, Model: ', text)
+    _, error = run(f'--from={made}', f'--checkpoint={checkpoint}')
+    assert 'hash' not in error
     found = infotext.read(made).fields
     assert found['noise'] == 'philox' and found['seed'] == 9 and found['steps'] == 3
     assert (found['sampler'], found['schedule'], found['guidance']) == ('dpmpp_2m', 'karras', 5)
