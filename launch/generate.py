@@ -337,7 +337,7 @@ def _preview(picture, out, vae):
 
 def _requests(recipe, past):
     """What the flags ask for, beside what the picture to repeat says -> a list of Request."""
-    from jaxsd.run.request import MAX_SEED, Request, random_seed
+    from jaxsd.run.request import Request, random_seed
     before, said = ({}, None) if past is None else (
         past.fields, config_flags.get_override_values(FLAGS['config']))
     given = {**before, **fields(recipe, said),
@@ -355,8 +355,8 @@ def _requests(recipe, past):
         given.pop('strength', None)  # of a picture that the file does not hold
     seed = FLAGS.seed if FLAGS['seed'].present or past is None else before.get('seed', -1)
     seed = random_seed() if seed == -1 else seed
-    first = Request(**{**given, 'image': pictures[0]})
-    return [first.replace(prompt=prompt, image=image, seed=(seed + i) % (MAX_SEED + 1))
+    first = Request(**{**given, 'image': pictures[0], 'seed': seed})
+    return [first.replace(prompt=prompt, image=image).numbered(i)
             for prompt in prompts for image in pictures for i in range(FLAGS.num_images)]
 
 

@@ -34,6 +34,8 @@ SAMPLER_NODES = {  # samplers with options; the others are named by KSamplerSele
     'SamplerEulerAncestralCFGPP': 'euler_ancestral_cfg_pp', 'SamplerLMS': 'lms',
     'SamplerDPMAdaptative': 'dpm_adaptive'}
 UPSCALES = {'bilinear': 'latent', 'bicubic': 'latent_bicubic', 'nearest-exact': 'latent_nearest'}
+# Samplers that draw the noise of their steps on the GPU (default_noise_sampler).
+NOISY = ('ancestral', 'ddpm', 'lcm', 'er_sde', 'seeds_', 'sa_solver')
 # What changes nothing on the way to a model, a prompt or a latent.
 HARMLESS = ('Reroute', 'CheckpointLoaderSimple', 'CheckpointLoader', 'CLIPLoader', 'DualCLIPLoader')
 # What a text means here and not there.
@@ -248,9 +250,6 @@ class _Graph:
     def sampler(self, name, scheduler, drops):
         """Names of ComfyUI -> fields; drops: whether the last but one level is left out for the
         samplers for which KSampler does so."""
-        if name in ('dpmpp_2m_sde_gpu', 'dpmpp_3m_sde_gpu', 'dpmpp_sde_gpu'):
-            self.note(f'{name}: draws its noise on the way on the GPU there, and as its twin on '
-                      'the CPU here: the picture differs in its details')
         # There ddim is Euler's method with other noise under a mask.
         sampler, _, options = find_sampler('euler' if name == 'ddim' else name)
         if sampler is None and name:
@@ -259,6 +258,8 @@ class _Graph:
         if dropped or sampler in DISCARD_PENULTIMATE['a1111']:  # whose habit is the default
             levels = {'discard_penultimate': dropped}
         found = {'sampler_options': options or {}, 'schedule_options': levels}
+        if name.endswith('_gpu') or any(kind in name for kind in NOISY):
+            found['step_noise'] = 'philox'
         return found | ({'sampler': sampler} if sampler else {}) | (
             self.scheduler(scheduler) if scheduler else {})
 

@@ -12,7 +12,7 @@ from jaxsd import images
 from jaxsd.config import ModelConfig
 from jaxsd.run import comfyui, invokeai, picture
 from jaxsd.run.request import MAX_SIDE, Control, ImagePrompt, Region, Request
-from jaxsd.sampling import plugins, schedule_file
+from jaxsd.sampling import BROWNIAN, plugins, schedule_file
 from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
 from jaxsd.typing import Path
 
@@ -95,8 +95,6 @@ def from_texts(name: Path, texts: Mapping[str, str],
                          'program, stable-diffusion-webui, ComfyUI or InvokeAI writes into its '
                          'pictures')
     fields, run, notes = found
-    if fields.get('sampler') in BROWNIAN:
-        notes.append(_brownian(fields['sampler'], 'it'))
     return Metadata(fields, run, notes)
 
 
@@ -283,7 +281,6 @@ AUTOMATIC = {
                      'restart'), 'karras'),
     **dict.fromkeys(('dpmpp_2m_sde', 'dpmpp_3m_sde'), 'exponential')}
 BY_TIMESTEPS = ('ddim', 'plms', 'unipc')  # whose schedule is always the same
-BROWNIAN = ('dpmpp_sde', 'dpmpp_2m_sde', 'dpmpp_3m_sde')
 HABITS = {  # what A1111 calls samplers with, where that is not their own default here
     'unipc': {'order': 3, 'variant': 'bh1'}, 'dpm_fast': {'eta': 1.0}, 'dpm_adaptive': {'eta': 1.0}}
 SOFTWARE = {'jaxsd': 'threefry', 'ComfyUI': 'torch', 'A1111': 'philox'}  # and their noise
@@ -294,11 +291,16 @@ FIELDS = {  # of A1111's keys that are fields of a Request: what they become
     'CFG scale': lambda v: {'guidance': float(v)},
     'Image CFG scale': lambda v: {'image_guidance': float(v)},
     'Seed': lambda v: {'seed': int(v)},
-    'Size': lambda v: dict(zip(('width', 'height'), map(int, v.split('x')), strict=True)),
+    'Size': lambda v: dict(zip(('width', 'height'), _size(v))),
     'Denoising strength': lambda v: {'strength': float(v)},
     'Clip skip': lambda v: {'clip_skip': max(1, int(v))},
     'Eta': lambda v: {'eta': float(v)},
     'RNG': lambda v: {'noise': NOISES[v]},
+    'Step RNG': lambda v: {'step_noise': NOISES[v]},  # ours
+    'ENSD': lambda v: {'eta_noise_seed_delta': int(v)},
+    'Variation seed': lambda v: {'subseed': int(v)},
+    'Variation seed strength': lambda v: {'subseed_strength': float(v)},
+    'Seed resize from': lambda v: {'seed_resize_from': _size(v)},
     'Emphasis': lambda v: {'weighting': EMPHASIS[v]},
     'Mask blur': lambda v: {'mask_blur': float(v)},
     'Refiner switch at': lambda v: {'switch': float(v)},
@@ -307,7 +309,7 @@ HIRES_UPSCALERS = {theirs: ours for ours, theirs in picture.UPSCALERS.items()} |
     'Latent (antialiased)': 'latent', 'None': 'lanczos'}
 HIRES = {  # of A1111's keys that are fields of Hires: what they become
     'Hires upscale': lambda v: {'scale': float(v)},
-    'Hires resize': lambda v: dict(zip(('width', 'height'), map(int, v.split('x')), strict=True)),
+    'Hires resize': lambda v: dict(zip(('width', 'height'), _size(v))),
     'Hires steps': lambda v: {'steps': int(v)},
     'Hires upscaler': lambda v: {'upscaler': HIRES_UPSCALERS.get(v, v)},
     'Hires sampler': lambda v: _hires_sampler(v),
@@ -419,6 +421,8 @@ def foreign(text: str, upscalers: Collection[str] = ()) -> Metadata:
     for key in [key for key in FIELDS if key in pairs]:
         fields |= _value(FIELDS[key], key, pairs.pop(key), notes) or {}
     fields |= _sampling(pairs, program, notes)
+    if fields.get('sampler') in BROWNIAN and fields['noise'] == 'torch' and program == 'A1111':
+        fields['step_noise'] = 'philox'  # the tree is on the GPU all the same
     if hires:
         fields['hires'] = hires
         if program == 'A1111':  # as many steps in the second pass as it says
@@ -474,6 +478,11 @@ def _hires(pairs, notes, upscalers):
     return {name: value for name, value in fields.items() if value}
 
 
+def _size(text):
+    width, height = map(int, text.split('x'))
+    return width, height
+
+
 def _hires_sampler(text):
     sampler, schedule, _ = find_sampler(text)
     if sampler is None:
@@ -506,16 +515,9 @@ def _sampling(pairs, program, notes):
     if schedule == 'beta' and program == 'A1111':
         options['space'] = 'sigma'
     habits = habits or (HABITS.get(sampler, {}) if program == 'A1111' else {})
-    if sampler in BROWNIAN and program != 'jaxsd':
-        notes.append(_brownian(name, program))
     known = {'sampler': sampler} if sampler else {}
     return {**known, 'schedule': schedule or 'normal', 'schedule_options': options,
             'sampler_options': {**habits, **_options(pairs, SAMPLER_OPTIONS, notes)}}
-
-
-def _brownian(sampler, program):
-    return (f'{sampler}: {program} takes its noise from a Brownian tree that is not repeated '
-            'here: the picture differs in its details')
 
 
 def _options(pairs, table, notes):

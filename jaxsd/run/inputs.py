@@ -43,7 +43,8 @@ class Inputs(NamedTuple):
     sigma: np.ndarray  # [B]: the noise level to start from
     steps: Steps  # [rows,B,...]
     noise: np.ndarray | None = None  # [B,h,w,L] to start from; None: drawn from the keys
-    given: np.ndarray | None = None  # bool [B]: whose noise holds, also the steps'; None: all
+    given: np.ndarray | None = None  # bool [B]: whose noise holds; None: everybody's, if any
+    given_steps: np.ndarray | None = None  # the same of the noise of Steps
     labels: np.ndarray | None = None  # int32 [B,P] classes; of unCLIP float32 [B,P,2*E]
     init_image: np.ndarray | None = None  # uint8 [B,H,W,3], to start from
     init_latents: np.ndarray | None = None  # [B,h,w,L], to start from in the image's place
@@ -116,13 +117,13 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
     parsed = [parse_for(model, r) for r in requests]
     sigmas, starts, tables, calls = zip(*(_table(r, config.schedule, stage) for r in requests))
     rows = sampling.stack(tables, max(len(t.sigma) for t in tables))
-    keys = np.array([divmod(r.seed, 2**32) for r in requests], np.uint32)
+    keys = np.array([divmod(_key(r), 2**32) for r in requests], np.uint32)
     words, text, prompts = _text(model, requests, parsed, sigmas, rows, stage)
     images, strength, control = image_conditioning.inputs(
         model, requests, init_images, sigmas, rows, prompts)
     images |= regions.inputs(model, requests, parsed)
     prompted, image_weights = image_prompts.inputs(model, requests, sigmas, rows, prompts)
-    start, fresh = _noise(config, requests, rows, noise, stage)
+    start, fresh = _noise(config, requests, sigmas, rows, noise, stage)
     if stage == 'refiner':
         keys, starts = keys ^ REFINER, np.ones(len(requests))
         if 'init_weight' in images:
@@ -279,8 +280,15 @@ def _guidance(config, requests, parsed, sigmas, rows):
         for i, (r, p, s) in enumerate(zip(requests, parsed, sigmas))]))
 
 
-def _noise(config, requests, rows, noise, stage):
-    """Noise that a caller gives, or other generators' draws -> fields of Inputs, Steps.noise."""
+def _key(request):
+    """The seed of what a program draws: with A1111's delta, which its Brownian trees leave out."""
+    delta = 0 if request.sampler in sampling.BROWNIAN else request.eta_noise_seed_delta
+    return (request.seed + delta) % 2**64
+
+
+def _noise(config, requests, sigmas, rows, noise, stage):
+    """Noise that a caller gives, or that programs do not draw -> fields of Inputs, Steps.noise.
+    sigmas: of each picture, [steps + 1]."""
     factor = config.vae.factor
     shape = (requests[0].height // factor, requests[0].width // factor, config.vae.latent_channels)
     if noise is not None:
@@ -288,22 +296,54 @@ def _noise(config, requests, rows, noise, stage):
             raise ValueError(f'noise {np.shape(noise)}: expected the shape '
                              f'{(len(requests), *shape)}')
         return {'noise': np.asarray(noise, np.float32)}, None
-    given = np.array([r.noise != 'threefry' for r in requests])
-    if stage == 'refiner' or not given.any():
-        return {}, None
-
-    def draw(i, number):
-        r = requests[i]
-        return sampling.randn(r.noise, r.seed, (shape[-1], *shape[:-1]), number, r.noise_batch)
-
-    start = np.zeros((len(requests), *shape), np.float32)
     noisy = rows.noisy & (not sampling.free(rows))
-    draws = np.zeros((len(noisy), *start.shape), np.float32) if noisy[:, given].any() else None
-    for i in np.flatnonzero(given):
-        start[i] = draw(i, 0)
-        for number, row in enumerate(np.flatnonzero(noisy[:, i]), 1):
-            draws[row, i] = draw(i, number)
-    return {'noise': start, 'given': None if given.all() else given}, draws
+    # Programs draw threefry's from one key, of the seed alone.
+    first = np.array([r.noise != 'threefry' or r.varied or _key(r) != r.seed for r in requests])
+    later = np.array([(r.step_noise or r.noise) != 'threefry' for r in requests])
+    if stage == 'refiner' or not (first.any() or later.any()):
+        return {}, None
+    planes = shape[-1], *shape[:-1]
+    start = np.zeros((len(requests), *shape), np.float32)
+    draws = np.zeros((len(noisy), *start.shape), np.float32) if noisy[:, later].any() else None
+    for i in np.flatnonzero(first):
+        start[i] = _start(requests[i], planes, factor)
+    for i in np.flatnonzero(later if draws is not None else []):
+        at = np.flatnonzero(noisy[:, i])
+        draws[at, i] = _later(requests[i], planes, sigmas[i], config.schedule,
+                              rows.path[at, i] if len(at) else [])
+    found = {'noise': start, 'given': None if first.all() else first} if first.any() else {}
+    if draws is not None and not later.all():
+        found['given_steps'] = later
+    return found, draws
+
+
+def _start(request, shape, factor):
+    """The noise that a picture starts from -> [h,w,C]; shape: (C,h,w)."""
+    def draw(seed, shape):
+        if request.noise == 'threefry':
+            return np.asarray(sampling.initial(sampling.keys([seed]), (*shape[1:], shape[0])))[0]
+        return sampling.randn(request.noise, seed, shape, 0, request.noise_batch)
+
+    size = request.seed_resize_from
+    return sampling.varied(draw, request.seed, shape, request.subseed, request.subseed_strength,
+                           None if size is None else (size[1] // factor, size[0] // factor))
+
+
+def _later(request, shape, sigmas, schedule, paths):
+    """The noise of a picture's noisy rows, one after the other -> a list of [h,w,C]. paths: theirs,
+    [rows,2]."""
+    source = request.step_noise or request.noise
+    if request.sampler in sampling.BROWNIAN:
+        levels = sigmas
+        if request.schedule_options.get('convention') == 'a1111' and request.strength < 1:
+            # There the tree is over all levels, also those that the picture's noise leaves out.
+            levels, *_ = _table(request.replace(strength=1.0), schedule)
+        ends = levels[levels > 0].min(), levels.max()
+        return sampling.brownian(source, request.seed, shape, paths, ends, request.noise_batch)
+    # A generator goes on where the noise to start from was drawn by it.
+    own = request.step_noise in (None, request.noise) and not request.eta_noise_seed_delta
+    return [sampling.randn(source, _key(request), shape, number + own, request.noise_batch)
+            for number in range(len(paths))]
 
 
 def _text(model, requests, parsed, sigmas, rows, stage):

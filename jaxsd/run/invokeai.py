@@ -25,6 +25,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     'dpmpp_3m': (_DPM, {'solver_order': 3}),
     'dpmpp_2m_sde': (_DPM, {'algorithm_type': 'sde-dpmsolver++'}),
     'unipc': ('UniPCMultistep', {}), 'lcm': ('LCM', {}), 'tcd': ('TCD', {})}
+NOISY = ('euler_a', 'kdpm_2_a', 'ddpm', 'dpmpp_2m_sde', 'lcm', 'tcd')  # that draw noise in steps
 # Settings of the scheduler in a model's folder, which stay: those of the released 1.x and SDXL.
 FOLDERS = {'sd-1': {'steps_offset': 1, 'set_alpha_to_one': False, 'skip_prk_steps': True},
            'sdxl': {'steps_offset': 1, 'set_alpha_to_one': False, 'skip_prk_steps': True,
@@ -84,7 +85,12 @@ def _new(given):
               'noise': 'torch' if given.get('rand_device', 'cpu') == 'cpu' else 'philox'}
     fields |= _plain(given, notes)
     model = _named(given.pop('model', None))
-    fields |= _scheduler(given.pop('scheduler', 'euler'), model.get('base'), notes)
+    scheduler = given.pop('scheduler', 'euler')
+    fields |= _scheduler(scheduler, model.get('base'), notes)
+    if str(scheduler).removesuffix('_k') in NOISY and 'seed' in fields:
+        # Drawn on the GPU, by the seed with all of its 32 bits flipped (denoise_latents.py).
+        fields |= {'step_noise': 'philox',
+                   'eta_noise_seed_delta': (fields['seed'] ^ 0xFFFFFFFF) - fields['seed']}
     skip = given.get('clip_skip', 0)
     if isinstance(skip, int) and skip > 0:
         fields['clip_skip'] = skip + 1

@@ -64,11 +64,18 @@ def parameters(request: Request, model: str = '', vae: str = '', refiner: str = 
         'Model': model,
         'VAE hash': hashes.get('vae', '') if vae else '',
         'VAE': vae,
+        'Variation seed': request.subseed if request.subseed_strength else '',
+        'Variation seed strength': _short(request.subseed_strength)
+        if request.subseed_strength else '',
+        'Seed resize from': '{}x{}'.format(*request.seed_resize_from)
+        if request.seed_resize_from else '',
         'Denoising strength': '' if strength is None else _short(strength),
         **(_hires(request.hires) if isinstance(request.hires, Hires) else {}),
         'Mask blur': _short(request.mask_blur) if request.mask_blur else '',
         'Clip skip': request.clip_skip if request.clip_skip > 1 else '',
+        'ENSD': request.eta_noise_seed_delta or '',
         'RNG': NOISES.get(request.noise, ''),
+        'Step RNG': NOISES.get(request.step_noise or '', ''),
         'Eta': '' if request.eta is None else _short(request.eta),
         'Emphasis': WEIGHTINGS.get(request.weighting, ''),
         'Refiner': refiner,

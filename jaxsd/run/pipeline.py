@@ -131,8 +131,8 @@ def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioni
         extra = signal * small + sigma * sampling.draw(keys, LOW_RES, small.shape[1:])
     hints = {name: _embed(cfg, params['controlnet'][name], inputs.hints[name])
              for name, cfg in config.controlnets}
-    return Encoded(text, inputs.keys, inputs.adapters, inputs.given, extra, inputs.labels, hints,
-                   image_prompts.encode(params, config, inputs.image_prompts),
+    return Encoded(text, inputs.keys, inputs.adapters, inputs.given_steps, extra, inputs.labels,
+                   hints, image_prompts.encode(params, config, inputs.image_prompts),
                    None if inputs.mask is None else init, inputs.mask, inputs.differential,
                    inputs.regions, inputs.windows), x
 

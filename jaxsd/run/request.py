@@ -279,6 +279,13 @@ class Request:
     wildcards: Path | Mapping[str, Any] | None = None  # folder of NAME.txt, or {NAME: options}
     noise: str = 'threefry'  # or torch (its CPU generator) or philox (A1111's NV), for their seeds
     noise_batch: Sequence[int] = (0, 1)  # torch: place in a batch drawn at once, its size
+    step_noise: str | None = None  # torch or philox: a generator of its own for the noise of the
+    # steps, as of programs that start on the CPU and go on on a GPU; None: that of `noise`
+    subseed: int = -1  # A1111's "variation seed"; -1: picked at random where it counts
+    subseed_strength: float = 0.0  # 0: the seed's noise to start from; 1: the subseed's
+    seed_resize_from: Sequence[int] | None = None  # (width, height) of a picture of this seed whose
+    # composition stays
+    eta_noise_seed_delta: int = 0  # A1111's ENSD: the noise of the steps is that of seed + it
     switch: float = 0.8  # with a refiner: the part of the noise that the base model removes
     eta: float | None = None  # noise of ddim and the ancestral samplers; None: the sampler's own
     sampler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -331,6 +338,7 @@ class Request:
         one_of('noise', self.noise, NOISES)
         _integer('clip_skip', self.clip_skip, 1, 100)
         self._check_noise_batch()
+        self._check_variation()
         self._check_memory(self.width or 1, self.height or 1)
         object.__setattr__(self, 'adapters', _weights(self.adapters))
         for name in ('original_size', 'crop', 'target_size'):
@@ -477,9 +485,10 @@ class Request:
                              f'{math.isqrt(MAX_PIXELS)}x{math.isqrt(MAX_PIXELS)}')
         size = self.noise_batch[1] if self.noise == 'torch' else 1
         steps = self.steps or USUAL['steps']
-        if self.noise != 'threefry' and width * height * steps * size > MAX_DRAWN:
+        drawn = self.step_noise or self.noise
+        if drawn != 'threefry' and width * height * steps * size > MAX_DRAWN:
             raise ValueError(
-                f'noise={self.noise!r}: {width}x{height} pixels times {steps} steps times '
+                f'noise={drawn!r}: {width}x{height} pixels times {steps} steps times '
                 f'{size}, the size of noise_batch: expected at most {MAX_DRAWN}, as all of its '
                 'noise is drawn beforehand; noise=threefry needs no memory')
 
@@ -491,6 +500,38 @@ class Request:
         _integer("noise_batch's size", batch[1], 1)
         _integer("noise_batch's place", batch[0], 0, batch[1] - 1)
         object.__setattr__(self, 'noise_batch', tuple(map(int, batch)))
+
+    def _check_variation(self):
+        if self.step_noise is not None:
+            one_of('step_noise', self.step_noise, NOISES[1:])
+        _integer('subseed', self.subseed, -1, MAX_SEED)
+        check_number('subseed_strength', self.subseed_strength, 0, 1)
+        _integer('eta_noise_seed_delta', self.eta_noise_seed_delta, -MAX_SEED, MAX_SEED)
+        if self.seed_resize_from is not None:
+            size = self.seed_resize_from
+            if not isinstance(size, (tuple, list)) or len(size) != 2:
+                raise ValueError(f'seed_resize_from={size!r}: expected two whole numbers, the '
+                                 'width and the height of the other picture')
+            for side in size:
+                _integer('seed_resize_from', side, 8, MAX_SIDE)
+            object.__setattr__(self, 'seed_resize_from', tuple(map(int, size)))
+            self._check_memory(*size)
+        if self.varied and self.noise_batch[1] > 1:
+            raise ValueError(f'noise_batch={self.noise_batch}: expected (0, 1) beside '
+                             'subseed_strength and seed_resize_from, which vary the noise of one '
+                             'picture')
+
+    @property
+    def varied(self) -> bool:
+        """Whether the noise that it starts from is another than the seed's own."""
+        return self.subseed_strength > 0 or self.seed_resize_from is not None
+
+    def numbered(self, number: int) -> 'Request':
+        """The picture of this number, from 0, of several that one asks for: its seed counts up, or
+        as in A1111 its subseed where that has a strength."""
+        name = 'subseed' if self.subseed_strength else 'seed'
+        start = getattr(self, name)
+        return self if start == -1 else self.replace(**{name: (start + number) % (MAX_SEED + 1)})
 
     def replace(self, **fields: Any) -> 'Request':
         """A copy with some fields replaced."""
@@ -526,6 +567,8 @@ def resolve(requests: Sequence[Request], config: ModelConfig) -> list[Request]:
         if request.hires is not None:
             _check_hires(request, config, **size)
         seed = random_seed() if request.seed == -1 else int(request.seed)
+        varied = {'subseed': random_seed()} if (
+            request.subseed_strength and request.subseed == -1) else {}
         prompts = {name: expand(getattr(request, name), seed, request.wildcards)
                    for name in PROMPTS
                    if getattr(request, name) is not None and request.weighting != 'plain'}
@@ -540,7 +583,8 @@ def resolve(requests: Sequence[Request], config: ModelConfig) -> list[Request]:
             hires = dataclasses.replace(hires, **cast(dict[str, Any], own))
         resolved.append(request.replace(
             seed=seed, strength=_strength(request, config), hires=hires, regions=regions,
-            image_guidance=_image_guidance(request, config), **size, **prompts))
+            image_guidance=_image_guidance(request, config), **size, **prompts,
+            **varied))
     return resolved
 
 

@@ -122,10 +122,23 @@ def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
         given['schedule_options'] = {'convention': 'comfyui', **(given.get('schedule_options') or
                                                                  {})}
     given |= _scripts(body, given, limits, read, controlnets, ip_adapters)
-    seed = -1 if body.seed is None else body.seed
-    seed = random_seed() if seed == -1 else seed % (MAX_SEED + 1)  # as torch has negative ones
-    first = Request(**given)
-    return [first.replace(seed=(seed + i) % (MAX_SEED + 1)) for i in range(count)]
+    for name in ('seed', 'subseed') if body.subseed_strength else ('seed',):
+        value = getattr(body, name)
+        given[name] = random_seed() if value in (-1, None) else value % (MAX_SEED + 1)  # as torch's
+    first = Request(**given, **_variation(body, limits))
+    return [first.numbered(i) for i in range(count)]
+
+
+def _variation(body, limits):
+    """subseed_strength and seed_resize_from_* -> arguments of Request."""
+    found = {'subseed_strength': body.subseed_strength} if body.subseed_strength else {}
+    width, height = body.seed_resize_from_w or 0, body.seed_resize_from_h or 0
+    if width > 0 and height > 0:
+        if width * height > limits.pixels:
+            raise ValueError(f'seed_resize_from_w={width}, seed_resize_from_h={height}: expected '
+                             f'at most {limits.pixels} pixels')
+        found['seed_resize_from'] = width, height
+    return found
 
 
 def _denoising(body, defaults):
@@ -169,9 +182,10 @@ def _settings(settings, model, vae):
     """override_settings -> arguments of Request. Raises ValueError for what it cannot honour."""
     only = {'sd_model_checkpoint': (model,) if isinstance(model, str) else model,
             'sd_vae': (vae or 'Automatic', 'Automatic', 'None'),
-            'eta_noise_seed_delta': (0,), 'samples_format': ('png',)}
+            'samples_format': ('png',)}
     honoured = {'CLIP_stop_at_last_layers': lambda v: {'clip_skip': v},
                 'randn_source': lambda v: {'noise': choose('randn_source', v, infotext.NOISES)},
+                'eta_noise_seed_delta': lambda v: {'eta_noise_seed_delta': v},
                 'emphasis': lambda v: {'weighting': choose('emphasis', v, infotext.EMPHASIS)}}
     found = {}
     for name, value in settings.items():
@@ -396,14 +410,16 @@ def answer(body: Body, found: Sequence[tuple[Request, bytes]], texts: Sequence[s
                                  for name in ('seed', 'prompt', 'negative_prompt'))
     info = {
         'prompt': first.prompt, 'all_prompts': prompts, 'negative_prompt': first.negative_prompt,
-        'all_negative_prompts': negatives, 'seed': first.seed, 'all_seeds': seeds, 'subseed': -1,
-        'all_subseeds': [-1] * len(made), 'subseed_strength': 0, 'width': first.width,
+        'all_negative_prompts': negatives, 'seed': first.seed, 'all_seeds': seeds,
+        'subseed': first.subseed, 'all_subseeds': [r.subseed for r in made],
+        'subseed_strength': first.subseed_strength, 'width': first.width,
         'height': first.height,
         'sampler_name': A1111_SAMPLERS.get(first.sampler, first.sampler),
         'cfg_scale': float(np.ravel(first.guidance)[0]), 'steps': first.steps,
         'batch_size': body.batch_size or 1, 'restore_faces': False, 'face_restoration_model': None,
         'sd_model_name': model, 'sd_model_hash': None, 'sd_vae_name': None, 'sd_vae_hash': None,
-        'seed_resize_from_w': -1, 'seed_resize_from_h': -1,
+        **dict(zip(('seed_resize_from_w', 'seed_resize_from_h'),
+                   first.seed_resize_from or (-1, -1))),
         'denoising_strength': first.hires.strength if isinstance(first.hires, Hires) else
         None if first.image is None else first.strength,
         'extra_generation_params': {}, 'index_of_first_image': 0, 'infotexts': texts, 'styles': [],

@@ -17,7 +17,7 @@ Nothing = Annotated[list[Any], Field(max_length=0)]
 NoScripts = Annotated[dict[str, Any], Field(max_length=0)]
 No = Literal[False]
 Zero = Annotated[float, Field(ge=0, le=0)]
-Unset = Annotated[int, Field(ge=-1, le=0)]
+Other = Annotated[int, Field(ge=-1, le=16384)]  # a side of another picture; up to 0: of none
 
 
 class Neutral(BaseModel):
@@ -34,12 +34,9 @@ class Neutral(BaseModel):
     restore_faces: No | None = None
     tiling: No | None = None
     disable_extra_networks: No | None = None
-    subseed_strength: Zero | None = None
     s_min_uncond: Zero | None = None
     token_merging_ratio: Zero | None = None
     token_merging_ratio_hr: Zero | None = None
-    seed_resize_from_h: Unset | None = None
-    seed_resize_from_w: Unset | None = None
 
 
 class ControlUnit(BaseModel):
@@ -141,6 +138,10 @@ class Body(Neutral):
     prompt: Prompt | None = ''
     negative_prompt: Prompt | None = ''
     seed: Annotated[int, Field(ge=-2**63, le=MAX_SEED)] | None = -1
+    subseed: Annotated[int, Field(ge=-2**63, le=MAX_SEED)] | None = -1
+    subseed_strength: Annotated[float, Field(ge=0, le=1)] | None = 0
+    seed_resize_from_h: Other | None = -1
+    seed_resize_from_w: Other | None = -1
     steps: Annotated[int, Field(ge=1)] | None = None
     cfg_scale: float | None = None
     width: Side | None = None
@@ -163,7 +164,6 @@ class Body(Neutral):
     alwayson_scripts: dict[Name, Script] | None = None  # {'controlnet': {'args': [ControlUnit]}}
 
     # Without a meaning here:
-    subseed: int | None = None
     do_not_save_samples: bool | None = None
     do_not_save_grid: bool | None = None
     override_settings_restore_afterwards: bool | None = None

@@ -84,10 +84,11 @@ def _python(base, along, count, model, nets):
         words.append('controls=[' + ', '.join(
             f'jaxsd.Control({", ".join(f"{k}={v!r}" for k, v in control.items())})'
             for control in controls) + ']')
-    names = ['y', 'x'][-len(along):] if along else ['seed']
+    counted = 'subseed' if base.subseed_strength else 'seed'
+    names = ['y', 'x'][-len(along):] if along else [counted]
     values = [axis.values for axis in reversed(along)] or [
-        [base.seed + i for i in range(count)]]
-    changed = [axis.field for axis in reversed(along)] or ['seed']
+        [getattr(base.numbered(i), counted) for i in range(count)]]
+    changed = [axis.field for axis in reversed(along)] or [counted]
     each = ', '.join(f'{field}={name}' for field, name in zip(changed, names))
     loops = ' '.join(f'for {name} in {some!r}' for name, some in zip(names, values))
     added = ', '.join(f'{net!r}: jaxsd.load_controlnet({net!r})' for net in nets)

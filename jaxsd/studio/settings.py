@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsd.batch import plan
 from jaxsd.run.infotext import tuples
-from jaxsd.run.request import MAX_SEED, Control, Hires, Request, random_seed
+from jaxsd.run.request import Control, Hires, Request, random_seed
 from jaxsd.sampling.choice import choose, one_of
 from jaxsd.sampling.names import SCHEDULE_NAMES
 from jaxsd.serve.a1111 import Limits, decode
@@ -61,7 +61,9 @@ def request(given: Any, defaults: Mapping[str, Any], limits: Limits,
     if 'seed' in fields:
         fields['seed'] = _seed(fields['seed'])
     found = _made({**defaults, **fields})
-    return check(found.replace(seed=random_seed()) if found.seed == -1 else found, limits)
+    drawn = {name: random_seed() for name in ('seed', *['subseed'] * (found.subseed_strength > 0))
+             if getattr(found, name) == -1}
+    return check(found.replace(**drawn), limits)
 
 
 def check(request: Request, limits: Limits) -> Request:
@@ -72,6 +74,9 @@ def check(request: Request, limits: Limits) -> Request:
     if request.noise_batch[1] > limits.batch:
         raise ValueError(f'noise_batch={request.noise_batch}: expected a batch of at most '
                          f'{limits.batch}')
+    if request.seed_resize_from and np.prod(request.seed_resize_from, dtype=int) > limits.pixels:
+        raise ValueError(f'seed_resize_from={request.seed_resize_from}: expected at most '
+                         f'{limits.pixels} pixels')
     for name in ('prompt', 'negative_prompt', 'prompt_2', 'negative_prompt_2'):
         if len(getattr(request, name) or '') > LONGEST:
             raise ValueError(f'{name}: expected at most {LONGEST} characters')
@@ -103,7 +108,7 @@ def expand(base: Request, count: int, along: Sequence[Axis], limits: Limits,
     if not along:
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= limits.batch:
             raise ValueError(f'count={count!r}: expected a whole number from 1 to {limits.batch}')
-        return [base.replace(seed=(base.seed + i) % (MAX_SEED + 1)) for i in range(count)]
+        return [base.numbered(i) for i in range(count)]
     size = np.prod([len(axis.values) for axis in along], dtype=int)
     if size > most:
         raise ValueError(f'a grid of {" x ".join(str(len(axis.values)) for axis in along)} '

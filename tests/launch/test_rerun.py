@@ -310,15 +310,15 @@ def _foreign(path, text):
 
 def test_texts_of_other_programs(run, checkpoint, tmp_path):
     path = _foreign(tmp_path / 'a.png', 'red cat\nNegative prompt: dog\nSteps: 3, Sampler: DPM++ '
-                    '2M Karras, CFG scale: 5, Seed: 9, Size: 64x64, Model: anything, ENSD: 31337, '
-                    'Model hash: 45dee52b1c, '
+                    '2M Karras, CFG scale: 5, Seed: 9, Size: 64x64, Model: anything, '
+                    'Face restoration: GFPGAN, Model hash: 45dee52b1c, '
                     'Denoising strength: 0.5')
     _, error = run(f'--from={path}')
     assert "made with 'anything', and does not say where that is: give it as --chec" in error
     (made,), error = run(f'--from={path}', f'--checkpoint={checkpoint}')
     assert re.findall('^note: (.*)$', error, re.M) == [
         'the picture that it was made from is not in the text: give it as --image',
-        'ENSD: 31337 is not honoured']
+        'Face restoration: GFPGAN is not honoured']
     [line] = re.findall('^warning: (model.*)$', error, re.M)
     assert line.startswith('model: the picture was made with the file of hash 45dee52b1c, and ')
     text = Image.open(made).text['parameters']

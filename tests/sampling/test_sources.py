@@ -1,5 +1,6 @@
 """Noise of other programs, against values that they published or wrote."""
 
+import ast
 import pathlib
 
 import numpy as np
@@ -51,3 +52,38 @@ def test_standard_normal(source):
     found = np.sort(sources.randn(source, 11, (4, 64, 64)).ravel().astype(float))
     assert abs(found.mean()) < 4 / 128 and abs(found.std() - 1) < 4 / 181  # 4 standard errors
     assert abs(np.median(found)) < 5 / 128
+
+
+BROWNIAN = np.load(GOLDENS.with_name('brownian.npz'))  # by torchsde, see make_brownian.py
+LEVELS = (14.6146, 9.7, 4.25, 1.5, 0.6, 0.0292)
+SPANS = [*zip(LEVELS[:3], LEVELS[1:4]), (14.6146, 1.5), *zip(LEVELS[3:5], LEVELS[4:]),
+         (4.25, 4.25 - 3e-6)]
+
+
+@pytest.mark.parametrize('key', BROWNIAN)
+def test_brownian_trees_of_torchsde(key):
+    """A whole path, a step that goes over several, and one of three roundings of torchsde."""
+    seed, _, shape = key.partition(' ')
+    ends = LEVELS[-1], LEVELS[0]
+    if shape == 'of two':
+        found = [sources.brownian('torch', int(seed), (4, 6, 5), SPANS[1:2], ends, (i, 2))[0]
+                 for i in range(2)]
+    else:
+        found = sources.brownian('torch', int(seed), ast.literal_eval(shape), SPANS, ends)
+    assert found[0].dtype == np.float32
+    np.testing.assert_allclose(np.moveaxis(found, -1, 1), BROWNIAN[key], rtol=0, atol=1e-6)
+
+
+def test_brownian_trees_of_philox():
+    """The same tree with other numbers: steps that touch add up, and the order is no matter."""
+    whole, first, second = sources.brownian('philox', 3, (4, 8, 8), [(9, 1), (9, 4), (4, 1)],
+                                            (0.03, 14.6))
+    np.testing.assert_allclose(whole * 8**0.5, first * 5**0.5 + second * 3**0.5, atol=1e-5)
+    again = sources.brownian('philox', 3, (4, 8, 8), [(4, 1)], (0.03, 14.6))[0]
+    np.testing.assert_array_equal(again, second)
+    back, none, clamped, end = sources.brownian(
+        'philox', 3, (4, 8, 8), [(1, 4), (2, 2), (99, 9), (14.6, 9)], (0.03, 14.6))
+    np.testing.assert_array_equal(back, -second)
+    assert not none.any()
+    np.testing.assert_allclose(clamped * 90**0.5, end * 5.6**0.5, rtol=1e-5)
+    assert abs(whole.std() - 1) < 0.15

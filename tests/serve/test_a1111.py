@@ -93,6 +93,22 @@ def test_options():
     assert r.switch == 0.6
 
 
+def test_variations_of_a_seed():
+    found = read(seed=5, subseed=2**64 - 1, subseed_strength=0.2, batch_size=2,
+                 seed_resize_from_w=64, seed_resize_from_h=96,
+                 override_settings={'eta_noise_seed_delta': 31337})
+    assert [(r.seed, r.subseed) for r in found] == [(5, 2**64 - 1), (5, 0)]  # as A1111 counts
+    assert found[0].seed_resize_from == (64, 96) and found[0].eta_noise_seed_delta == 31337
+    drawn = read(subseed_strength=0.2, n_iter=2, seed_resize_from_w=512)
+    assert drawn[0].subseed >= 0 and drawn[1].subseed == drawn[0].subseed + 1
+    assert drawn[0].seed == drawn[1].seed and drawn[0].seed_resize_from is None
+    answer = a1111.answer(a1111.parse(schemas.Txt2Img, {}), [(r, b'') for r in found],
+                          ['Version: x'] * 2)
+    info = json.loads(answer['info'])
+    assert info['all_subseeds'] == [2**64 - 1, 0] and info['subseed_strength'] == 0.2
+    assert (info['seed_resize_from_w'], info['seed_resize_from_h']) == (64, 96)
+
+
 def test_pictures_and_masks():
     mask = np.zeros((64, 48, 3), np.uint8)
     mask[:, 24:] = 255
@@ -220,7 +236,9 @@ EPS = base64.b64encode(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n').dec
     ({'width': 65}, 'width: .*multiple of 8'), ({'width': 10**9}, 'width'),
     ({'batch_size': 3, 'n_iter': 3}, r'batch_size \* n_iter=9: expected at most 8'),
     ({'prompt': 'a' * 4001}, 'prompt: .*at most 4000'), ({'prompt': 3}, 'prompt'),
-    ({'subseed_strength': 0.1}, 'subseed_strength: .*0.1: this is not supported here'),
+    ({'subseed_strength': 1.1}, 'subseed_strength: .*less than or equal to 1'),
+    ({'subseed': 2**64}, 'subseed'), ({'seed_resize_from_w': 2**30}, 'seed_resize_from_w'),
+    ({'seed_resize_from_w': 8192, 'seed_resize_from_h': 8192}, 'seed_resize_from_h=8192: expected'),
     ({'styles': ['a']}, r'styles\.0: .*not supported'),
     ({'save_images': True}, 'save_images'),
     ({'enable_hr': True, 'hr_upscaler': 'ESRGAN_4x'}, "unknown hr_upscaler 'ESRGAN_4x'"),
@@ -237,7 +255,7 @@ EPS = base64.b64encode(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n').dec
     ({'refiner_checkpoint': '../../x'}, "unknown refiner_checkpoint '../../x'"),
     ({'override_settings': {'sd_model_checkpoint': '/etc/passwd'}}, "expected 'emoji'"),
     ({'override_settings': {'sd_model_checkpont': 'x'}}, "mean 'sd_model_checkpoint'"),
-    ({'override_settings': {'eta_noise_seed_delta': 31337}}, 'expected 0'),
+    ({'override_settings': {'eta_noise_seed_delta': 'x'}}, "eta_noise_seed_delta='x': expected"),
     ({'override_settings': {'CLIP_stop_at_last_layers': 0}}, 'clip_skip=0'),
     ({'override_settings': {'randn_source': 3}}, 'randn_source'),
     ({'image': '/etc/passwd'}, "unknown field 'image'"),
