@@ -439,6 +439,7 @@ class ModelConfig:
     max_noise_level: int = 350  # upscalers: the last timestep of low_res that was trained on
     controlnets: tuple = ()  # (name, ControlNetConfig) of those at work in a program
     ip_adapters: tuple = ()  # (name, IPAdapterConfig) of those
+    tiling: str = ''  # of pictures in a program: the axes, 'x', 'y' or both, whose edges meet
     aesthetic: bool = False  # the SDXL refiner's time ids end in an aesthetic score
     zero_negative: bool = False  # an empty negative prompt is zeros, not an encoded '' (SDXL base)
     # The released version it equals, see versions(); a label, no part of what the config is.

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-from jaxsd.models.quantized import kernel
+from jaxsd.models.quantized import KINDS, kernel
 from jaxsd.typing import Params
 
 
@@ -28,7 +28,11 @@ def conv(p: Params, x: Array, stride: int = 1, padding: int | tuple[int, int] = 
     padding: pixels on each side, or a pair (before, after) for both axes. On CPU, wide 3x3
     convolutions of few pixels are one matmul over the nine shifted pictures: 1.5 times (16x16) to
     3 times (8x8) as fast there as XLA's convolution; `prepared` ones are faster still.
+    Of `seamless` parameters a whole padding is what lies at the other edge.
     """
+    if 'wrap' in p and isinstance(padding, int) and padding:
+        x, padding = _wrapped(x, p['wrap'], padding), 0
+
     def convolve(x, w):
         return _convolve(x, w, stride, padding)
 
@@ -38,6 +42,30 @@ def conv(p: Params, x: Array, stride: int = 1, padding: int | tuple[int, int] = 
     else:
         y = convolve(x, kernel(p, x))
     return adapted(p, x, y, convolve) + p.get('bias', 0)
+
+
+def seamless(p: Params, axes: str) -> Params:
+    """A network's parameters, whose convolutions see its pictures as tiles: at an edge what lies at
+    the other one, as torch's padding_mode='circular'. axes: 'x' for the left and right edges, 'y',
+    or both; '': as it is. Traceable."""
+    if not axes:
+        return p
+    below = {name: seamless(p[name], axes) for name, part in dict.items(p)
+             if isinstance(part, dict)}
+    weight = dict.get(p, 'weight')  # of one that is spread over devices, a part
+    if any(kind in p for kind in KINDS) or (
+            weight is not None and weight.ndim == 4 and max(weight.shape[:2]) > 1):
+        below['wrap'] = {axis: jnp.zeros(0) for axis in axes}  # their names are what counts
+    return p | below
+
+
+def _wrapped(x, axes, size):
+    """x [B,H,W,C] with `size` more pixels at each side: of the other edge along these axes, else
+    zeros."""
+    for axis, name in ((1, 'y'), (2, 'x')):
+        pads = [(size, size) if i == axis else (0, 0) for i in range(4)]
+        x = jnp.pad(x, pads, mode='wrap' if name in axes else 'constant')
+    return x
 
 
 def _convolve(x, w, stride, padding):
@@ -269,10 +297,14 @@ def upsample(p: Params, x: Array, shape: tuple[int, ...] | None = None) -> Array
     H, W = shape or whole
     x = x.repeat(2, 1).repeat(2, 2)[:, :H, :W]
 
-    def convolve(x, w):
-        return _convolve(x, w, 1, 1)
+    padding = 1
+    if 'wrap' in p:
+        x, padding = _wrapped(x, p['wrap'], 1), 0
 
-    if 'tiles' in p and (H, W) == whole and _few(small):
+    def convolve(x, w):
+        return _convolve(x, w, 1, padding)
+
+    if 'tiles' in p and padding and (H, W) == whole and _few(small):
         y = _winograd(small, p['tiles'])
     else:
         y = convolve(x, kernel(p, x))

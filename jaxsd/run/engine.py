@@ -25,6 +25,7 @@ from jaxsd.images.reading import Picture
 from jaxsd.run import hires, image_conditioning, sharded
 from jaxsd.run.image_conditioning import InitImage
 from jaxsd.run.inputs import inputs, program
+from jaxsd.run.pipeline import check_tile
 from jaxsd.run.replica import Kind, Replica, Stage, look
 from jaxsd.run.request import Request, resolve
 from jaxsd.run.steps import beside, chunk
@@ -167,6 +168,7 @@ class Engine:
                 noise: np.ndarray | None = None) -> tuple[list[Stage], InitImage]:
         """A resolved request -> its Stages and its InitImage. Raises ValueError for what the model
         cannot make, and ValueError or OSError for files that cannot be read."""
+        check_tile(self.tile, request.tiling)
         if request.hires is not None:
             return self._prepare_hires(request, noise)
         init_image = image_conditioning.load(request, self.config)

@@ -297,6 +297,7 @@ FIELDS = {  # of A1111's keys that are fields of a Request: what they become
     'Eta': lambda v: {'eta': float(v)},
     'RNG': lambda v: {'noise': NOISES[v]},
     'Step RNG': lambda v: {'step_noise': NOISES[v]},  # ours
+    'Tiling': lambda v: {'tiling': {'True': 'xy', 'False': ''}.get(v, v)},
     'ENSD': lambda v: {'eta_noise_seed_delta': int(v)},
     'Variation seed': lambda v: {'subseed': int(v)},
     'Variation seed strength': lambda v: {'subseed_strength': float(v)},

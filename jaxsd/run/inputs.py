@@ -59,6 +59,7 @@ class Inputs(NamedTuple):
     windows: Windows | None = None
     hints: dict | None = None  # {ControlNet: uint8 [B,H,W,3], of a union [B,K,H,W,3], int32 [B,K]}
     image_prompts: dict | None = None  # {IP-Adapter: image_prompts.Prompted}
+    tiling: dict | None = None  # {axis, 'x' or 'y', whose edges meet: [B,0]}, of all pictures
     skip: np.ndarray | None = None  # int32 [B]: layers of the text encoders that are left out
     adapters: dict | None = None  # {component: [B,A]}: weights of the adapters
     embeddings: dict | None = None  # {text encoder: [E,D]}: vectors beyond its vocabulary
@@ -132,7 +133,7 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
     call = np.broadcast_to(np.arange(count, dtype=np.int32)[:, None], (count, len(requests)))
     guidance = _guidance(config, requests, parsed, sigmas, rows)
     return Inputs(
-        keys=keys, sigma=np.array(starts, np.float32),
+        tiling=_tiling(requests), keys=keys, sigma=np.array(starts, np.float32),
         steps=Steps(rows, call, guidance, text, control, image_weights, strength,
                     _timesteps(calls, count), fresh),
         image_prompts=prompted, **start, **words, **images)
@@ -178,7 +179,17 @@ def networks(model: Model, data: Inputs) -> tuple[Params, ModelConfig]:
         params['adapters'] = data.factors
     return params, model.config.replace(
         controlnets=tuple((name, net.config) for name, net in nets.items()),
-        ip_adapters=tuple((name, net.config) for name, net in prompted.items()))
+        ip_adapters=tuple((name, net.config) for name, net in prompted.items()),
+        tiling=''.join(data.tiling or ()))
+
+
+def _tiling(requests):
+    """Inputs.tiling. Padding is not data, as all other pictures would pay for it."""
+    if len({r.tiling for r in requests}) > 1:
+        raise ValueError(f'tiling: {", ".join(sorted({repr(r.tiling) for r in requests}))}: '
+                         'expected the same of all pictures of a batch')
+    return {axis: np.zeros((len(requests), 0), np.float32)
+            for axis in requests[0].tiling} or None
 
 
 def has_steps(request: Request) -> bool:

@@ -91,6 +91,9 @@ def _new(given):
         # Drawn on the GPU, by the seed with all of its 32 bits flipped (denoise_latents.py).
         fields |= {'step_noise': 'philox',
                    'eta_noise_seed_delta': (fields['seed'] ^ 0xFFFFFFFF) - fields['seed']}
+    axes = ''.join(axis for axis in 'xy' if given.pop(f'seamless_{axis}', None) is True)
+    if axes:
+        fields['tiling'] = axes
     skip = given.get('clip_skip', 0)
     if isinstance(skip, int) and skip > 0:
         fields['clip_skip'] = skip + 1
@@ -135,6 +138,8 @@ def _old(image, found):
     prompt = ' '.join(re.sub(r'\[[^\[\]]*\]', ' ', str(prompts)).split())
     fields = {'prompt': prompt, 'negative_prompt': negative, 'weighting': 'compel',
               'noise': 'philox', **_plain(given, notes)}
+    if given.pop('seamless', None) is True:
+        fields['tiling'] = 'xy'
     name = given.pop('sampler', 'k_lms')
     if name in OLD:
         karras = str(name).startswith('k_') and fields.get('steps', 50) < KARRAS_MAX

@@ -75,6 +75,7 @@ def parameters(request: Request, model: str = '', vae: str = '', refiner: str = 
         'Clip skip': request.clip_skip if request.clip_skip > 1 else '',
         'ENSD': request.eta_noise_seed_delta or '',
         'RNG': NOISES.get(request.noise, ''),
+        'Tiling': True if request.tiling == 'xy' else request.tiling,
         'Step RNG': NOISES.get(request.step_noise or '', ''),
         'Eta': '' if request.eta is None else _short(request.eta),
         'Emphasis': WEIGHTINGS.get(request.weighting, ''),

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, UInt8
 from jaxsd import sampling
 from jaxsd.config import ModelConfig, T2IAdapterConfig
 from jaxsd.models import controlnet, t2i_adapter, unet, vae
-from jaxsd.models.layers import attention, attention_received, prepared
+from jaxsd.models.layers import attention, attention_received, prepared, seamless
 from jaxsd.models.tiling import tiled
 from jaxsd.prompt import conditioning
 from jaxsd.prompt.conditioning import Conditioning
@@ -186,6 +186,7 @@ def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[
     params['controlnet']: {name: params} of the networks in config.controlnets.
     """
     params, schedule = _with_adapters(params, encoded.adapters), config.schedule
+    params = params | {'unet': seamless(params['unet'], config.tiling)}
 
     def denoise(x, sigma, step, memory=None):
         guidance = step.guidance
@@ -389,21 +390,30 @@ def encode_image(params: Params, config: ModelConfig, image: Float[Array, 'B H W
         lambda x: vae.encode(weights, config.vae, x)[0], image, tile, config.vae.factor))
 
 
+def check_tile(tile: int | None, tiling: str | bool) -> None:
+    """Raises ValueError where the VAE would see tiles of a picture whose edges meet."""
+    if tile is not None and tiling:
+        raise ValueError(f"tiling={tiling!r}: expected no tile, as the edges of a picture that is "
+                         'decoded in parts do not meet')
+
+
 def _in_tiles(apply, x, tile, down=1):
     """A part of the VAE, which sees a tile at a time: group norms make it a little different."""
     return apply(x) if tile is None else tiled(apply, x, tile, tile // 4, down)
 
 
 def _vae_weights(params, config):
-    if not config.vae.force_upcast:
-        return params['vae']
-    return jax.tree.map(  # SDXL's: overflows in float16
-        lambda a: a.astype(jnp.float32) if a.dtype == jnp.float16 else a, params['vae'])
+    weights = params['vae']
+    if config.vae.force_upcast:  # SDXL's: overflows in float16
+        weights = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.float16 else a,
+                               weights)
+    return seamless(weights, config.tiling)
 
 
 def decode(params: Params, config: ModelConfig, latent: Float[Array, 'B h w L'],
            tile: int | None = None) -> tuple[UInt8[Array, 'B H W 3'], Bool[Array, ' B']]:
     """Latents [B,h,w,L] as the U-Net sees them -> images uint8 [B,H,W,3], finite bool [B]."""
+    check_tile(tile, config.tiling)
     weights = _vae_weights(params, config)
     latent = vae.unscale(config.vae, latent)
     image = _in_tiles(lambda z: vae.decode(weights, config.vae, z), latent, tile)

@@ -35,6 +35,7 @@ UPSCALERS = ('latent', 'latent_bicubic', 'latent_bicubic_antialiased', 'latent_n
              'latent_nearest_floor', 'lanczos', 'nearest')
 RESIZE = ('crop', 'pad', 'stretch')
 FILLS = ('original', 'edge', 'noise', 'latent')
+TILINGS = ('x', 'y', 'xy')
 MASK_MODES = ('blend', 'strength')
 # Weights of the blocks for an image prompt of SDXL, of InstantStyle (Wang et al. 2024,
 # https://arxiv.org/abs/2404.02733).
@@ -260,6 +261,7 @@ class Request:
     fill: str | None = None  # what a mask hides at first: original, edge, noise, or latent noise
     outpaint: Sequence[int] | None = None  # pixels to add: (left, top, right, bottom)
     depth: 'ImageLike | None' = None  # depth models: near is white; None: estimated from the image
+    tiling: str | bool = ''  # whose edges meet, for patterns: 'x' (left and right), 'y' or 'xy'
     controls: Sequence[Control] = ()
     image_prompts: Sequence[ImagePrompt] = ()
     regions: Sequence[Region] = ()  # prompts for parts of the picture; or mappings of fields
@@ -371,6 +373,10 @@ class Request:
                                  'to start from')
         check_number('switch', self.switch, 0, 1)
         check_number('mask_blur', self.mask_blur, 0, MAX_BLUR)
+        if isinstance(self.tiling, bool):
+            object.__setattr__(self, 'tiling', 'xy' * self.tiling)
+        if self.tiling:
+            one_of('tiling', self.tiling, TILINGS)
         one_of('resize', self.resize, RESIZE)
         one_of('mask_mode', self.mask_mode, MASK_MODES)
         if self.fill is not None:

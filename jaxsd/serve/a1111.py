@@ -125,7 +125,9 @@ def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
     for name in ('seed', 'subseed') if body.subseed_strength else ('seed',):
         value = getattr(body, name)
         given[name] = random_seed() if value in (-1, None) else value % (MAX_SEED + 1)  # as torch's
-    first = Request(**given, **_variation(body, limits))
+    if body.tiling is not None:
+        given['tiling'] = body.tiling
+    first = Request(**{**given, **_variation(body, limits)})
     return [first.numbered(i) for i in range(count)]
 
 

@@ -32,7 +32,6 @@ class Neutral(BaseModel):
     infotext: Literal[''] | None = None
     save_images: No | None = False  # nothing is ever written on the server
     restore_faces: No | None = None
-    tiling: No | None = None
     disable_extra_networks: No | None = None
     s_min_uncond: Zero | None = None
     token_merging_ratio: Zero | None = None
@@ -142,6 +141,7 @@ class Body(Neutral):
     subseed_strength: Annotated[float, Field(ge=0, le=1)] | None = 0
     seed_resize_from_h: Other | None = -1
     seed_resize_from_w: Other | None = -1
+    tiling: bool | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
     cfg_scale: float | None = None
     width: Side | None = None

@@ -149,8 +149,8 @@ def metadata(config: ModelConfig, title: str) -> dict[str, str]:
         kind += {'v': '768-v'}.get(predicts, '512') if kind == 'v2-' else ''
         spec |= {'architecture': f'stable-diffusion-{kind}',
                  'implementation': 'https://github.com/Stability-AI/generative-models'}
-    whole = dataclasses.asdict(config.replace(controlnets=(), ip_adapters=()))
-    del whole['controlnets'], whole['ip_adapters']
+    whole = dataclasses.asdict(config.replace(controlnets=(), ip_adapters=(), tiling=''))
+    del whole['controlnets'], whole['ip_adapters'], whole['tiling']
     new = (whole, 'defaults'), *((whole, part) for part in (
         'image_encoder', 'image_normalizer', 'image_noise')), (whole['unet'], 'class_proj_dim')
     for fields, name in new:  # which older versions do not know
@@ -186,7 +186,7 @@ def read_entry(file: Reader) -> ModelConfig | None:
             if type(getattr(config, name)) is not type(getattr(ModelConfig, name)):
                 raise ValueError(f'{name}={getattr(config, name)!r:.100}')
         if (None in (config.unet, config.vae, config.schedule) or config.controlnets
-                or config.ip_adapters or not 0 <= config.max_noise_level < 1000):
+                or config.ip_adapters or config.tiling or not 0 <= config.max_noise_level < 1000):
             raise ValueError('no unet, vae or schedule, or a max_noise_level beyond 0 to 999')
         return config
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError,

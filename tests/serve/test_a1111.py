@@ -93,6 +93,10 @@ def test_options():
     assert r.switch == 0.6
 
 
+def test_tiling():
+    assert [r.tiling for r in read(tiling=True) + read(tiling=False) + read()] == ['xy', '', '']
+
+
 def test_variations_of_a_seed():
     found = read(seed=5, subseed=2**64 - 1, subseed_strength=0.2, batch_size=2,
                  seed_resize_from_w=64, seed_resize_from_h=96,
@@ -251,7 +255,7 @@ EPS = base64.b64encode(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n').dec
     ({'alwayson_scripts': {'ControlNet': {'args': [{'image': png(), 'model': 'x'}]}}},
      "unknown ControlNet 'x': there are none"),
     ({'alwayson_scripts': {'controlnet': {'args': [{'model': 'x'}]}}}, 'image: expected the hint'),
-    ({'tiling': True}, 'tiling'), ({'script_name': 'x'}, 'script_name'),
+    ({'tiling': 'x'}, 'tiling: .*boolean'), ({'script_name': 'x'}, 'script_name'),
     ({'refiner_checkpoint': '../../x'}, "unknown refiner_checkpoint '../../x'"),
     ({'override_settings': {'sd_model_checkpoint': '/etc/passwd'}}, "expected 'emoji'"),
     ({'override_settings': {'sd_model_checkpont': 'x'}}, "mean 'sd_model_checkpoint'"),
