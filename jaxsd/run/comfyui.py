@@ -62,6 +62,11 @@ def read(text: str) -> tuple[dict[str, Any], dict[str, Any], list[str]] | None:
     return _Graph(nodes).read() if nodes else None
 
 
+def draws_on_gpu(sampler: str) -> bool:
+    """Whether ComfyUI draws the noise of a sampler's steps on the GPU; it starts on the CPU."""
+    return sampler.endswith('_gpu') or any(kind in sampler for kind in NOISY)
+
+
 class _Graph:
     """nodes: {id: {'class_type', 'inputs'}}; an input is a value, or [id, number of an output]."""
 
@@ -126,6 +131,8 @@ class _Graph:
         if 'guidance_options' in fields and first.get('guidance_options'):
             fields['guidance_options'] |= first.pop('guidance_options')
         size = self.latents(chain[0])
+        if chain[0]['inputs'].get('add_noise') in ('disable', False):
+            self.note('add_noise: it begins without noise there, which is not honoured')
         fields = {'weighting': 'comfy', 'noise': 'torch', **texts, **first, **size, **fields}
         if skips:
             fields['clip_skip'] = skips
@@ -258,7 +265,7 @@ class _Graph:
         if dropped or sampler in DISCARD_PENULTIMATE['a1111']:  # whose habit is the default
             levels = {'discard_penultimate': dropped}
         found = {'sampler_options': options or {}, 'schedule_options': levels}
-        if name.endswith('_gpu') or any(kind in name for kind in NOISY):
+        if draws_on_gpu(name):
             found['step_noise'] = 'philox'
         return found | ({'sampler': sampler} if sampler else {}) | (
             self.scheduler(scheduler) if scheduler else {})

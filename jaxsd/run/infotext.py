@@ -424,6 +424,8 @@ def foreign(text: str, upscalers: Collection[str] = ()) -> Metadata:
     fields |= _sampling(pairs, program, notes)
     if fields.get('sampler') in BROWNIAN and fields['noise'] == 'torch' and program == 'A1111':
         fields['step_noise'] = 'philox'  # the tree is on the GPU all the same
+    if program == 'ComfyUI' and comfyui.draws_on_gpu(fields.get('sampler', '')):
+        fields['step_noise'] = 'philox'
     if hires:
         fields['hires'] = hires
         if program == 'A1111':  # as many steps in the second pass as it says
@@ -535,10 +537,17 @@ def _schedule(text):
 
 
 def fit(requests: Sequence[Request], config: ModelConfig) -> tuple[Sequence[Request], list[str]]:
-    """Requests read from A1111's text, as A1111 takes it with this model -> them, and notes."""
+    """Requests read from texts of A1111 or ComfyUI, as these take them with this model -> them,
+    and notes."""
     notes = []
     for i, request in enumerate(requests):
-        if request.clip_skip > 1 and (config.text_encoder_2 or config.text_encoder.skip):
+        if request.weighting == 'comfy' and request.clip_skip > 1:
+            text = config.text_encoder or config.text_encoder_2
+            # Counted from the last layer, also where the version uses the one before it; of 2.x the
+            # last of 24 is not in the file.
+            own = text.skip + (text.num_hidden_layers == 23)
+            request = request.replace(clip_skip=max(1, request.clip_skip - own))
+        elif request.clip_skip > 1 and (config.text_encoder_2 or config.text_encoder.skip):
             notes = [f'Clip skip: {request.clip_skip}: A1111 has it for 1.x models only']
             request = request.replace(clip_skip=1)
         if request.schedule == 'ays' and config.text_encoder_2:

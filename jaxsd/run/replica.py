@@ -196,6 +196,7 @@ def _decode(params, latents, *, config, tile=None):
 
 class _Only(NamedTuple):
     vae: object
+    tiling: str = ''
 
 
 def look(latents: jax.Array, vae: Network) -> Picture:

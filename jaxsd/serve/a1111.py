@@ -22,7 +22,7 @@ from jaxsd.run import infotext
 from jaxsd.run.hires import enlarge
 from jaxsd.run.request import MAX_SEED, Control, Hires, ImagePrompt, Request, random_seed
 from jaxsd.run.upscale import to_size
-from jaxsd.sampling import SAMPLERS
+from jaxsd.sampling import BROWNIAN, SAMPLERS
 from jaxsd.sampling.choice import choose, one_of, unknown
 from jaxsd.sampling.names import A1111_SAMPLERS, SCHEDULE_NAMES, find_sampler
 from jaxsd.serve.schemas import Body, ControlUnit, Extras, Img2Img, Neutral, Txt2Img
@@ -127,6 +127,8 @@ def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
         given[name] = random_seed() if value in (-1, None) else value % (MAX_SEED + 1)  # as torch's
     if body.tiling is not None:
         given['tiling'] = body.tiling
+    if given.get('noise') == 'torch' and given.get('sampler') in BROWNIAN:
+        given['step_noise'] = 'philox'  # A1111's tree is on the GPU all the same
     first = Request(**{**given, **_variation(body, limits)})
     return [first.numbered(i) for i in range(count)]
 

@@ -160,6 +160,29 @@ def test_two_passes():
     assert refined['switch'] == 0.8 and '--refiner' in notes[0]
 
 
+def test_where_noise_is_drawn(tiny_model):
+    """Steps of ancestral samplers on the GPU, Brownian trees on the CPU but for the _gpu ones."""
+    for name, drawn in (('euler_ancestral', 'philox'), ('dpmpp_2m_sde_gpu', 'philox'),
+                        ('dpmpp_2m_sde', None), ('euler', None), ('lcm', 'philox')):
+        assert read(_3={'sampler_name': name})[0].get('step_noise') == drawn
+    _, _, notes = read(n3=node('KSamplerAdvanced', add_noise='disable', **{
+        name: value for name, value in DEFAULT['3']['inputs'].items() if name != 'denoise'}))
+    assert any('begins without noise' in note for note in notes)
+    saver = infotext.foreign('x\nSteps: 3, Sampler: euler_ancestral_karras, Seed: 4, Size: 8x8, '
+                             'Version: ComfyUI')
+    assert saver.fields['step_noise'] == 'philox'
+
+
+def test_clip_skip_is_counted_from_the_last_layer(tiny_model):
+    """SDXL's own layer is -2 there."""
+    request = Request(**read(_6={'clip': ['11', 0]}, _7={'clip': ['11', 0]}, n11=node(
+        'CLIPSetLastLayer', stop_at_clip_layer=-3, clip=['4', 1]))[0])
+    assert request.clip_skip == 3
+    for family, skip in (('sd1', 3), ('sdxl', 2)):
+        [found], notes = infotext.fit([request], tiny_model(family).config)
+        assert found.clip_skip == skip and not notes
+
+
 def test_sdxl_texts():
     fields, _, notes = read(
         n6=node('CLIPTextEncodeSDXL', width=1024, height=1536, crop_w=0, crop_h=8,

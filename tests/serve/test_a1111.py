@@ -93,6 +93,12 @@ def test_options():
     assert r.switch == 0.6
 
 
+def test_noise_of_sde_samplers():
+    found = [read(sampler_name=name, override_settings={'randn_source': source})[0].step_noise
+             for name, source in (('DPM++ SDE', 'CPU'), ('DPM++ SDE', 'NV'), ('Euler a', 'CPU'))]
+    assert found == ['philox', None, None]
+
+
 def test_tiling():
     assert [r.tiling for r in read(tiling=True) + read(tiling=False) + read()] == ['xy', '', '']
 
