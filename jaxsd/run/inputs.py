@@ -350,6 +350,8 @@ def _later(request, shape, sigmas, schedule, paths):
             # There the tree is over all levels, also those that the picture's noise leaves out.
             levels, *_ = _table(request.replace(strength=1.0), schedule)
         ends = levels[levels > 0].min(), levels.max()
+        if request.sampler == 'dpmpp_sde':
+            paths = sampling.rounded(paths)
         return sampling.brownian(source, request.seed, shape, paths, ends, request.noise_batch)
     # A generator goes on where the noise to start from was drawn by it.
     own = request.step_noise in (None, request.noise) and not request.eta_noise_seed_delta

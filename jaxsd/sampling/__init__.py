@@ -29,7 +29,7 @@ from .scan import (
 )
 from .schedule_tables import write_schedule
 from .schedules import SCHEDULES
-from .sources import BROWNIAN, brownian, randn, varied
+from .sources import BROWNIAN, brownian, randn, rounded, varied
 from .tables import HISTORY, NOISE, Custom, Row, Rows, mix, pairs, row, slope
 
 __all__ = [
@@ -38,6 +38,6 @@ __all__ = [
     'brownian', 'bucket', 'called_at', 'calls', 'denoiser', 'draw', 'easycache', 'free', 'fresh',
     'going', 'guided', 'idle', 'init', 'initial', 'inpainted', 'keys', 'known_schedule',
     'log_probability', 'mix', 'model_sigmas', 'of_row', 'pad', 'pair', 'pairs', 'plan', 'randn',
-    'row', 'sample', 'schedule', 'schedule_file', 'sigma_to_t', 'slope', 'stack', 'step',
+    'rounded', 'row', 'sample', 'schedule', 'schedule_file', 'sigma_to_t', 'slope', 'stack', 'step',
     't_to_sigma', 'timestep', 'varied', 'write_schedule',
 ]

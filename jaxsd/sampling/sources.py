@@ -102,6 +102,24 @@ def brownian(source: str, seed: int, shape: tuple[int, int, int],
     return found
 
 
+def rounded(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The spans of dpmpp_sde's pairs of rows, to the middle and to the end of a step, as
+    k-diffusion has them: by way of logarithms in float32, whose roundings the tree tells apart."""
+    def log(level):
+        return np.float32(-np.log(float(np.float32(level))))
+
+    def level(log):
+        return float(np.float32(np.exp(-float(log))))
+
+    found = []
+    for (start, middle), (_, end) in zip(spans[::2], spans[1::2]):
+        first, last = log(start), log(end)
+        share = np.float32(np.log(start / middle) / np.log(start / end))
+        found += [(level(first), level(first + (last - first) * share)),
+                  (level(first), level(last))]
+    return found
+
+
 Draw = Callable[[int, tuple[int, int, int]], np.ndarray]
 
 

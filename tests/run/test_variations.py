@@ -1,7 +1,10 @@
 """Variation seeds, other sizes' seeds, ENSD and generators of the steps, in pictures."""
 
 import dataclasses
+import pathlib
+import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
@@ -10,12 +13,15 @@ from jaxsd.run import infotext, invokeai, picture
 from jaxsd.run.inputs import inputs
 from jaxsd.run.pipeline import advance, encode, encode_text, start
 from jaxsd.run.request import Request, resolve
-from jaxsd.sampling import initial, keys, sources
+from jaxsd.sampling import initial, keys, sample, sources
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.append(str(ROOT / 'sampling'))
+from golden_cases import denoise  # noqa: E402
 
 SIZE = dict(width=32, height=32, steps=3, seed=7, force_size=True)
 SHAPE = 4, 4, 4
-GOLDENS = np.load(f'{sources.__file__[:sources.__file__.rindex("/jaxsd/")]}/tests/goldens/'
-                  'brownian.npz')
+GOLDENS = np.load(ROOT / 'goldens' / 'brownian.npz')
 
 
 def prepared(model, *requests):
@@ -103,6 +109,25 @@ def test_samplers_with_a_brownian_tree(model):
         'schedule_options': {'convention': 'a1111'}})
     whole = prepared(model, {'sampler': 'dpmpp_2m_sde', 'noise': 'torch', 'steps': 8})
     np.testing.assert_allclose(a1111.steps.noise[0], whole.steps.noise[3], atol=1e-6)
+
+
+@pytest.mark.parametrize('sampler', ['dpmpp_sde', 'dpmpp_2m_sde', 'dpmpp_3m_sde'])
+def test_sde_samplers_are_k_diffusions(model, sampler):
+    """From the same seed: its own samplers with torchsde's tree, run once for goldens."""
+    factor = model.config.vae.factor
+    data = prepared(model, {
+        'sampler': sampler, 'schedule': (14.6146, 9.7, 4.25, 1.5, 0.6, 0.0292, 0.0), 'steps': 6,
+        'noise': 'torch', 'width': 4 * factor, 'height': 4 * factor,
+        'schedule_options': {'discard_penultimate': False} if '3m' in sampler else {}})
+
+    def denoiser(x, sigma, i):
+        return denoise(x, sigma.reshape(-1, 1, 1, 1), jnp)
+
+    noise = jnp.asarray(data.steps.noise)
+    found = sample(denoiser, data.noise * data.sigma[:, None, None, None], data.rows,
+                   lambda i: noise[i])
+    expected = np.moveaxis(GOLDENS[f'7 {sampler}'], 1, -1)
+    np.testing.assert_allclose(found, expected, atol=4e-6)  # float32's unit at 40, where it begins
 
 
 @pytest.mark.parametrize('fields, message', [
