@@ -21,7 +21,8 @@ LONGEST, MOST = 2**22, 2000  # characters of JSON, and nodes
 SAMPLING = ('KSampler', 'KSamplerAdvanced', 'SamplerCustom', 'SamplerCustomAdvanced')
 SAVING = ('SaveImage', 'PreviewImage')
 EMPTY = ('EmptyLatentImage', 'EmptySD3LatentImage')
-ENCODING = ('VAEEncode', 'VAEEncodeTiled', 'VAEEncodeForInpaint', 'InpaintModelConditioning')
+ENCODING = ('VAEEncode', 'VAEEncodeTiled', 'VAEEncodeForInpaint', 'InpaintModelConditioning',
+            'InstructPixToPixConditioning')
 SIGMAS = {'KarrasScheduler': 'karras', 'ExponentialScheduler': 'exponential',
           'PolyexponentialScheduler': 'polyexponential', 'LaplaceScheduler': 'laplace',
           'VPScheduler': 'vp', 'SDTurboScheduler': 'turbo', 'BetaSamplingScheduler': 'beta',
@@ -33,11 +34,20 @@ SAMPLER_NODES = {  # samplers with options; the others are named by KSamplerSele
     'SamplerEulerAncestral': 'euler_ancestral',
     'SamplerEulerAncestralCFGPP': 'euler_ancestral_cfg_pp', 'SamplerLMS': 'lms',
     'SamplerDPMAdaptative': 'dpm_adaptive'}
+PATCHES = {  # of models, that are guidance options here: {their input: our option}
+    'PatchModelAddDownscale': ('deep_shrink', {
+        'block_number': 'block', 'downscale_factor': 'factor', 'start_percent': 'start',
+        'end_percent': 'end', 'downscale_after_skip': 'after_skip',
+        'downscale_method': 'downscale_method', 'upscale_method': 'upscale_method'}),
+    'EasyCache': ('easycache', {'reuse_threshold': 'threshold', 'start_percent': 'start',
+                                'end_percent': 'end'}),
+    'TomePatchModel': ('token_merging', {'ratio': 'ratio'})}
 UPSCALES = {'bilinear': 'latent', 'bicubic': 'latent_bicubic', 'nearest-exact': 'latent_nearest'}
 # Samplers that draw the noise of their steps on the GPU (default_noise_sampler).
 NOISY = ('ancestral', 'ddpm', 'lcm', 'er_sde', 'seeds_', 'sa_solver')
 # What changes nothing on the way to a model, a prompt or a latent.
-HARMLESS = ('Reroute', 'CheckpointLoaderSimple', 'CheckpointLoader', 'CLIPLoader', 'DualCLIPLoader')
+HARMLESS = ('Reroute', 'CheckpointLoaderSimple', 'CheckpointLoader', 'CLIPLoader',
+            'DualCLIPLoader', 'InpaintModelConditioning', 'InstructPixToPixConditioning')
 # What a text means here and not there.
 LANGUAGE = re.compile(r'<\w+:[^>]+>|\[[^\]]*[|:][^\]]*\]|\{[^}]*\|[^}]*\}|\bAND\b|__[\w/*-]+__')
 
@@ -295,6 +305,16 @@ class _Graph:
                 guidance['rescale'] = self.value(node, 'multiplier', float, 0.7)
             elif kind == 'PerturbedAttentionGuidance':
                 guidance['pag'] = self.value(node, 'scale', float, 3.0)
+            elif kind == 'FreeU':
+                guidance['freeu'] = tuple(self.value(node, name, float, 1.0)
+                                          for name in ('b1', 'b2', 's1', 's2'))
+            elif kind in PATCHES:
+                name, options = PATCHES[kind]
+                guidance[name] = {ours: given[theirs] for theirs, ours in options.items()
+                                  if isinstance(given.get(theirs), (bool, int, float, str))}
+                if 'start' in guidance[name]:
+                    self.note(f'{kind}: start and end are parts of the noise there, and of the '
+                              'steps here')
             elif kind == 'ModelSamplingDiscrete' and given.get('sampling') in (
                     'eps', 'v_prediction') and not given.get('zsnr'):
                 run['prediction'] = {'eps': 'epsilon'}.get(given['sampling'], 'v_prediction')

@@ -450,8 +450,9 @@ class Request:
         if (self.window_stride or 0) > self.window:
             raise ValueError(f'window_stride={self.window_stride}: expected at most the window of '
                              f'{self.window} pixels, or some are never seen')
-        for name, given in (('sag', 'sag' in self.guidance_options), ('masks of image_prompts', any(
-                prompt.mask is not None for prompt in self.image_prompts))):
+        for name, given in (
+                ('sag', 'sag' in self.guidance_options), ('tiling', self.tiling),
+                ('masks of image_prompts', any(p.mask is not None for p in self.image_prompts))):
             if given:
                 raise ValueError(f'window and {name}: expected one of them')
 

@@ -99,5 +99,7 @@ def test_it_is_told_and_read_back():
                              ('{"seamless_x": true, "seamless_y": true}', 'xy')):
         fields, _, notes = invokeai.read({'invokeai_metadata': metadata})
         assert fields['tiling'] == tiling and not notes
+    with pytest.raises(ValueError, match='window and tiling: expected one of them'):
+        Request(tiling='x', window=512)
     with pytest.raises(ValueError, match="unknown tiling 'z'"):
         Request(tiling='z')

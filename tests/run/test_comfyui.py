@@ -83,6 +83,24 @@ def test_loras_clip_skip_a_vae_and_what_patches_the_model():
     Request(**fields)
 
 
+def test_patches_that_are_guidance_options():
+    fields, _, notes = read(
+        _3={'model': ['10', 0]}, n10=node('FreeU', b1=1.3, b2=1.4, s1=0.9, s2=0.2, model=['11', 0]),
+        n11=node('PatchModelAddDownscale', block_number=3, downscale_factor=2.0, start_percent=0.0,
+                 end_percent=0.35, downscale_after_skip=True, downscale_method='bicubic',
+                 upscale_method='bicubic', model=['12', 0]),
+        n12=node('EasyCache', reuse_threshold=0.2, start_percent=0.15, end_percent=0.95,
+                 verbose=False, model=['13', 0]),
+        n13=node('TomePatchModel', ratio=0.3, model=['4', 0]))
+    assert fields['guidance_options'] == {
+        'freeu': (1.3, 1.4, 0.9, 0.2), 'easycache': {'threshold': 0.2, 'start': 0.15, 'end': 0.95},
+        'token_merging': {'ratio': 0.3},
+        'deep_shrink': {'block': 3, 'factor': 2.0, 'start': 0.0, 'end': 0.35, 'after_skip': True,
+                        'downscale_method': 'bicubic', 'upscale_method': 'bicubic'}}
+    assert [note.split(':')[0] for note in notes] == ['PatchModelAddDownscale', 'EasyCache']
+    Request(**fields)
+
+
 def test_from_a_picture_and_with_a_hint():
     fields, _, notes = read(
         _3={'denoise': 0.6, 'latent_image': ['20', 0], 'positive': ['22', 0],
