@@ -15,6 +15,10 @@ sampler and number of steps together.
 --config.quantize: their megabytes, those of the denoise loop beside them, seconds for 16 pictures,
 and how far these are from those of the file's weights, the root mean square of 255.
 
+`python -m launch.bench --parts=cheaper`: the emoji model's pictures with EasyCache, DeepCache and
+the like: how much faster they come, at 64 and at 256 pixels, and how far those of 64 are from what
+they are without, the root mean square of 255.
+
 `python -m launch.bench --parts=train_lora,train_full --pixels=256`: steps of fine-tuning a U-Net, a
 LoRA of rank 16 with AdamW, or all of it with SGD (AdamW's state of both sides would not fit beside
 it), against PEFT and diffusers.
@@ -38,7 +42,7 @@ def define_flags():
     define_plugin_flag()
     flags.DEFINE_string('version', 'sd15', 'A released version, see jaxsd.versions().')
     flags.DEFINE_list('parts', ['text', 'unet', 'vae'], 'What to time: text, unet, vae, mixed, '
-                      'requests, quantized, train_lora, train_full.')
+                      'requests, quantized, cheaper, train_lora, train_full.')
     flags.DEFINE_integer('pixels', 256, 'Height and width of the pictures that are trained on.',
                          lower_bound=64)
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Of both sides.')
@@ -223,6 +227,36 @@ def measure_quantized():
         'seconds': times[name],
         'distance': float(np.sqrt(np.square(first[name] - first['float32']).mean()))}
         for name, model in models.items()}
+
+
+def measure_cheaper(steps=20):
+    """A row of results for each option, of the same requests."""
+    import numpy as np
+
+    import jaxsd
+    from configs import emoji
+    model = jaxsd.load(emoji.CHECKPOINT)
+    subjects = ['red apple', 'alien', 'rocket', 'rooster', 'musical note', 'red heart',
+                'tangerine', 'man student']
+    kinds = {'plain': {}, 'interval 0.1-0.6': {'interval': (0.1, 0.6)},
+             **{f'easycache {n}': {'easycache': {'threshold': n}} for n in (0.05, 0.1, 0.2)},
+             **{f'deepcache {n}': {'deepcache': {'interval': n}} for n in (2, 3, 5)},
+             'deepcache 3, branch 2': {'deepcache': {'interval': 3, 'branch': 2}},
+             'hypertile 32': {'hypertile': {'tile_size': 32}},
+             'token_merging 0.25': {'token_merging': {'ratio': 0.25}},
+             'token_merging 0.5': {'token_merging': {'ratio': 0.5}}}
+
+    def pictures(size, count, options):
+        asked = [jaxsd.Request(subjects[i % 8], seed=i, steps=steps, guidance=4, width=size,
+                               height=size, guidance_options=options) for i in range(count)]
+        return lambda: jaxsd.generate(model, asked).astype(np.float32)
+
+    times, first = alternate({name: pictures(64, 16, kind) for name, kind in kinds.items()})
+    large, _ = alternate({name: pictures(256, 1, kind) for name, kind in kinds.items()})
+    return {name: {
+        'speed': times['plain'] / times[name], 'at 256': large['plain'] / large[name],
+        'distance': float(np.sqrt(np.square(first[name] - first['plain']).mean()))}
+        for name in kinds}
 
 
 DIFFUSERS = {  # the same samplers on the same noise levels
@@ -419,7 +453,7 @@ def run():
         raise ValueError(f'--version={FLAGS.version}: expected one of {jaxsd.versions()}')
     config = jaxsd.read_config(FLAGS.version)
     found = cases(config, FLAGS.batch)
-    known = [*found, 'mixed', 'requests', 'quantized', 'train_lora', 'train_full']
+    known = [*found, 'mixed', 'requests', 'quantized', 'cheaper', 'train_lora', 'train_full']
     if unknown := set(FLAGS.parts) - set(known):
         raise ValueError(f'--parts={",".join(sorted(unknown))}: expected some of {known}')
     print(f'{FLAGS.version}, {FLAGS.dtype}, batch {FLAGS.batch} (mixed: emoji, float32, 16), '
@@ -429,6 +463,7 @@ def run():
     for part in FLAGS.parts:
         rows = (measure_requests() if part == 'requests' else
                 measure_quantized() if part == 'quantized' else
+                measure_cheaper() if part == 'cheaper' else
                 {part: measure_mixed() if part == 'mixed' else
                  measure_training(part, config) if part.startswith('train_') else
                  measure(*found[part], config)})

@@ -54,7 +54,7 @@ NOT_RUN = {
     r'.*-m launch\.emoji_sets.*': 'needs the font; tests/launch/test_emoji_sets.py',
     r'jaxsd generate .*=runs/emoji_.*': 'needs what minutes of training write',
     r'.*-m launch\.ray_batch .*': 'needs GPUs; tests/launch/test_ray_main.py has CPUs',
-    r'.*-m launch\.bench .*(--version=|--parts=(requests|train|quantized)).*': 'minutes',
+    r'.*-m launch\.bench .*(--version=|--parts=(requests|train|quantized|cheaper)).*': 'minutes',
     r'.*tests/(serve|studio)/load\.py .*': 'minutes; tests of both ask less',
     r'.*-m launch\.emoji_data .*': 'needs the font; tests/launch/test_emoji_data.py',
     r'jaxsd train .*--memory': 'compiles a network of full size; tests/train/test_finetune.py',
