@@ -226,6 +226,38 @@ class UNetConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class KUNetConfig(Checked):
+    """The U-Net of the x2 latent upscaler, see models/kunet.py. It has none of what is not a field.
+    """
+
+    in_channels: int = ranged(8, 1, WIDTH)
+    out_channels: int = ranged(4, 1, WIDTH)  # and one more, of a variance, which is not used
+    block_out_channels: tuple = ranged((384, 384, 768, 768), 1, WIDTH)
+    layers_per_block: int = ranged(4, 1, DEPTH)
+    attention_head_dim: int = ranged(64, 1, WIDTH)  # channels of a head
+    cross_attention_dim: int = ranged(768, 1, WIDTH)
+    time_cond_dim: int = ranged(896, 1, WIDTH)  # 128 for a noise level, and the pooled text
+    norm_eps: float = ranged(1e-5, above=0, high=1)
+    sample_size: int = ranged(128, 1, WIDTH)
+
+    num_class_embeds = class_proj_dim = added_dim = added_time_dim = time_cond_proj_dim = 0
+    mid_transformer_layers = -2
+
+    def check(self) -> None:
+        channels = self.block_out_channels
+        if len(channels) < 3 or not channels[-1] == channels[-2] == 2 * channels[0]:
+            raise ValueError(f'block_out_channels={channels}: expected at least three, the last '
+                             'two twice the first')
+        self.divisible('block_out_channels', channels[1:], 'attention_head_dim',
+                       [self.attention_head_dim] * len(channels))
+
+    @property
+    def unit(self) -> int:
+        """Latents along a side are a multiple of this."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class ControlNetConfig(UNetConfig):
     """A ControlNet: the first half of a U-Net, and how wide the layers are that read the hint."""
 
@@ -426,7 +458,7 @@ class ScheduleConfig(Checked):
 class ModelConfig:
     """Everything static about a model; hashable, so it can be a static argument of `jit`."""
 
-    unet: UNetConfig
+    unet: UNetConfig | KUNetConfig
     vae: VAEConfig | TinyVAEConfig
     schedule: ScheduleConfig = ScheduleConfig()
     text_encoder: TextConfig | None = None
@@ -456,10 +488,13 @@ class ModelConfig:
     def task(self) -> str:
         """What the U-Net sees beside the latents: '' (nothing), 'depth', 'inpainting' (a mask and
         what is around it), 'pix2pix' (an image to edit) or 'upscaler' (a small image); or
-        'unclip', where it takes the embedding of an image.
+        'unclip', where it takes the embedding of an image; 'latent_upscaler': it sees the latents
+        of an image of half the size.
 
         Raises ValueError for input channels that none of these has.
         """
+        if isinstance(self.unet, KUNetConfig):
+            return 'latent_upscaler'
         if self.unet.class_proj_dim:
             return 'unclip'
         latents, image = self.vae.latent_channels, self.vae.in_channels
@@ -528,7 +563,8 @@ def read_config(folder: Path) -> ModelConfig:
     parts = {
         'unet': unet,
         'vae': read_network_config(folder / 'vae', ('AutoencoderKL', 'AutoencoderTiny')),
-        'schedule': read_json(folder / 'scheduler' / 'scheduler_config.json', schedule_config),
+        'schedule': read_json(folder / 'scheduler' / 'scheduler_config.json',
+                              _k_schedule if isinstance(unet, KUNetConfig) else schedule_config),
         'aesthetic': index['requires_aesthetics_score'],
         'zero_negative': (unet.added_dim > 0 if index['force_zeros_for_empty_prompt'] is None
                           else index['force_zeros_for_empty_prompt']),
@@ -537,6 +573,8 @@ def read_config(folder: Path) -> ModelConfig:
         if index[name]:
             build = functools.partial(_text, kind=index[name], xl=unet.added_dim > 0)
             parts[name] = read_json(folder / name / 'config.json', build)
+            if isinstance(unet, KUNetConfig):
+                parts[name] = dataclasses.replace(parts[name], final_norm=False)
     if index['low_res_scheduler']:
         parts['low_res'] = read_json(folder / 'low_res_scheduler' / 'scheduler_config.json',
                                      schedule_config)
@@ -616,6 +654,8 @@ _DOWN = ('CrossAttnDownBlock2D',) * 3 + ('DownBlock2D',)
 _DEFAULTS = {
     'unet': {'cross_attention_dim': 1280, 'down_block_types': _DOWN,
              'up_block_types': tuple(k.replace('Down', 'Up') for k in reversed(_DOWN))},
+    'kunet': {'layers_per_block': 2, 'attention_head_dim': 8, 'cross_attention_dim': 1280,
+              'block_out_channels': (320, 640, 1280, 1280), 'out_channels': 4},
     'controlnet_union': {'conditioning_embedding_out_channels': (48, 96, 192, 384),
                          'num_control_type': 6},
     'vae': {'block_out_channels': (64,), 'layers_per_block': 1, 'sample_size': 32,
@@ -647,6 +687,14 @@ _FIXED = {
         'resnet_skip_time_act': (False,), 'resnet_out_scale_factor': (1.0,),
         'mid_block_only_cross_attention': (None, False),
         'controlnet_conditioning_channel_order': ('rgb',),
+    },
+    'kunet': {
+        '_class_name': ('UNet2DConditionModel',), 'act_fn': ('gelu',), 'flip_sin_to_cos': (True,),
+        'center_input_sample': (False,), 'mid_block_type': (None,), 'norm_num_groups': (None,),
+        'time_embedding_type': ('fourier',), 'time_embedding_dim': (None,),
+        'timestep_post_act': ('gelu',), 'conv_in_kernel': (1,), 'conv_out_kernel': (1,),
+        'class_embed_type': (None,), 'addition_embed_type': (None,), 'encoder_hid_dim': (None,),
+        'encoder_hid_dim_type': (None,), 'time_embedding_act_fn': (None,),
     },
     'vae': {'act_fn': ('silu', 'swish'), 'use_quant_conv': (True,), 'use_post_quant_conv': (True,),
             'mid_block_add_attention': (True,)},
@@ -704,7 +752,8 @@ BETAS_OF = {
 }
 EDM_SCHEDULERS = ('EDMEuler', 'EDMDPMSolverMultistep')
 _PIPELINE = re.compile(r'(StableDiffusion(XL)?|LatentConsistencyModel)(ControlNet|Adapter)?'
-                       r'(Img2Img|Inpaint|Depth2Img|InstructPix2Pix|Upscale)?Pipeline(Legacy)?'
+                       r'(Img2Img|Inpaint|Depth2Img|InstructPix2Pix|Upscale|LatentUpscale)?'
+                       r'Pipeline(Legacy)?'
                        r'|StableUnCLIPImg2ImgPipeline')
 
 
@@ -840,7 +889,40 @@ def _controlnet_union(content):
     return _controlnet(_DEFAULTS['controlnet_union'] | content)
 
 
+def _k_schedule(content):
+    """That of the x2 latent upscaler. Its scheduler has 1.x's betas and says 'original_sample',
+    which its pipeline makes of what the network says, as of an EDM model."""
+    found = schedule_config({**content, 'prediction_type': 'epsilon'})
+    if found != ScheduleConfig() or content.get('prediction_type') != 'original_sample':
+        raise ValueError("expected 1.x's betas and prediction_type='original_sample', as of the x2 "
+                         'latent upscaler')
+    return K_SCHEDULE
+
+
+# Of k-diffusion: the noise levels of 1.x's betas.
+K_SCHEDULE = ScheduleConfig(edm=True, sigma_data=1.0, sigma_min=0.029167532920837402,
+                            sigma_max=14.614642143249512)
+
+
+def _kunet(content):
+    settings = _settings('kunet', content)
+    levels = len(settings['block_out_channels'])
+    for key, side in (('down_block_types', 'Down'), ('up_block_types', 'Up')):
+        kinds = [f'K{side}Block2D', *[f'KCrossAttn{side}Block2D'] * (levels - 1)]
+        if list(settings[key]) != (kinds if side == 'Down' else kinds[::-1]):
+            raise ValueError(f'{key}={settings[key]!r:.100}: expected one without attention at the '
+                             'finest level, as of the x2 latent upscaler')
+    single = {key: _alike(settings, key) for key in (
+        'layers_per_block', 'cross_attention_dim', 'sample_size', 'attention_head_dim')
+        if settings.get(key) is not None}
+    return _pick(KUNetConfig, settings | single, out_channels=settings['out_channels'] - 1,
+                 time_cond_dim=settings['time_cond_proj_dim'])
+
+
 def _unet(content, cls=UNetConfig):
+    if isinstance(content.get('down_block_types'), list | tuple) and (
+            'KDownBlock2D' in content['down_block_types']):
+        return _kunet(content)
     settings = _settings('unet', content)
     channels = settings.get('block_out_channels', UNetConfig.block_out_channels)
     levels = len(channels)

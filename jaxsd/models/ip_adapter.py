@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxsd.config import IPAdapterConfig, UNetConfig
+from jaxsd.config import IPAdapterConfig, KUNetConfig, UNetConfig
 from jaxsd.models import shapes, unet
 from jaxsd.models.layers import attention, children, gelu, layer_norm, linear
 from jaxsd.typing import Params, Shapes
@@ -65,8 +65,10 @@ def by_place(params: Params, unet_cfg: UNetConfig) -> Params:
         for i, place in enumerate(places)}}
 
 
-def check(cfg: IPAdapterConfig, unet_cfg: UNetConfig) -> None:
+def check(cfg: IPAdapterConfig, unet_cfg: UNetConfig | KUNetConfig) -> None:
     """ValueError unless an adapter fits a U-Net: its cross-attentions and the text's width."""
+    if isinstance(unet_cfg, KUNetConfig):
+        raise ValueError('the x2 latent upscaler takes no IP-Adapters')
     ours = tuple(unet.cross_attentions(unet_cfg).values())
     if (cfg.widths, cfg.cross_attention_dim) != (ours, unet_cfg.cross_attention_dim):
         made, model = (f'{unet.FAMILIES.get(width, "a model")} ({width}-wide text, {len(found)} '

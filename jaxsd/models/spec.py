@@ -14,11 +14,12 @@ from jax.typing import DTypeLike
 
 from jaxsd import config as c
 from jaxsd.config import TEXT_ENCODERS, ModelConfig
-from jaxsd.models import ip_adapter, shapes, t2i_adapter, upscaler
+from jaxsd.models import ip_adapter, kunet, shapes, t2i_adapter, upscaler
 from jaxsd.typing import Params, Shapes
 
 NAMES: dict[type, Callable[..., Shapes]] = {
-    c.UNetConfig: shapes.unet, c.ControlNetConfig: shapes.controlnet, c.VAEConfig: shapes.vae,
+    c.UNetConfig: shapes.unet, c.KUNetConfig: kunet.names,
+    c.ControlNetConfig: shapes.controlnet, c.VAEConfig: shapes.vae,
     c.TinyVAEConfig: shapes.tiny_vae, c.TextConfig: shapes.text, c.DPTConfig: shapes.dpt,
     c.T2IAdapterConfig: t2i_adapter.names, c.UpscalerConfig: upscaler.names,
     c.VisionConfig: shapes.vision, c.ImageNormalizerConfig: shapes.image_normalizer,

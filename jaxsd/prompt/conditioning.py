@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jaxsd.config import TEXT_ENCODERS, ModelConfig
+from jaxsd.config import TEXT_ENCODERS, KUNetConfig, ModelConfig
 from jaxsd.models import clip
 from jaxsd.models.layers import timestep_embedding
 from jaxsd.prompt.blocks import Texts
@@ -65,6 +65,7 @@ def encode(params: Params, config: ModelConfig, texts: Mapping[str, Texts],
     params['embeddings'] {text encoder: [E,D]}: vectors of textual inversion that the texts name.
     SDXL: features are concatenated; `added` is the last encoder's pooled vector of the first block
     ++ sinusoids of the time ids (Podell et al. 2023, section 2.2).
+    The x2 latent upscaler: `added` is a noise level ++ the pooled vector.
     """
     vectors = params.get('embeddings', {})
     features = [_features(params[name], getattr(config, name), texts[name], vectors.get(name), skip)
@@ -74,6 +75,9 @@ def encode(params: Params, config: ModelConfig, texts: Mapping[str, Texts],
     if zero is not None:
         context = jnp.where(zero[..., None, None], 0, context)
         pooled = jnp.where(zero[..., None], 0, pooled)
+    if isinstance(config.unet, KUNetConfig):  # a noise level of 0 on the image, and the text
+        level = jnp.broadcast_to(jnp.arange(128) < 64, (*pooled.shape[:2], 128))
+        return Conditioning(context, jnp.concatenate([level.astype(pooled.dtype), pooled], -1))
     if not config.unet.added_dim or ids is None:
         return Conditioning(context, None)
     return Conditioning(context, with_time_ids(config, pooled, ids))

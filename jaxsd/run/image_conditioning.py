@@ -19,6 +19,7 @@ from jaxsd.run.steps import fractions, over_rows, span
 from jaxsd.sampling.choice import unknown
 from jaxsd.weights import Model
 
+UPSCALERS = 'upscaler', 'latent_upscaler'  # tasks
 NOISE_LEVEL = 20  # of the upscaler's small picture, where a request names none
 
 
@@ -42,8 +43,8 @@ def load(request: Request, config: ModelConfig) -> InitImage:
         return InitImage()
     width, height = request.width, request.height
     picture = images.read(request.image)
-    if config.task == 'upscaler':
-        factor = config.vae.factor
+    if config.task in UPSCALERS:
+        factor = config.vae.factor if config.task == 'upscaler' else 2
         return InitImage(images.fit(picture, width // factor, height // factor, request.resize))
     if request.outpaint is not None:
         return _outpainted(request, picture)
@@ -111,7 +112,7 @@ def inputs(model: Model, requests: Sequence[Request], init_images: Sequence[Init
         raise ValueError(f'image: expected one, the picture that this model {does}')
     found = {'labels': unclip.labels(model, requests, prompts) if task == 'unclip' else
              _labels(config, requests, prompts)}
-    if task == 'upscaler':
+    if task in UPSCALERS:
         if any(c.image is None for c in init_images):
             raise ValueError('image: expected one, the small picture that this model enlarges')
         for r in requests:
@@ -122,6 +123,10 @@ def inputs(model: Model, requests: Sequence[Request], init_images: Sequence[Init
                 if given is not None:
                     raise ValueError(f'{name}: an upscaler follows its image and text alone')
         found['low_res'] = np.stack([c.image for c in init_images])
+        if task == 'latent_upscaler':
+            if any(r.tiling for r in requests):
+                raise ValueError('tiling: expected none, as this model enlarges across no edge')
+            return found, None, None
         abar = sampling.alphas_cumprod(config.low_res)[found['labels'][:, 1]]
         found['low_res_scale'] = np.stack([np.sqrt(abar), np.sqrt(1 - abar)], 1).astype(np.float32)
         return found, None, None

@@ -2,13 +2,13 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 
 from jaxsd import sampling
-from jaxsd.config import TEXT_ENCODERS, ModelConfig
+from jaxsd.config import TEXT_ENCODERS, KUNetConfig, ModelConfig, UNetConfig
 from jaxsd.models import ip_adapter
 from jaxsd.prompt import blocks, conditioning
 from jaxsd.run import image_conditioning, image_prompts, regions
@@ -143,6 +143,12 @@ def _check_features(config, request):
     """ValueError for a deep shrink or a DeepCache that the U-Net has no such block for, and for
     what works on the same features in other ways."""
     options, u = request.guidance_options, config.unet
+    if isinstance(u, KUNetConfig):
+        for name in ('freeu', 'deep_shrink', 'deepcache', 'hypertile', 'token_merging'):
+            if name in options:
+                raise ValueError(f'{name}: this U-Net has no such blocks; expected a model of '
+                                 'another kind')
+        return
     layers = len(u.block_out_channels) * (u.layers_per_block + 1)
     for kind, field, most, which in (
             ('deep_shrink', 'block', layers - 1, 'the last block before the middle'),
@@ -173,8 +179,9 @@ def networks(model: Model, data: Inputs) -> tuple[Params, ModelConfig]:
         'depth_estimator', 'image_encoder', 'image_normalizer')}
     params['controlnet'] = {name: net.params for name, net in nets.items()}
     prompted = {name: model.ip_adapters[name] for name in data.image_prompts or ()}
-    params['ip_adapter'] = {name: ip_adapter.by_place(net.params, model.config.unet)
-                            for name, net in prompted.items()}
+    params['ip_adapter'] = {
+        name: ip_adapter.by_place(net.params, cast(UNetConfig, model.config.unet))
+        for name, net in prompted.items()}
     if data.factors:
         params['adapters'] = data.factors
     return params, model.config.replace(

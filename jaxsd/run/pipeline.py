@@ -3,7 +3,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, UInt8
 
 from jaxsd import sampling
-from jaxsd.config import ModelConfig, T2IAdapterConfig
-from jaxsd.models import controlnet, t2i_adapter, unet, vae
+from jaxsd.config import KUNetConfig, ModelConfig, T2IAdapterConfig, UNetConfig
+from jaxsd.models import controlnet, kunet, t2i_adapter, unet, vae
 from jaxsd.models.layers import attention, attention_received, prepared, seamless
 from jaxsd.models.tiling import tiled
 from jaxsd.prompt import conditioning
@@ -96,7 +96,7 @@ def encode_text(params: Params, config: ModelConfig, inputs: Inputs) -> Conditio
     params = _with_adapters(params, inputs.adapters)
     found = conditioning.encode(params | {'embeddings': inputs.embeddings or {}}, config,
                                 inputs.tokens, inputs.ids, inputs.zero, inputs.skip)
-    if jax.default_backend() != 'cpu':
+    if jax.default_backend() != 'cpu' or isinstance(config.unet, KUNetConfig):
         return found
     texts = found.context  # [B,N,T,D]
     cache = unet.cross_attention_cache(params['unet'], texts.reshape(-1, *texts.shape[2:]))
@@ -126,7 +126,10 @@ def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioni
         seen = jnp.zeros(()) if inputs.init_image is None else vae.unit(inputs.init_image)
         seen = jnp.broadcast_to(jnp.where(hidden, 0, seen), (*hidden.shape[:3], 3))
         extra = jnp.concatenate([extra, encode_image(params, config, seen, tile)], -1)
-    if inputs.low_res is not None:
+    if inputs.low_res is not None and inputs.low_res_scale is None:  # of the x2 latent upscaler
+        small = encode_image(params, config, vae.unit(inputs.low_res), tile)
+        extra = small.repeat(2, 1).repeat(2, 2)
+    elif inputs.low_res is not None:
         small, (signal, sigma) = vae.unit(inputs.low_res), map(_each, inputs.low_res_scale.T)
         extra = signal * small + sigma * sampling.draw(keys, LOW_RES, small.shape[1:])
     hints = {name: _embed(cfg, params['controlnet'][name], inputs.hints[name])
@@ -149,7 +152,8 @@ def memory(x: Float[Array, 'B h w L'], guidance: Guidance, config: ModelConfig) 
     if guidance.easycache is not None:
         found.append(sampling.Reuse.of(x))
     if guidance.deepcache is not None:
-        shape = unet.deep_features(config.unet, guidance.deepcache.layers, *x.shape[1:3])
+        shape = unet.deep_features(cast(UNetConfig, config.unet), guidance.deepcache.layers,
+                                   *x.shape[1:3])
         found.append(jnp.zeros((len(x), guidance.parts, *shape), x.dtype))
     if guidance.momentum:
         found.append(jnp.zeros_like(x))
@@ -287,6 +291,9 @@ def _network(params, config, encoded, step, which, pag=None, sag=False, imageles
             if imageless:
                 seen = _each(np.arange(len(seen)) % parts < parts - 1) * seen
             x = jnp.concatenate([x, seen], -1)
+
+        if isinstance(config.unet, KUNetConfig):
+            return kunet.apply(params['unet'], config.unet, x, t, context, added)
 
         def predict(how=None, deep=None):
             return unet.apply(params['unet'], config.unet, x, t, context, added, labels, hook=hook,

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from jaxsd import images
-from jaxsd.config import ModelConfig
+from jaxsd.config import KUNetConfig, ModelConfig
 from jaxsd.images.opencv import opencv
 from jaxsd.models.controlnet import GUESS_MODES, MODES
 from jaxsd.prompt.wildcards import expand
@@ -564,11 +564,12 @@ def resolve(requests: Sequence[Request], config: ModelConfig) -> list[Request]:
         width, height = _size(request, config)
         size = {'width': width or request.width or native,
                 'height': height or request.height or native}
+        unit = factor * config.unet.unit if isinstance(config.unet, KUNetConfig) else factor
         for name, value in size.items():
-            if value % factor:
-                below = value // factor * factor
-                near = f'{below} or {below + factor}' if below else f'{factor}'
-                raise ValueError(f'{name}={value}: expected a multiple of {factor} pixels, '
+            if value % unit:
+                below = value // unit * unit
+                near = f'{below} or {below + unit}' if below else f'{unit}'
+                raise ValueError(f'{name}={value}: expected a multiple of {unit} pixels, '
                                  f'for example {near}')
         _check_size(request, config, native, **size)
         if request.hires is not None:
@@ -631,6 +632,8 @@ def suit(given: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
 def _usual(config):
     """What suits a model of which nobody says more than its config -> fields of a Request."""
     found: dict[str, Any] = {**USUAL, 'guidance': GUIDANCE.get(config.version, GUIDANCE[''])}
+    if isinstance(config.unet, KUNetConfig):
+        found['guidance'] = 1.0  # as its authors used the x2 latent upscaler
     embedded, scheduler = config.unet.time_cond_proj_dim > 0, config.defaults.get('scheduler')
     if scheduler is None and embedded:
         scheduler = {'_class_name': 'LCMScheduler'}
@@ -673,7 +676,7 @@ def _check_size(request, config, native, width, height):
                              f'expected multiples of {config.vae.factor} pixels')
         width, height = min(width, request.window), min(height, request.window)
     ratio = width * height / native ** 2
-    if config.task == 'upscaler' or 1 / 4 <= ratio <= 4:
+    if config.task in ('upscaler', 'latent_upscaler') or 1 / 4 <= ratio <= 4:
         return
     said = f'{width}x{height}: this model is made for {native}x{native}'
     if not (request.force_size or 1 / 16 <= ratio <= 16):
@@ -684,14 +687,15 @@ def _check_size(request, config, native, width, height):
 
 def _strength(request, config):
     """A request's strength, or what stands for None: 1 where there is nothing to start from."""
-    upscaler = config.task == 'upscaler'
+    upscaler = config.task in ('upscaler', 'latent_upscaler')
     if upscaler and request.strength not in (None, 1):
         raise ValueError(f'strength={request.strength}: expected 1 with an upscaler, which sees '
                          'the image and starts from noise')
     if request.strength is not None:
         return request.strength
     started = request.image is not None and request.mask is None and request.outpaint is None
-    return 0.75 if started and config.task not in ('upscaler', 'pix2pix', 'unclip') else 1.0
+    return 0.75 if started and config.task not in (
+        'upscaler', 'latent_upscaler', 'pix2pix', 'unclip') else 1.0
 
 
 def _image_guidance(request, config):
@@ -732,6 +736,11 @@ def _image_size(request, config):
             request.width or request.height):
         height, width, _ = images.read(request.image).shape
         return width * factor, height * factor
+    if config.task == 'latent_upscaler' and request.image is not None and not (
+            request.width or request.height):
+        unit = factor * config.unet.unit
+        height, width, _ = images.read(request.image).shape
+        return tuple(max(2 * n // unit, 1) * unit for n in (width, height))
     return None
 
 

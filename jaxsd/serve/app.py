@@ -110,7 +110,8 @@ class Service:
         """Load, and draw the first picture."""
         loaded = self._load(*chosen)
         engine = loaded.queue.engine
-        needs = engine.config.task in ('depth', 'pix2pix', 'unclip', 'upscaler')
+        needs = engine.config.task in (
+            'depth', 'pix2pix', 'unclip', 'upscaler', 'latent_upscaler')
         image = np.full((64, 64, 3), 127, np.uint8) if needs else None
         try:
             [first] = engine.resolve([Request(**self.defaults, image=image)])

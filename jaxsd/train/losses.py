@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxsd import sampling
-from jaxsd.config import TEXT_ENCODERS, ModelConfig, T2IAdapterConfig
+from jaxsd.config import TEXT_ENCODERS, ModelConfig, T2IAdapterConfig, UNetConfig
 from jaxsd.models import clip, controlnet, t2i_adapter, unet, vae
 from jaxsd.prompt.conditioning import Conditioning, with_time_ids
 from jaxsd.train.config import LossConfig
@@ -226,8 +226,8 @@ def predict(params: Params, config: ModelConfig, batch: Batch, x: Float[Array, '
         x = jnp.concatenate([x, small, vae.scale(config.vae, mean)], -1)
     if 'depth' in batch:
         x = jnp.concatenate([x, batch['depth']], -1)
-    return unet.apply(params['unet'], config.unet, x, t, text.context, text.added, labels,
-                      residuals=residuals, features=features, remat=remat)
+    return unet.apply(params['unet'], cast(UNetConfig, config.unet), x, t, text.context, text.added,
+                      labels, residuals=residuals, features=features, remat=remat)
 
 
 def inpaints(config: ModelConfig) -> bool:

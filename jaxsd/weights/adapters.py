@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsd.config import ModelConfig, read_config
+from jaxsd.config import KUNetConfig, ModelConfig, read_config
 from jaxsd.models import quantized
 from jaxsd.models.spec import from_jax, spec
 from jaxsd.typing import Device, Params, Path
@@ -101,6 +101,8 @@ def load_adapter(path: Path, model: Model, device: 'Device | None' = None,
     Raises ValueError of one line for a file that is no adapter for this model, which names the
     version that it is for; ValueError or FileNotFoundError for one that cannot be read.
     """
+    if isinstance(model.config.unet, KUNetConfig):
+        raise ValueError(f'{path}: the x2 latent upscaler takes no adapters')
     file = open_tensors(pathlib.Path(path).expanduser())
     what, _, name = names.kind(file.shapes)
     if what not in ('a LoRA', 'something else'):

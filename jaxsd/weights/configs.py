@@ -12,7 +12,9 @@ from jaxsd.config import (
     Checked,
     ControlNetConfig,
     DPTConfig,
+    KUNetConfig,
     ModelConfig,
+    ScheduleConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
     VAEConfig,
@@ -104,9 +106,11 @@ def _released(config, part):
 
 def _index(config, tokenizers):
     xl = config.unet.added_dim > 0
-    kind = {9: 'InpaintPipeline', 8: 'InstructPix2PixPipeline', 5: 'Depth2ImgPipeline'}.get(
-        config.unet.in_channels, 'UpscalePipeline' if config.low_res else
-        'Img2ImgPipeline' if xl and config.aesthetic else 'Pipeline')
+    latent = isinstance(config.unet, KUNetConfig)
+    kind = 'LatentUpscalePipeline' if latent else {
+        9: 'InpaintPipeline', 8: 'InstructPix2PixPipeline', 5: 'Depth2ImgPipeline'}.get(
+            config.unet.in_channels, 'UpscalePipeline' if config.low_res else
+            'Img2ImgPipeline' if xl and config.aesthetic else 'Pipeline')
     unclip = config.image_encoder is not None
     index = {'_class_name': 'StableUnCLIPImg2ImgPipeline' if unclip else
              f'StableDiffusion{"XL" * xl}{kind}',
@@ -119,14 +123,14 @@ def _index(config, tokenizers):
     if config.low_res:
         index['low_res_scheduler'] = ['diffusers', 'DDPMScheduler']
         index['max_noise_level'] = config.max_noise_level
-    elif not (xl or unclip):
+    elif not (xl or unclip or latent):
         index['requires_safety_checker'] = False
     if unclip:
         index['image_encoder'] = ['transformers', 'CLIPVisionModelWithProjection']
         index['feature_extractor'] = ['transformers', 'CLIPImageProcessor']
         index['image_normalizer'] = ['stable_diffusion', 'StableUnCLIPImageNormalizer']
         index['image_noising_scheduler'] = ['diffusers', 'DDPMScheduler']
-    elif not xl:
+    elif not (xl or latent):
         index['feature_extractor'] = index['safety_checker'] = [None, None]
     for part in TEXT_ENCODERS if xl or config.text_encoder_2 else TEXT_ENCODERS[:1]:
         text = getattr(config, part)
@@ -156,7 +160,22 @@ def _text(c):
             'pad_token_id': 1, 'torch_dtype': 'float32'}
 
 
+def _kunet(c):
+    attends = ['KCrossAttn'] * (len(c.block_out_channels) - 1)
+    return {
+        '_class_name': 'UNet2DConditionModel', 'act_fn': 'gelu', 'flip_sin_to_cos': True,
+        'freq_shift': 0, 'center_input_sample': False, 'mid_block_type': None,
+        'norm_num_groups': None, 'time_embedding_type': 'fourier', 'timestep_post_act': 'gelu',
+        'conv_in_kernel': 1, 'conv_out_kernel': 1, 'resnet_time_scale_shift': 'scale_shift',
+        **_plain(c, 'time_cond_dim'), 'out_channels': c.out_channels + 1,
+        'time_cond_proj_dim': c.time_cond_dim,
+        'down_block_types': [f'{kind}DownBlock2D' for kind in ['K', *attends]],
+        'up_block_types': [f'{kind}UpBlock2D' for kind in [*attends, 'K']]}
+
+
 def _unet(c):
+    if isinstance(c, KUNetConfig):
+        return _kunet(c)
     levels = range(len(c.block_out_channels))
     attends = [c.transformer_layers[i] > 0 for i in levels]
     # A level without attention may say anything; the last one gives the middle block's number.
@@ -274,6 +293,9 @@ def _schedule(config):
     if config.version in versions() and read_config(config.version).schedule == c:
         path = VERSIONS / config.version / 'scheduler' / 'scheduler_config.json'
         return json.loads(path.read_text())
+    if isinstance(config.unet, KUNetConfig):
+        return {'_class_name': 'EulerDiscreteScheduler', **_plain(ScheduleConfig(), *EDM),
+                'prediction_type': 'original_sample'}
     if c.edm:
         return {'_class_name': 'EDMEulerScheduler', 'sigma_schedule': 'karras', 'rho': 7.0,
                 **_plain(c, *BETAS, 'edm')}

@@ -14,6 +14,7 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
+from jaxsd.config import KUNetConfig
 from jaxsd.models import quantized
 from jaxsd.models.spec import from_jax, spec
 from jaxsd.prompt.tokenizer import SPECIAL
@@ -47,6 +48,9 @@ def save(model: Model, path: Path, layout: str = 'diffusers',
     check(shapes, arrays)
     path = pathlib.Path(path).expanduser()
     if layout == 'single-file':
+        if isinstance(model.config.unet, KUNetConfig):
+            raise ValueError(f"layout {layout!r}: expected 'diffusers' for the x2 latent upscaler, "
+                             'which has no other here')
         if path.is_dir() or path.suffix != '.safetensors':
             raise ValueError(f'{path}: expected the name of a .safetensors file')
         table = names.places(model.config, shapes)

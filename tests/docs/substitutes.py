@@ -35,7 +35,7 @@ COMMANDS = {
 }
 
 # {pattern: flags at the end of such commands}: of random models small pictures, of few steps.
-SMALLER = {r'(generate|batch) .*(--checkpoint=|--config=(configs/)?(sd|instruct))':
+SMALLER = {r'(generate|batch) .*(--checkpoint=|--config=(configs/)?(sd|instruct|x2))':
            '--width=64 --height=64 --steps=2',
            r'jaxsd train --config=train_lora': '--config.data.resolution=64 '
            '--config.train.steps=1 --config.optimizer.warmup=0 --config.lora.rank=1'}

@@ -14,9 +14,11 @@ from safetensors.numpy import load_file, safe_open, save_file
 
 import jaxsd
 from jaxsd.config import (
+    K_SCHEDULE,
     VERSIONS,
     DPTConfig,
     ImageNormalizerConfig,
+    KUNetConfig,
     ScheduleConfig,
     UpscalerConfig,
     VisionConfig,
@@ -28,6 +30,7 @@ from jaxsd.weights import Network, save_network
 sys.path.append(str(ROOT / 'tests' / 'weights'))
 import adapter_files  # noqa: E402
 
+DOUBLES = 'stabilityai/sd-x2-latent-upscaler'
 EDITS, VARIES = 'timbrooks/instruct-pix2pix', 'sd2-community/stable-diffusion-2-1-unclip'
 HUB = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
 COMMIT = 'c0ffee' + 34 * '0'
@@ -59,6 +62,16 @@ def unclip(model):
     return model.replace(config=config, params=params)
 
 
+def doubles(model):
+    """A Model with random weights of the x2 latent upscaler."""
+    config = model.config.replace(
+        schedule=K_SCHEDULE, text_encoder=dataclasses.replace(model.config.text_encoder,
+                                                              final_norm=False),
+        unet=KUNetConfig(block_out_channels=(32, 64, 64), layers_per_block=1, attention_head_dim=16,
+                         cross_attention_dim=32, time_cond_dim=160))
+    return model.replace(config=config, params=spec.init(0, config))
+
+
 def write(folder):
     """files/, what lies where the pages' commands run, and hub/, a cache of Hugging Face's."""
     files, model = pathlib.Path(folder) / 'files', random_model('sd1', 'sd15')
@@ -72,7 +85,7 @@ def write(folder):
     eight = model.config.replace(unet=dataclasses.replace(model.config.unet, in_channels=8))
     edits = model.replace(config=eight, params=spec.init(0, eight))
     varies = unclip(random_model('sd2', 'sd21'))
-    for name, some in ((HUB, model), (EDITS, edits), (VARIES, varies)):
+    for name, some in ((HUB, model), (EDITS, edits), (VARIES, varies), (DOUBLES, doubles(model))):
         home = pathlib.Path(folder) / 'hub' / f'models--{name.replace("/", "--")}'
         jaxsd.save(some, home / 'snapshots' / COMMIT)
         (home / 'refs').mkdir()

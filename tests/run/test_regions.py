@@ -189,3 +189,13 @@ def test_t2i_adapters_see_no_windows(tiny_model):
     asked = PLAIN.replace(width=128, window=64, controls=[hint])
     with pytest.raises(ValueError, match='window: expected no T2I-Adapter'):
         inputs(model, resolve([asked], model.config))
+
+
+@pytest.mark.slow
+def test_windows_and_regions_in_two_passes(tiny_model):
+    """The second pass sees windows of the first one's size, and masks at its own."""
+    asked = PLAIN.replace(regions=REGIONS, window=64, hires=jaxsd.Hires(upscaler='lanczos'))
+    [found] = jaxsd.generate(tiny_model('sd1'), [asked])
+    [whole] = jaxsd.generate(tiny_model('sd1'), [asked.replace(window=None)])
+    assert found.shape == whole.shape == (128, 128, 3)
+    assert np.abs(found.astype(int) - whole).max() > 0
