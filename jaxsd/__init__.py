@@ -15,16 +15,17 @@ if (importlib.metadata.version('jaxlib').startswith('0.10.')
 
 __version__ = '0.1.0'
 __all__ = ['Adapter', 'Control', 'Embedding', 'Engine', 'Hires', 'IPAdapter', 'ImagePrompt',
-           'Model', 'ModelConfig', 'Network', 'Preview', 'Region', 'Request', 'generate',
+           'Model', 'ModelConfig', 'Network', 'Preview', 'Region', 'Request', 'detect', 'generate',
            'guidance', 'load', 'load_adapter', 'load_controlnet', 'load_depth_estimator',
-           'load_embedding', 'load_image_encoder', 'load_ip_adapter', 'load_plugin',
-           'load_t2i_adapter', 'load_upscaler', 'load_vae', 'merge', 'merge_models', 'read_config',
-           'sampler', 'save', 'save_adapter', 'save_embedding', 'save_network', 'schedule',
-           'upscale', 'versions']
+           'load_detector', 'load_embedding', 'load_image_encoder', 'load_ip_adapter',
+           'load_plugin', 'load_t2i_adapter', 'load_upscaler', 'load_vae', 'merge', 'merge_models',
+           'read_config', 'sampler', 'save', 'save_adapter', 'save_embedding', 'save_network',
+           'schedule', 'upscale', 'versions']
 
 if TYPE_CHECKING:
     from jaxsd.config import ModelConfig, read_config, versions
     from jaxsd.run import Control, Engine, Hires, ImagePrompt, Region, Request
+    from jaxsd.run.detectors import detect
     from jaxsd.run.generate import Preview, generate
     from jaxsd.run.upscale import upscale
     from jaxsd.sampling.plugins import guidance, load_plugin, sampler, schedule
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         load_adapter,
         load_controlnet,
         load_depth_estimator,
+        load_detector,
         load_embedding,
         load_image_encoder,
         load_ip_adapter,

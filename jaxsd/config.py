@@ -324,6 +324,54 @@ class UpscalerConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class DetectorConfig(Checked):
+    """A network that finds what a ControlNet is to follow in a picture, see models/detector.py.
+
+    channels: of the first convolution. blocks: OpenPose's stages; HED's convolutions of each block;
+    lineart's residual blocks; the anime network's halvings; NormalBae's layers of each stage.
+    """
+
+    kind: str = choice('openpose', 'openpose_hand', 'openpose_face', 'hed', 'lineart',
+                       'lineart_anime', 'mlsd', 'normal_bae')
+    channels: int = ranged(64, 8, WIDTH)
+    blocks: tuple = ranged((6,), 1, DEPTH)
+
+    def check(self) -> None:
+        expected = {'hed': 5, 'normal_bae': 7}.get(self.kind, 1)
+        if len(self.blocks) != expected:
+            raise ValueError(f'blocks of {self.kind}: expected {expected} numbers, found '
+                             f'{len(self.blocks)}')
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthAnythingConfig(Checked):
+    """Depth Anything, 1 or 2: a DINOv2 whose layers `out_indices` (counted from 1) a DPT reads."""
+
+    image_size: int = ranged(518, 14, WIDTH)
+    patch_size: int = ranged(14, 1, WIDTH)
+    hidden_size: int = ranged(384, 1, WIDTH)
+    intermediate_size: int = ranged(1536, 1, WIDTH)
+    num_hidden_layers: int = ranged(12, 1, 256)
+    num_attention_heads: int = ranged(6, 1, WIDTH)
+    out_indices: tuple = ranged((3, 6, 9, 12), 1, 256)
+    neck_hidden_sizes: tuple = ranged((48, 96, 192, 384), 1, WIDTH)
+    fusion_hidden_size: int = ranged(64, 2, WIDTH)
+    head_hidden_size: int = ranged(32, 1, WIDTH)
+
+    def check(self) -> None:
+        self.divisible('hidden_size', [self.hidden_size], 'num_attention_heads',
+                       [self.num_attention_heads])
+        self.divisible('image_size', [self.image_size], 'patch_size', [self.patch_size])
+        if len(self.out_indices) != 4 or len(self.neck_hidden_sizes) != 4:
+            raise ValueError('expected four entries in each of out_indices (found '
+                             f'{len(self.out_indices)}), neck_hidden_sizes (found '
+                             f'{len(self.neck_hidden_sizes)})')
+        if max(self.out_indices) > self.num_hidden_layers:
+            raise ValueError(f'out_indices={self.out_indices}: expected numbers of '
+                             f'{self.num_hidden_layers} layers')
+
+
+@dataclasses.dataclass(frozen=True)
 class VAEConfig(Checked):
     """An AutoencoderKL.
 
@@ -1012,6 +1060,26 @@ def _depth(content):
     return dataclasses.replace(found, hidden_sizes=found.hidden_sizes[:len(found.depths)])
 
 
+def _depth_anything(content):
+    backbone = content.get('backbone_config') or {}
+    for where, key, known in (
+            (content, 'depth_estimation_type', ('relative',)), (content, 'head_in_index', (-1,)),
+            (content, 'reassemble_factors', ([4, 2, 1, 0.5],)),
+            (backbone, 'model_type', ('dinov2',)), (backbone, 'use_swiglu_ffn', (False,)),
+            (backbone, 'hidden_act', ('gelu',)), (backbone, 'apply_layernorm', (True,)),
+            (backbone, 'layer_norm_eps', (1e-6,)), (backbone, 'qkv_bias', (True,))):
+        if where.get(key, known[0]) not in known:
+            raise ValueError(f'{key}={where[key]!r:.100} is not implemented; expected {known[0]!r}')
+    width, ratio = backbone.get('hidden_size', 768), backbone.get('mlp_ratio', 4)
+    dinov2 = {'hidden_size': width, 'intermediate_size': int(width * ratio),
+              'image_size': backbone.get('image_size', 224),
+              'num_attention_heads': backbone.get('num_attention_heads', 12),
+              'num_hidden_layers': backbone.get('num_hidden_layers', 12)}
+    if 'out_indices' not in backbone:
+        raise ValueError('backbone_config: expected out_indices in it')
+    return _pick(DepthAnythingConfig, content | dinov2 | {'out_indices': backbone['out_indices']})
+
+
 def _t2i_adapter(content):
     return _pick(T2IAdapterConfig, content)
 
@@ -1020,7 +1088,9 @@ def _t2i_adapter(content):
 NETWORKS = {'AutoencoderKL': _vae, 'AutoencoderTiny': _tiny_vae,
             'ControlNetModel': _controlnet, 'ControlNetUnionModel': _controlnet_union,
             'T2IAdapter': _t2i_adapter,
-            'DPTForDepthEstimation': _depth, 'CLIPVisionModelWithProjection': _vision,
+            'DPTForDepthEstimation': _depth,
+            'DepthAnythingForDepthEstimation': _depth_anything,
+            'CLIPVisionModelWithProjection': _vision,
             'StableUnCLIPImageNormalizer': _image_normalizer}
 
 

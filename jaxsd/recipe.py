@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LONGEST = 2**16  # characters of options
 NO_LITERAL = (SyntaxError, ValueError, RecursionError, MemoryError)  # the last: nested too deeply
 
-MODELS = ('--checkpoints', '--vaes', '--controlnet')  # flags of which a folder may be one model
+MODELS = ('--checkpoints', '--vaes', '--controlnet', '--detectors')  # a folder may be one model
 
 # Fields of a recipe: their default, or their type where the model or the file decides; and what
 # they are.
@@ -129,7 +129,9 @@ def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
              controlnets: Mapping[str, Path] = MappingProxyType({}), fitting: bool = False,
              upscalers: Mapping[str, Path] = MappingProxyType({}),
              ip_adapters: Mapping[str, Path] = MappingProxyType({}),
-             image_encoders: Sequence[Path] = ()) -> tuple[Model, dict[str, list[str]]]:
+             image_encoders: Sequence[Path] = (),
+             detectors: Mapping[str, Path] = MappingProxyType({})
+             ) -> tuple[Model, dict[str, list[str]]]:
     """The model with what resolved requests name -> it, and what a picture's record says of that.
 
     requests: None: whatever is there counts as named. loras, embeddings: {name: path}, see `files`;
@@ -137,6 +139,7 @@ def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
     beside them. strays: see `jaxsd.load_adapter`. fitting: leave out LoRAs, embeddings and
     IP-Adapters that are not for this model, with a warning. upscalers: {name: path}, for Hires.
     ip_adapters: {name: path}, each with the one of image_encoders that gives what it reads.
+    detectors: {name: path}, for hints.
     """
     import jaxsd
     from jaxsd.run.hires import passes
@@ -162,7 +165,8 @@ def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
             p, model.config, n)),
         upscalers=_loaded(upscalers, fitting, lambda n, p: jaxsd.load_upscaler(
             p, dtype, device)),
-        ip_adapters=_ip_adapters(model, ip_adapters, image_encoders, dtype, device, fitting))
+        ip_adapters=_ip_adapters(model, ip_adapters, image_encoders, dtype, device, fitting),
+        detectors={n: jaxsd.load_detector(p, device=device) for n, p in detectors.items()})
     encoders = {'image_encoder': [str(path) for path in image_encoders]} if ip_adapters else {}
     return model, encoders | {flag: [f'{name}={path}' for name, path in found.items()]
                               for flag, found in (('lora', loras), ('embeddings', embeddings),

@@ -58,13 +58,13 @@ def build(how, requests=None, devices=None, lone=False):
     if how.get('vae'):
         model = model.with_vae(jaxsd.load_vae(how['vae'], dtype))
     refiner = load(recipe, how['refiner'], strays=strays)[0] if how.get('refiner') else None
-    adapters, embeddings, controlnets, upscalers, ip_adapters = (
+    adapters, embeddings, controlnets, upscalers, ip_adapters, detectors = (
         files(f'--{flag}', how.get(flag, ())) for flag in (
-            'lora', 'embeddings', 'controlnet', 'upscalers', 'ip_adapter'))
+            'lora', 'embeddings', 'controlnet', 'upscalers', 'ip_adapter', 'detectors'))
     model, named = complete(model, requests, dtype, adapters, embeddings, strays=strays,
                             controlnets=controlnets, fitting=how.get('fitting', False),
                             upscalers=upscalers, ip_adapters=ip_adapters,
-                            image_encoders=how.get('image_encoder', ()))
+                            image_encoders=how.get('image_encoder', ()), detectors=detectors)
     tile = how['tile'] or None
     spread = how['weights'] == 'sharded' or how['weights'] == 'auto' and not _fits(model, refiner)
     if spread and how.get('offload'):

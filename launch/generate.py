@@ -28,7 +28,7 @@ FLAGS = flags.FLAGS
 # What a picture's record holds beside its request, under the names of the recipe and the flags.
 RECIPE = ('checkpoint', 'base', 'ema', 'dtype', 'quantize', 'offload', 'prediction', 'tile')
 GIVEN = ('vae', 'refiner', 'control', 'lora', 'embeddings', 'upscalers', 'ip_adapter',
-         'image_encoder', 'strays')
+         'image_encoder', 'detectors', 'strays')
 OF_RECIPE = 'Of the recipe'  # so the help of its fields begins
 ASKED = ('negative_prompt', 'prompt_2', 'negative_prompt_2', 'strength', 'mask', 'depth',
          'wildcards')
@@ -56,9 +56,13 @@ def define_flags():
     flags.DEFINE_multi_string(
         'control', None, 'A ControlNet and its hint, "net=PATH, image=PATH", with perhaps scale=1, '
         'start=0, end=1, guess=original (or diffusers, soft), mode=depth (what the hint is, for a '
-        'ControlNet-Union), preprocess=canny (with its low=100, high=200; scribble, tile, or pose '
-        'from JSON); '
+        'ControlNet-Union), preprocess=canny (with its low=100, high=200; scribble, tile, pose '
+        'from JSON, or what --detectors find); '
         'repeat for several.')
+    flags.DEFINE_multi_string(
+        'detectors', None, 'A network that finds hints, for preprocess=openpose and the like '
+        '(OpenPose, HED, lineart, M-LSD, NormalBae, MiDaS, Depth Anything), "[name=]PATH", or a '
+        'folder of them; repeat for several.')
     flags.DEFINE_multi_string(
         'image_prompt', None, 'A picture as a prompt, "net=NAME, image=PATH" by a name of '
         '--ip_adapter, with perhaps weight=1, start=0, end=1, mask=PATH, blocks=style (SDXL), or '
@@ -302,12 +306,14 @@ def _hint_size(request, past):
 def _controls(width, height, past):
     """The --control flags -> a list of Control. Raises ValueError for hints that have changed since
     the picture to repeat was made."""
-    from jaxsd import images
-    from jaxsd.run import picture
+    import jaxsd
+    from jaxsd.run import detectors, picture
     from jaxsd.run.request import Control
-    controls = []
-    for text in FLAGS.control:
-        given = words('--control', text)
+    asked, controls = [words('--control', text) for text in FLAGS.control], []
+    networks = {name: jaxsd.load_detector(path) for name, path in files(
+        '--detectors', FLAGS.detectors or ()).items()
+        if any(given.get('preprocess') in detectors.DETECTORS for given in asked)}
+    for text, given in zip(FLAGS.control, asked):
         for name in ('net', 'image'):
             if name not in given:
                 raise ValueError(f'--control="{text}": expected {name}=PATH in it')
@@ -315,7 +321,7 @@ def _controls(width, height, past):
         options = {name: given.pop(name) for name in list(given)
                    if name not in Control.__dataclass_fields__}
         try:
-            image = images.hint(kind, path, width, height, **options)
+            image = detectors.hint(kind, path, width, height, networks, **options)
         except TypeError:
             raise ValueError(f'--control="{text}": preprocess={kind} takes no '
                              f'{", ".join(options)}') from None

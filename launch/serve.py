@@ -25,7 +25,9 @@ def define_flags():
     """Not at import: other mains have flags of these names."""
     engine.define_flags()
     for name, what in (('checkpoints', 'Checkpoints that clients may load'), (
-            'vaes', 'VAEs that they may load'), ('controlnet', 'ControlNets for their units')):
+            'vaes', 'VAEs that they may load'), ('controlnet', 'ControlNets for their units'), (
+            'detectors', 'Networks that find hints for these (OpenPose, HED, lineart, M-LSD, '
+            'NormalBae, MiDaS, Depth Anything)')):
         flags.DEFINE_multi_string(name, [], f'{what}, "[name=]PATH", or a folder of them; repeat '
                                   'for several.')
     flags.DEFINE_string('preview', None, 'A small VAE (TAESD: folder, files or Hub id) that shows '
@@ -122,7 +124,8 @@ def _load(metrics, choices, checkpoint=None, vae=None):
     from jaxsd.serve.app import Loaded
     from jaxsd.serve.queue import Queue
     several = len(choices.all('checkpoints')) > 1  # of which not all may take every LoRA
-    how = engine.describe() | {'controlnet': FLAGS.controlnet, 'fitting': several}
+    how = engine.describe() | {'controlnet': FLAGS.controlnet, 'detectors': FLAGS.detectors,
+                               'fitting': several}
     if checkpoint is None and not how['checkpoint']:
         checkpoint = choices.all('checkpoints')[0]
     how |= {kind: one.path for kind, one in (('checkpoint', checkpoint), ('vae', vae)) if one}

@@ -4,7 +4,7 @@ A picture is uint8 [H,W,3], a mask float32 [H,W] in [0,1] with 1 where something
 """
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 
 from jaxsd.images.opencv import opencv
 from jaxsd.images.reading import Mask, Picture
@@ -169,11 +169,11 @@ def downsample(mask: Mask, factor: int) -> Float32[np.ndarray, 'h w']:
 def cubic(maps: np.ndarray, height: int, width: int) -> np.ndarray:
     """Maps [...,H,W] at height x width, float64, by cubic convolution without antialiasing, as
     torch.nn.functional.interpolate's bicubic."""
-    return _cubic(maps.shape[-2], height) @ maps @ _cubic(maps.shape[-1], width).T
+    return cubic_weights(maps.shape[-2], height) @ maps @ cubic_weights(maps.shape[-1], width).T
 
 
-def _cubic(n, m):
-    """The matrix [m,n] of cubic convolution from n to m samples, with A=-0.75 (Keys 1981)."""
+def cubic_weights(n: int, m: int) -> Float64[np.ndarray, 'm n']:
+    """The matrix of cubic convolution from n to m samples, with A=-0.75 (Keys 1981)."""
     at = (np.arange(m)[:, None] + 0.5) * n / m - 0.5
     taps = np.floor(at) + np.arange(-1, 3)  # [m,4]
     d = abs(at - taps)

@@ -18,8 +18,8 @@ def canny(image: Picture, low: float = 100, high: float = 200) -> Picture:
 
     The annotator of lllyasviel/ControlNet (annotator/canny).
     """
-    _check('low', low, 0)
-    _check('high', high, 0)
+    check_option('low', low, 0)
+    check_option('high', high, 0)
     if low >= high:
         raise ValueError(f'canny low={low}, high={high}: expected low < high')
     return _three(opencv('canny').Canny(image, low, high))
@@ -30,7 +30,7 @@ def scribble(image: Picture, threshold: float = 127) -> Picture:
 
     As in lllyasviel/ControlNet, gradio_scribble2image.py.
     """
-    _check('threshold', threshold, 1, 255)
+    check_option('threshold', threshold, 1, 255)
     return _three(np.where(image.min(-1) < threshold, np.uint8(255), np.uint8(0)))
 
 
@@ -40,7 +40,7 @@ def tile(image: Picture, factor: float = 1) -> Picture:
     The tile ControlNet of 1.1 was trained on pictures made smaller and brought back linearly
     (gradio_tile.py); they are made smaller by averages, as by sd-webui-controlnet's tile_resample.
     """
-    _check('factor', factor, 1, min(image.shape[:2]))
+    check_option('factor', factor, 1, min(image.shape[:2]))
     cv2 = opencv('tile')
     height, width = image.shape[:2]
     small = (max(1, int(width / factor)), max(1, int(height / factor)))
@@ -65,9 +65,10 @@ def _three(gray):
     return np.repeat(gray[..., None], 3, -1)
 
 
-def _check(option, value, low, high=math.inf):
+def check_option(option: str, value: Any, low: float, high: float = math.inf) -> None:
+    """ValueError unless an option is a number from low to high."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not (
-            low <= value <= high and math.isfinite(value)):
+            low <= float(value) <= high and math.isfinite(float(value))):
         limits = f'{low} to {high}' if math.isfinite(high) else f'{low} or more'
         raise ValueError(f'{option}={value!r}: expected {limits}')
 

@@ -1,18 +1,29 @@
-"""MiDaS' hybrid DPT: the depth of a picture (Ranftl et al. 2021, Vision Transformers for Dense
-Prediction; parameter names of transformers' DPTForDepthEstimation with a BiT backbone)."""
+"""The depth of a picture: MiDaS' hybrid DPT (Ranftl et al. 2021, Vision Transformers for Dense
+Prediction; parameter names of transformers' DPTForDepthEstimation with a BiT backbone), and Depth
+Anything (Yang et al. 2024, https://arxiv.org/abs/2406.09414; DepthAnythingForDepthEstimation)."""
 
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from jaxsd.config import DPTConfig
-from jaxsd.models.layers import attention, children, conv, group_norm, layer_norm, linear, pointwise
-from jaxsd.typing import Params
+from jaxsd.config import DepthAnythingConfig, DPTConfig
+from jaxsd.images.fitting import cubic_weights
+from jaxsd.models import shapes
+from jaxsd.models.layers import (
+    attention,
+    children,
+    conv,
+    corners,
+    group_norm,
+    layer_norm,
+    linear,
+    pointwise,
+)
+from jaxsd.typing import Params, Shapes
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 
@@ -116,14 +127,109 @@ def residual(p: Params, x: Array) -> Array:
 
 
 def double(x: Array) -> Array:
-    """Bilinear x2 in which the corners stay corners (torch's align_corners): [B,H,W,C]."""
-    for axis in (1, 2):
-        n = x.shape[axis]
-        at = np.linspace(0, n - 1, 2 * n)
-        low = np.minimum(at.astype(int), max(n - 2, 0))
-        shape = [1] * x.ndim
-        shape[axis] = 2 * n
-        high_part = jnp.asarray((at - low).reshape(shape), x.dtype)
-        below, above = (jnp.take(x, np.minimum(i, n - 1), axis) for i in (low, low + 1))
-        x = below + high_part * (above - below)
-    return x
+    """Bilinear x2, see `corners`."""
+    return corners(x, 2 * x.shape[1], 2 * x.shape[2])
+
+
+def depth_anything(params: Params, cfg: DepthAnythingConfig,
+                   pixels: Float[Array, 'B H W 3']) -> Float[Array, 'B H W']:
+    """Depth Anything: pixels, by ImageNet's mean and deviation -> inverse depth in float32.
+
+    Sides are multiples of cfg.patch_size; where they are not cfg.image_size, the position
+    embeddings are interpolated. Raises ValueError for other sides.
+    """
+    (_, H, W, _), size = pixels.shape, cfg.patch_size
+    if H % size or W % size:
+        raise ValueError(f'pixels of {W}x{H}: expected sides that are multiples of {size}')
+    p, neck = params['backbone']['embeddings'], params['neck']
+    w = p['patch_embeddings']['projection']
+    x = pixels.astype(w['weight'].dtype)
+    x = conv(w, x, size, 0)  # [B,h,w,D]
+    grid = x.shape
+    table = p['position_embeddings']
+    x = x.reshape(grid[0], -1, grid[-1]) + _cubic_positions(table[:, 1:], grid[1:3])
+    first = p['cls_token'] + table[:, :1]
+    x, maps = jnp.concatenate([jnp.broadcast_to(first, (grid[0], *first.shape[1:])), x], 1), []
+    for i, layer in enumerate(children(params['backbone']['encoder']['layer']), 1):
+        x = _dinov2(layer, cfg, x)
+        if i in cfg.out_indices:
+            part = neck['reassemble_stage']['layers'][str(len(maps))]
+            y = layer_norm(params['backbone']['layernorm'], x, 1e-6)[:, 1:].reshape(grid)
+            y = pointwise(part['projection'], y)
+            if len(maps) == 3:
+                y = conv(part['resize'], y, 2)
+            elif 'resize' in part:
+                y = _blown_up(part['resize'], y)
+            maps.append(y)
+
+    maps = [conv(c, y) for c, y in zip(children(neck['convs']), maps)]
+    fused: Any = None  # from the coarsest map to twice the finest
+    for i, layer in enumerate(children(neck['fusion_stage']['layers'])):
+        y = maps[-1 - i]
+        fused = y if fused is None else fused + residual(layer['residual_layer1'], y)
+        shape = maps[-2 - i].shape[1:3] if i < 3 else (2 * y.shape[1], 2 * y.shape[2])
+        fused = corners(pointwise(layer['projection'], residual(layer['residual_layer2'], fused)),
+                        *shape)
+    head = params['head']
+    x = jax.nn.relu(conv(head['conv2'], corners(conv(head['conv1'], fused), H, W)))
+    return jax.nn.relu(pointwise(head['conv3'], x))[..., 0].astype(jnp.float32)
+
+
+def _dinov2(p, cfg, x):
+    """A layer of DINOv2's transformer (Oquab et al. 2023): x [B,1+T,D]."""
+    attn = p['attention']
+    y = layer_norm(p['norm1'], x, 1e-6)
+    q, k, v = (linear(attn['attention'][name], y) for name in ('query', 'key', 'value'))
+    y = linear(attn['output']['dense'], attention(q, k, v, cfg.num_attention_heads))
+    x = x + y * p['layer_scale1']['lambda1']
+    y = gelu(linear(p['mlp']['fc1'], layer_norm(p['norm2'], x, 1e-6)))
+    return x + linear(p['mlp']['fc2'], y) * p['layer_scale2']['lambda1']
+
+
+def _cubic_positions(table, grid):
+    """As `positions`, by cubic convolution."""
+    side = int(table.shape[1] ** 0.5)
+    square = table.reshape(side, side, -1).transpose(2, 0, 1)
+    if grid != (side, side):
+        down, across = (jnp.asarray(cubic_weights(side, n), table.dtype) for n in grid)
+        square = down @ square @ across.T
+    return square.transpose(1, 2, 0).reshape(1, -1, table.shape[-1])
+
+
+def _blown_up(p, x):
+    """torch's ConvTranspose2d whose stride is its kernel's size; weight [K,K,O,I]."""
+    (B, H, W, _), (K, _, O, _) = x.shape, p['weight'].shape
+    y = jnp.einsum('bhwi,kloi->bhkwlo', x, p['weight'])
+    return y.reshape(B, K * H, K * W, O) + p['bias']
+
+
+def depth_anything_names(c: DepthAnythingConfig) -> Shapes:
+    """Names and shapes of DepthAnythingForDepthEstimation's parameters, see shapes.py."""
+    d, at = c.hidden_size, 'backbone.embeddings'
+    table: Shapes = {f'{at}.cls_token': (1, 1, d), f'{at}.position_embeddings': (
+        1, (c.image_size // c.patch_size) ** 2 + 1, d)}
+    table |= shapes.conv(f'{at}.patch_embeddings.projection', 3, d, c.patch_size)
+    for i in range(c.num_hidden_layers):
+        at = f'backbone.encoder.layer.{i}'
+        for name in ('attention.query', 'attention.key', 'attention.value', 'output.dense'):
+            table |= shapes.linear(f'{at}.attention.{name}', d, d)
+        table |= shapes.affine(f'{at}.norm1', d) | shapes.affine(f'{at}.norm2', d)
+        table |= shapes.linear(f'{at}.mlp.fc1', d, c.intermediate_size)
+        table |= shapes.linear(f'{at}.mlp.fc2', c.intermediate_size, d)
+        table |= {f'{at}.layer_scale{n}.lambda1': (d,) for n in (1, 2)}
+    table |= shapes.affine('backbone.layernorm', d)
+    f = c.fusion_hidden_size
+    for i, width in enumerate(c.neck_hidden_sizes):
+        layer = f'neck.reassemble_stage.layers.{i}'
+        table |= shapes.conv(f'{layer}.projection', d, width, 1)
+        if k := (4, 2, 0, 3)[i]:
+            table |= shapes.conv(f'{layer}.resize', width, width, k)
+        table |= shapes.conv(f'neck.convs.{i}', width, f, bias=False)
+        layer = f'neck.fusion_stage.layers.{i}'
+        table |= shapes.conv(f'{layer}.projection', f, f, 1)
+        for unit in ('residual_layer1', 'residual_layer2'):
+            for n in (1, 2):
+                table |= shapes.conv(f'{layer}.{unit}.convolution{n}', f, f)
+    return (table | shapes.conv('head.conv1', f, f // 2) | shapes.conv(
+        'head.conv2', f // 2, c.head_hidden_size) | shapes.conv(
+            'head.conv3', c.head_hidden_size, 1, 1))

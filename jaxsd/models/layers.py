@@ -311,6 +311,22 @@ def upsample(p: Params, x: Array, shape: tuple[int, ...] | None = None) -> Array
     return adapted(p, x, y, convolve) + p.get('bias', 0)
 
 
+def corners(x: Array, height: int, width: int) -> Array:
+    """Bilinear, where the corners stay corners (torch's align_corners): [B,H,W,C] -> [B,h,w,C]."""
+    for axis, m in ((1, height), (2, width)):
+        n = x.shape[axis]
+        if n == m:
+            continue
+        at = np.linspace(0, n - 1, m)
+        low = np.minimum(at.astype(int), max(n - 2, 0))
+        shape = [1] * x.ndim
+        shape[axis] = m
+        high_part = jnp.asarray((at - low).reshape(shape), x.dtype)
+        below, above = (jnp.take(x, np.minimum(i, n - 1), axis) for i in (low, low + 1))
+        x = below + high_part * (above - below)
+    return x
+
+
 def children(p: Params) -> list[Params]:
     """The values of a dict keyed by numbers, in their order."""
     return [p[key] for key in sorted(p, key=int)]

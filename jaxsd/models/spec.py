@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxsd import config as c
 from jaxsd.config import TEXT_ENCODERS, ModelConfig
-from jaxsd.models import ip_adapter, kunet, shapes, t2i_adapter, upscaler
+from jaxsd.models import detector, dpt, ip_adapter, kunet, shapes, t2i_adapter, upscaler
 from jaxsd.typing import Params, Shapes
 
 NAMES: dict[type, Callable[..., Shapes]] = {
@@ -23,7 +23,8 @@ NAMES: dict[type, Callable[..., Shapes]] = {
     c.TinyVAEConfig: shapes.tiny_vae, c.TextConfig: shapes.text, c.DPTConfig: shapes.dpt,
     c.T2IAdapterConfig: t2i_adapter.names, c.UpscalerConfig: upscaler.names,
     c.VisionConfig: shapes.vision, c.ImageNormalizerConfig: shapes.image_normalizer,
-    c.IPAdapterConfig: ip_adapter.names}
+    c.IPAdapterConfig: ip_adapter.names, c.DetectorConfig: detector.names,
+    c.DepthAnythingConfig: dpt.depth_anything_names}
 
 
 def spec(config: ModelConfig) -> dict[str, Shapes]:
@@ -79,6 +80,6 @@ def init_part(rng: np.random.Generator, table: Shapes, dtype: DTypeLike = jnp.fl
         elif len(shape) > 1:
             array = (2 * rng.random(shape, np.float32) - 1) / math.sqrt(math.prod(shape[1:]))
         else:
-            array = np.full(shape, name.endswith('weight'), np.float32)
+            array = np.full(shape, name.endswith(('weight', 'running_var')), np.float32)
         arrays[name] = jnp.asarray(to_jax(name, array), dtype)
     return traverse_util.unflatten_dict(arrays, sep='.')

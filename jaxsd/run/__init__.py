@@ -1,5 +1,6 @@
 """From requests to pictures: pure functions, the engine that runs them, and files."""
 
+from jaxsd.run.detectors import detect
 from jaxsd.run.engine import Engine
 from jaxsd.run.generate import Preview, generate
 from jaxsd.run.inputs import Inputs, inputs, lengthened, networks
@@ -19,6 +20,6 @@ from jaxsd.run.request import Control, Hires, ImagePrompt, Region, Request, reso
 from jaxsd.run.upscale import upscale
 
 __all__ = ['Control', 'Encoded', 'Engine', 'Hires', 'ImagePrompt', 'Inputs', 'Preview', 'Region',
-           'Request', 'advance', 'decode', 'denoiser', 'encode', 'encode_image', 'encode_text',
-           'generate', 'inputs', 'latents', 'lengthened', 'networks', 'pipeline', 'resolve',
-           'start', 'upscale']
+           'Request', 'advance', 'decode', 'denoiser', 'detect', 'encode', 'encode_image',
+           'encode_text', 'generate', 'inputs', 'latents', 'lengthened', 'networks', 'pipeline',
+           'resolve', 'start', 'upscale']

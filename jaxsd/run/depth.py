@@ -1,15 +1,18 @@
-"""Depth maps: estimated from pictures by MiDaS, and as the 2.x depth model's U-Net sees them."""
+"""Depth maps: estimated from pictures by MiDaS or Depth Anything, and as the 2.x depth model's
+U-Net sees them."""
 
 import jax
 import numpy as np
 from jaxtyping import Float, Float32, UInt8, UInt16
 
-from jaxsd.config import ModelConfig
+from jaxsd.config import DepthAnythingConfig, ModelConfig
 from jaxsd.images import cubic
 from jaxsd.models import dpt
+from jaxsd.models.detector import MEAN, STD
 from jaxsd.weights import Model, Network
 
-_program = jax.jit(dpt.apply, static_argnums=1)
+_midas = jax.jit(dpt.apply, static_argnums=1)
+_depth_anything = jax.jit(dpt.depth_anything, static_argnums=1)
 
 
 def estimate(model: Model | Network, images: UInt8[np.ndarray, 'B H W 3'],
@@ -17,8 +20,10 @@ def estimate(model: Model | Network, images: UInt8[np.ndarray, 'B H W 3'],
     """Pictures uint8 [B,H,W,3] -> inverse depth float32 [B,h,w], near is large, of any scale.
 
     model: a Model with a depth estimator, or a Network that is one.
-    size: (h, w) at which to look at the pictures, multiples of 32; None: the square that the
-        network was trained on. Raises ValueError for other sizes, and without a depth estimator.
+    size: (h, w) at which to look at the pictures, multiples of 32 (Depth Anything: of 14); None:
+        the square that the network was trained on (Depth Anything: one side as long as its, in the
+        proportions of the pictures). Raises ValueError for other sizes, and without a depth
+        estimator.
     """
     config, params = model.config, model.params
     if isinstance(config, ModelConfig):
@@ -27,16 +32,29 @@ def estimate(model: Model | Network, images: UInt8[np.ndarray, 'B H W 3'],
             raise ValueError(f'{model.config.version}: this model has no depth estimator; give '
                              'depth maps, or a folder of 2.x depth with its depth_estimator')
         params = params['depth_estimator']
-    return np.asarray(_program(params, config, pixels(images, size or (config.image_size,) * 2)))
+    if isinstance(config, DepthAnythingConfig):
+        looked = pixels(images, size or _near(images.shape[1:3], config), MEAN, STD)
+        return np.asarray(_depth_anything(params, config, looked))
+    return np.asarray(_midas(params, config, pixels(images, size or (config.image_size,) * 2)))
 
 
-def pixels(images: UInt8[np.ndarray, 'B H W 3'],
-           size: tuple[int, int]) -> Float32[np.ndarray, 'B h w 3']:
-    """uint8 [B,H,W,3] -> float32 [B,h,w,3] in [-1,1]: transformers' DPTImageProcessor."""
+def _near(size, config):
+    """(h, w) in multiples of the patches, one side about as long as the network's: the one that
+    changes least, as transformers' DPTImageProcessor with keep_aspect_ratio."""
+    scale = min((config.image_size / side for side in size), key=lambda scale: abs(1 - scale))
+    return tuple(round(scale * side / config.patch_size) * config.patch_size for side in size)
+
+
+def pixels(images: UInt8[np.ndarray, 'B H W 3'], size: tuple[int, int],
+           mean: tuple[float, ...] = (0.5,) * 3,
+           std: tuple[float, ...] = (0.5,) * 3) -> Float32[np.ndarray, 'B h w 3']:
+    """uint8 [B,H,W,3] -> float32 [B,h,w,3] about 0, by mean and deviation of values from 0 to 1:
+    transformers' DPTImageProcessor."""
     from PIL import Image
     resized = [np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
                for image in np.asarray(images)]
-    return (np.stack(resized).astype(np.float32) / 255 - 0.5) / 0.5
+    values = np.stack(resized).astype(np.float32) / 255
+    return (values - np.array(mean, np.float32)) / np.array(std, np.float32)
 
 
 def condition(depth: Float[np.ndarray, 'B H W'], height: int,

@@ -19,7 +19,7 @@ from jaxsd.typing import Path
 # Fields of a Request, and what else is in a record, that name files, folders and models.
 PATHS = ('image', 'mask', 'depth', 'schedule', 'wildcards', 'controls', 'image_prompts', 'regions')
 NAMES = ('checkpoint', 'base', 'vae', 'refiner', 'control', 'lora', 'embeddings', 'upscalers',
-         'ip_adapter', 'image_encoder')
+         'ip_adapter', 'image_encoder', 'detectors')
 
 
 class Metadata(NamedTuple):
@@ -147,7 +147,7 @@ RUN = {  # what `picture.record` is given beside the request, where it is given
     **dict.fromkeys(('checkpoint', 'base', 'dtype', 'quantize', 'prediction', 'vae', 'refiner',
                      'model', 'device', 'id'), _text),
     **dict.fromkeys(('control', 'lora', 'embeddings', 'upscalers', 'ip_adapter', 'image_encoder',
-                     'plugin'), _several),
+                     'detectors', 'plugin'), _several),
     **dict.fromkeys(('ema', 'offload', 'strays'), _flag),
     'slots': _whole(1, MOST),
     'tile': _whole(0, MAX_SIDE),

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from jaxsd import images
 from jaxsd.images.reading import Picture
 from jaxsd.run import infotext
+from jaxsd.run.detectors import DETECTORS, hint, possible
 from jaxsd.run.hires import enlarge
 from jaxsd.run.request import MAX_SEED, Control, Hires, ImagePrompt, Request, random_seed
 from jaxsd.run.upscale import to_size
@@ -39,6 +40,13 @@ MODULES = {  # of sd-webui-controlnet: the preprocessor here, and what its thres
     'none': ('none', ()), 'canny': ('canny', ('low', 'high')), 'scribble': (
         'scribble', ('threshold',)), 'tile': ('tile', ('factor',)), 'tile_resample': (
         'tile', ('factor',))}
+# Of modules that networks find, which have the names of detect.DETECTORS: older names, what their
+# thresholds are, and what they are for a ControlNet-Union.
+ALIASES = {'depth': 'depth_midas', 'hed': 'softedge_hed', 'hed_safe': 'softedge_hedsafe',
+           'lineart': 'lineart_realistic', 'bae': 'normal_bae', 'normal': 'normal_bae'}
+THRESHOLDS = {'mlsd': ('score', 'distance')}
+KINDS = {'openpose': 'openpose', 'softedge': 'scribble', 'scribble': 'scribble',
+         'lineart': 'canny', 'mlsd': 'canny', 'normal': 'normal', 'depth': 'depth'}
 # Of units whose model is an IP-Adapter, which chooses what is looked at itself.
 LOOKS = ('ip-adapter-auto', 'ip-adapter_clip_sd15', 'ip-adapter_clip_sdxl',
          'ip-adapter_clip_sdxl_plus_vith', 'ip-adapter_clip_h', 'ip-adapter_clip_g')
@@ -86,13 +94,14 @@ def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
              read: Callable[..., np.ndarray] = images.read_bytes,
              controlnets: Mapping[str, Network] = MappingProxyType({}),
              upscalers: Collection[str] = (), ip_adapters: Collection[str] = (),
-             edits: bool = False) -> list[Request]:
+             edits: bool = False,
+             detectors: Mapping[str, Network] = MappingProxyType({})) -> list[Request]:
     """A Body -> its Requests, with seeds that count up.
 
     defaults: arguments of Request, for what the body leaves open. model, vae, refiner: the names
     of what is loaded; the model may have several. read: decodes pictures, as images.read_bytes
-    does. controlnets: those there are; upscalers, ip_adapters: their names. edits: whether the
-    model is an instruct-pix2pix. Raises ValueError for what is wrong or too much.
+    does. controlnets, detectors: those there are; upscalers, ip_adapters: their names. edits:
+    whether the model is an instruct-pix2pix. Raises ValueError for what is wrong or too much.
     """
     given = {**defaults, 'prompt': body.prompt or '', 'negative_prompt': body.negative_prompt or ''}
     given |= {ours: getattr(body, theirs) for ours, theirs in (
@@ -121,7 +130,7 @@ def requests(body: Body, defaults: Mapping[str, Any], limits: Limits,
         # There the second pass makes as many steps as it is given.
         given['schedule_options'] = {'convention': 'comfyui', **(given.get('schedule_options') or
                                                                  {})}
-    given |= _scripts(body, given, limits, read, controlnets, ip_adapters)
+    given |= _scripts(body, given, limits, read, controlnets, ip_adapters, detectors)
     for name in ('seed', 'subseed') if body.subseed_strength else ('seed',):
         value = getattr(body, name)
         given[name] = random_seed() if value in (-1, None) else value % (MAX_SEED + 1)  # as torch's
@@ -265,7 +274,7 @@ def _pictures(body, limits, read):
         body.inpaint_full_res_padding or 0, 'fill': FILLS[body.inpainting_fill or 0]}
 
 
-def _scripts(body, given, limits, read, controlnets, ip_adapters):
+def _scripts(body, given, limits, read, controlnets, ip_adapters, detectors):
     """alwayson_scripts -> arguments of Request."""
     controls, prompts = [], []
     for name, script in (body.alwayson_scripts or {}).items():
@@ -287,7 +296,7 @@ def _scripts(body, given, limits, read, controlnets, ip_adapters):
             if unit.module in LOOKS:
                 prompts.append(_image_prompt(unit, image, ip_adapters))
             else:
-                controls.append(_control(unit, image, given, controlnets))
+                controls.append(_control(unit, image, given, controlnets, detectors))
     return {name: found for name, found in (('controls', controls), ('image_prompts', prompts))
             if found}
 
@@ -307,7 +316,7 @@ def _weight(unit):
             1.0 if unit.guidance_end is None else unit.guidance_end)
 
 
-def _control(unit, image, given, controlnets):
+def _control(unit, image, given, controlnets, detectors=MappingProxyType({})):
     """A ControlUnit and its picture -> Control."""
     net = one_of('ControlNet', (unit.model or '').partition(' [')[0], controlnets)
     mode = unit.control_mode or 0
@@ -321,6 +330,8 @@ def _control(unit, image, given, controlnets):
         kind = None  # it is sent with any net, and says something to a union
     elif kind is None and unit.module in MODULES and unit.module != 'none':
         kind = MODULES[unit.module][0]  # as that extension does
+    elif kind is None and unit.module and unit.module != 'none':
+        kind = KINDS.get(ALIASES.get(unit.module, unit.module).partition('_')[0])
     width, height = given.get('width'), given.get('height')
     if width and height and 'hires' in given:
         width, height = given['hires'].size(width, height)
@@ -331,18 +342,29 @@ def _control(unit, image, given, controlnets):
     if width and height and unit.pixel_perfect:
         image = images.fit(image, width, height, resize[unit.resize_mode])
     image = detect(unit.module or 'none', image, None if unit.pixel_perfect else unit.processor_res,
-                   unit.threshold_a, unit.threshold_b)
+                   unit.threshold_a, unit.threshold_b, detectors)
     if width and height and image.shape[1] * height != image.shape[0] * width:
         image = images.fit(image, width, height, resize[unit.resize_mode])
     return Control(net, image, *_weight(unit), guess[mode], kind)
 
 
+def modules(detectors: Mapping[str, Network]) -> list[str]:
+    """The modules that units may name: MODULES, and what these networks can find."""
+    return [*MODULES, *possible(detectors)]
+
+
 def detect(module: str, image: Picture, resolution: int | None = None, a: float | None = None,
-           b: float | None = None) -> Picture:
-    """The hint of one of MODULES. resolution: pixels of the picture's shorter side, in steps of 64
-    for both, at which it is looked at, as sd-webui-controlnet does; None, or less than 64: as it
-    is. a, b: the module's thresholds. Raises ValueError."""
-    kind, names = choose('module', module, MODULES)
+           b: float | None = None,
+           detectors: Mapping[str, Network] = MappingProxyType({})) -> Picture:
+    """The hint of one of `modules`. resolution: pixels of the picture's shorter side, in steps of
+    64 for both, at which it is looked at, as sd-webui-controlnet does; None, or less than 64: as
+    it is. a, b: the module's thresholds. Raises ValueError."""
+    module = ALIASES.get(module, module)
+    if module in DETECTORS:
+        kind, names = module, THRESHOLDS.get(module, ())
+    else:
+        kind, names = choose('module', module, MODULES | {
+            name: (name, ()) for name in possible(detectors)})
     if kind != 'none' and resolution is not None and resolution >= 64:
         height, width = image.shape[:2]
         height, width = (max(64, round(n * resolution / min(image.shape[:2]) / 64) * 64)
@@ -350,7 +372,7 @@ def detect(module: str, image: Picture, resolution: int | None = None, a: float 
         image = images.fit(image, width, height, 'stretch')
     options: dict[str, Any] = {name: value for name, value in zip(names, (a, b))
                                if value not in (None, -1)}
-    return images.hint(kind, image, **options)
+    return hint(kind, image, networks=detectors, **options)
 
 
 def enlarged(body: Extras, image: Picture, limits: Limits,

@@ -35,6 +35,7 @@ from jaxsd.serve.middleware import (
     read_body,
 )
 from jaxsd.serve.queue import Busy, Interrupted, Job, Queue, Result, Stopped
+from jaxsd.weights.model import Network
 
 PARTS = 8  # prompts joined by AND, the negative one too: each is one more picture for the U-Net
 TEXTS = 128  # blocks of 75 tokens that a picture's text encoders read, of all texts of all steps
@@ -219,7 +220,8 @@ class Service:
             body, self.suited(loaded), settings.limits, (loaded.model, *self.current().aliases),
             loaded.vae, loaded.refiner, functools.partial(self.decode, images.read_bytes),
             queue.engine.nets[0].controlnets, queue.engine.nets[0].upscalers,
-            queue.engine.nets[0].ip_adapters, queue.engine.config.task == 'pix2pix'))
+            queue.engine.nets[0].ip_adapters, queue.engine.config.task == 'pix2pix',
+            queue.engine.nets[0].detectors))
         job.batch = body.batch_size or 1
         name = body.force_task_id
         if self.tasks.setdefault(job if name is None else name, job) is not job:
@@ -257,9 +259,14 @@ class Service:
             image = self.decode(images.read_bytes, a1111.decode(text, name), name,
                                 4 * self.settings.limits.pixels)
             hint = a1111.detect(body.controlnet_module, image, body.controlnet_processor_res,
-                                body.controlnet_threshold_a, body.controlnet_threshold_b)
+                                body.controlnet_threshold_a, body.controlnet_threshold_b,
+                                self.detectors())
             found.append(base64.b64encode(picture.png(hint)).decode())
         return {'images': found, 'info': 'Success'}
+
+    def detectors(self) -> Mapping[str, Network]:
+        """The networks for hints, {} while no model is loaded."""
+        return self.loaded.queue.engine.nets[0].detectors if self.loaded else {}
 
     def extras(self, model: type[schemas.Extras], data: bytes) -> dict[str, Any]:
         """POST /sdapi/v1/extra-single-image, extra-batch-images: a body's bytes -> the answer."""

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from jaxsd.run.hashes import SHORT, sha256, tensors_sha256
 from jaxsd.sampling.choice import unknown
 
-KINDS = ('checkpoints', 'vaes', 'lora', 'embeddings', 'controlnet', 'upscalers', 'ip_adapter')
+KINDS = ('checkpoints', 'vaes', 'lora', 'embeddings', 'controlnet', 'upscalers', 'ip_adapter',
+         'detectors')
 
 
 class Weights(NamedTuple):

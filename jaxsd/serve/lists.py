@@ -92,7 +92,7 @@ def add(app: fastapi.FastAPI, service: Any, errors: Callable, reads: Callable) -
                                for name in (*loaded().controlnets, *loaded().ip_adapters)]}
 
     async def module_list() -> dict[str, list[str]]:
-        return {'module_list': [*a1111.MODULES, *a1111.LOOKS]}
+        return {'module_list': [*a1111.modules(service.detectors()), *a1111.LOOKS]}
 
     async def version() -> dict[str, int]:
         return {'version': 3}  # of the units that sd-webui-controlnet takes
@@ -184,7 +184,7 @@ def _refresh(service):
         traceback.print_exception(error)
         raise HTTPError(500, 'failed', 'the files could not be listed, see the log of the server'
                         ) from None
-    if changed & {'lora', 'embeddings', 'controlnet', 'upscalers', 'ip_adapter'}:
+    if changed & {'lora', 'embeddings', 'controlnet', 'upscalers', 'ip_adapter', 'detectors'}:
         service.switch()
 
 

@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse, Response
 from jaxsd import images, sampling
 from jaxsd.models.controlnet import modes_of
 from jaxsd.run import infotext, inputs, picture
+from jaxsd.run.detectors import hint, possible
 from jaxsd.run.request import (
     BUCKETS,
     FILLS,
@@ -106,6 +107,7 @@ class Studio:
                 'sizes': [size for size in sizes
                           if not any(side % config.vae.factor for side in size)],
                 'nets': sorted(net.controlnets),
+                'preprocessors': [*images.PREPROCESSORS, *possible(net.detectors)],
                 'modes': {name: modes_of(one.config) for name, one in net.controlnets.items()
                           if getattr(one.config, 'num_control_type', 0)},
                 'adapters': sorted(net.adapters),
@@ -247,7 +249,8 @@ class Studio:
     def hint(self, body: Mapping[str, Any]) -> dict[str, str]:
         """{'image', 'kind', 'width', 'height', 'options'} -> {'image': a PNG as base64}: what a
         ControlNet will see."""
-        kind = one_of('preprocessor', body.get('kind'), images.PREPROCESSORS)
+        there = self.service.detectors()
+        kind = one_of('preprocessor', body.get('kind'), [*images.PREPROCESSORS, *possible(there)])
         limits, options = self.service.settings.limits, body.get('options') or {}
         data = a1111.decode(body.get('image') or '', 'image')
         pixels = self.service.decode(images.read_bytes, data, 'image', 4 * limits.pixels)
@@ -257,7 +260,7 @@ class Studio:
             raise ValueError(f'width={width!r}, height={height!r}: expected whole numbers with at '
                              f'most {limits.pixels} pixels')
         try:
-            found = images.hint(kind, pixels, width, height, **options)
+            found = hint(kind, pixels, width, height, there, **options)
         except TypeError:
             raise ValueError(f'{kind} takes no {", ".join(options)}') from None
         return {'image': base64.b64encode(picture.png(found)).decode()}

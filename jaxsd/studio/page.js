@@ -125,6 +125,7 @@ function model() {
     $(name).value ||= known.defaults[name] || known.native;
   }
   options($('net'), known.nets);
+  options($('kind'), known.preprocessors, $('kind').value);
   showModes();
   options($('hires-upscaler'), [...known.upscalers, ...known.networks.map(name => [name, name])],
     $('hires-upscaler').value);

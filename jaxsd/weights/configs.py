@@ -11,6 +11,7 @@ from jaxsd.config import (
     VERSIONS,
     Checked,
     ControlNetConfig,
+    DepthAnythingConfig,
     DPTConfig,
     KUNetConfig,
     ModelConfig,
@@ -253,6 +254,20 @@ def _depth(c):
         'torch_dtype': 'float32'}
 
 
+def _depth_anything(c):
+    return {'architectures': ['DepthAnythingForDepthEstimation'], 'model_type': 'depth_anything',
+            'patch_size': c.patch_size, 'reassemble_hidden_size': c.hidden_size,
+            **{name: getattr(c, name) for name in (
+                'neck_hidden_sizes', 'fusion_hidden_size', 'head_hidden_size')},
+            'backbone_config': {
+                'model_type': 'dinov2', 'reshape_hidden_states': False, 'patch_size': c.patch_size,
+                'mlp_ratio': c.intermediate_size // c.hidden_size, **{
+                    name: getattr(c, name) for name in (
+                        'hidden_size', 'image_size', 'num_hidden_layers', 'num_attention_heads',
+                        'out_indices')}},
+            'torch_dtype': 'float32'}
+
+
 def _preprocessor(c):
     """What run.depth does to a picture, as transformers' DPTImageProcessor reads it."""
     return {'image_processor_type': 'DPTImageProcessor', 'do_resize': True,
@@ -283,7 +298,7 @@ def _t2i_adapter(c):
 
 _NETWORKS = {VAEConfig: _vae, TinyVAEConfig: _tiny_vae,
              ControlNetConfig: _controlnet, T2IAdapterConfig: _t2i_adapter,
-             DPTConfig: _depth, VisionConfig: _vision}
+             DPTConfig: _depth, DepthAnythingConfig: _depth_anything, VisionConfig: _vision}
 
 
 def _schedule(config):

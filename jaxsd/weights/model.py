@@ -104,6 +104,7 @@ class Model(_Tree):
     embeddings: {name: Embedding}, textual inversions that prompts may name; left out too.
     upscalers: {name: Network}, of load_upscaler, that Hires may name; left out too.
     ip_adapters: {name: IPAdapter}, that image prompts may name; left out too.
+    detectors: {name: Network}, of load_detector, with which a server makes hints; left out too.
     """
 
     ARRAYS = ('params', 'controlnets', 'ip_adapters')
@@ -117,6 +118,7 @@ class Model(_Tree):
     embeddings: dict = dataclasses.field(default_factory=dict)
     upscalers: dict = dataclasses.field(default_factory=dict)
     ip_adapters: dict = dataclasses.field(default_factory=dict)
+    detectors: dict = dataclasses.field(default_factory=dict)
 
     def replace(self, **parts: Any) -> 'Model':
         """A copy with some parts replaced, e.g. `replace(params=...)`."""

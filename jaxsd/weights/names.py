@@ -13,6 +13,7 @@ from typing import NamedTuple
 from jaxsd.config import (
     TEXT_ENCODERS,
     Checked,
+    DepthAnythingConfig,
     ModelConfig,
     TextConfig,
     TinyVAEConfig,
@@ -208,7 +209,8 @@ _EXTRA = re.compile(
     r'(?:logit_scale|text_projection(?:\.weight)?|attn_mask)'
     r'|(?:depth_model\.model\.)?pretrained\.model\.head\..*|(?:first_stage_model\.)?loss\..*'
     r'|first_stage_model\.model_ema\..*|vae_scale|vae_shift|low_scale_model\..*'
-    r'|embedder\.model\.(?!visual\.).*|noise_augmentor\.(?!data_).*')
+    r'|embedder\.model\.(?!visual\.).*|noise_augmentor\.(?!data_).*'
+    r'|(?:pretrained|backbone\.embeddings)\.mask_token')
 
 # What files are, by what a name in them starts with; the first that fits, so that a ControlNet is
 # seen beside the whole model that its first version came with.
@@ -222,11 +224,15 @@ _TELLTALES = {
         ('a textual inversion embedding', 'load_embedding'),
     r'(vision_model|visual)\.': ('an image encoder', 'load_image_encoder'),
     r'(text_model|embeddings)\.': ('a text encoder', ''),
+    r'(module\.)?(model\d_?\d?\.)?M?conv\d_\d|block\d\.(convs|projection)\.|block23\.'
+    r'|model2\.0\.conv_block\.|(module\.)?model\.model\.1\.model\.|encoder\.original_model\.':
+        ('a detector for hints', 'load_detector'),
     r'(first_stage_model\.)?(encoder|decoder)\.|taesd_': ('a VAE', 'load_vae'),
     r'(params(_ema)?\.)?(conv_body|RRDB_trunk|model\.1\.sub|body\.\d+\.(rdb\d|weight)'
     r'|layers\.0\.residual_group)\b': ('an upscaler', 'load_upscaler'),
     r'(adapter\.)?body\.': ('a T2I-Adapter', 'load_t2i_adapter'),
-    r'(depth_model\.model\.)?pretrained\.|dpt\.': ('a depth estimator', 'load_depth_estimator'),
+    r'(depth_model\.model\.)?pretrained\.|dpt\.|backbone\.embeddings\.':
+        ('a depth estimator', 'load_depth_estimator'),
     r'(input|down)_blocks\.': ('a U-Net', 'load'),
     r'unet\.conv_in\.': ('a whole checkpoint', 'load'),
 }
@@ -398,7 +404,8 @@ def _text_rules(c):
 
 _RULES = {'unet': _unet_rules, 'vae': _vae_rules, 'controlnet': _controlnet_rules,
           't2i_adapter': _t2i_adapter_rules,
-          'depth_estimator': lambda c: names_dpt.RULES,
+          'depth_estimator': lambda c: names_dpt.DEPTH_ANYTHING if isinstance(
+              c, DepthAnythingConfig) else names_dpt.RULES,
           'image_encoder': lambda c: _OPENCLIP_VISION,
           'image_normalizer': lambda c: [],
           'ip_adapter': lambda c: [],

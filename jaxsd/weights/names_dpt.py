@@ -1,4 +1,5 @@
-"""Names of MiDaS' hybrid DPT in its own files, from transformers' (see names.py)."""
+"""Names of MiDaS' hybrid DPT and of Depth Anything in their own files, from transformers' (see
+names.py)."""
 
 RULES = [
     # timm's vision transformer with its ResNet stem
@@ -30,4 +31,24 @@ RULES = [
     (r'(refinenet\d)\.projection', r'\1.out_conv'),
     (r'residual_layer(\d)\.convolution', r'resConfUnit\1.conv'),
     (r'^head\.head', 'scratch.output_conv'),
+]
+
+DEPTH_ANYTHING = [
+    (r'^backbone\.embeddings\.patch_embeddings\.projection', 'pretrained.patch_embed.proj'),
+    (r'^backbone\.embeddings\.position_embeddings', 'pretrained.pos_embed'),
+    (r'^backbone\.embeddings\.', 'pretrained.'),
+    (r'^backbone\.encoder\.layer\.', 'pretrained.blocks.'),
+    (r'^backbone\.layernorm', 'pretrained.norm'),
+    (r'attention\.attention\.(?:query|key|value)', 'attn.qkv'),
+    (r'attention\.output\.dense', 'attn.proj'),
+    (r'layer_scale(\d)\.lambda1', r'ls\1.gamma'),
+    (r'^neck\.reassemble_stage\.layers\.(\d+)\.projection', r'depth_head.projects.\1'),
+    (r'^neck\.reassemble_stage\.layers\.(\d+)\.resize', r'depth_head.resize_layers.\1'),
+    (r'^neck\.convs\.(\d+)', lambda m: f'depth_head.scratch.layer{int(m[1]) + 1}_rn'),
+    (r'^neck\.fusion_stage\.layers\.(\d+)',
+     lambda m: f'depth_head.scratch.refinenet{4 - int(m[1])}'),
+    (r'(refinenet\d)\.projection', r'\1.out_conv'),
+    (r'residual_layer(\d)\.convolution', r'resConfUnit\1.conv'),
+    (r'^head\.conv1', 'depth_head.scratch.output_conv1'),
+    (r'^head\.conv(\d)', lambda m: f'depth_head.scratch.output_conv2.{2 * int(m[1]) - 4}'),
 ]

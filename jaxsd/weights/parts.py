@@ -1,5 +1,5 @@
 """Read and write one network alone: a VAE, a ControlNet, a T2I-Adapter, a depth estimator, an image
-encoder."""
+encoder, an upscaler, a detector."""
 
 import dataclasses
 import pathlib
@@ -14,6 +14,7 @@ from jaxsd.config import (
     VERSIONS,
     Checked,
     ControlNetConfig,
+    DepthAnythingConfig,
     DPTConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
@@ -22,7 +23,7 @@ from jaxsd.config import (
     read_config,
     read_network_config,
 )
-from jaxsd.models import spec, upscaler
+from jaxsd.models import detector, spec, upscaler
 from jaxsd.typing import Device, Path
 from jaxsd.weights import hub, names
 from jaxsd.weights.configs import write_network_config
@@ -82,6 +83,17 @@ def _t2i_adapters():
     return [dataclasses.replace(c, in_channels=n) for c in kinds for n in (3, 1)]  # 1: gray hints
 
 
+def _depth_estimators():
+    """MiDaS' hybrid DPT, and Depth Anything 2, small, base and large."""
+    return [DPTConfig(), *(DepthAnythingConfig(
+        hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64,
+        num_hidden_layers=layers, out_indices=read, neck_hidden_sizes=neck, fusion_hidden_size=fused
+        ) for width, layers, read, neck, fused in (
+            (384, 12, (3, 6, 9, 12), (48, 96, 192, 384), 64),
+            (768, 12, (3, 6, 9, 12), (96, 192, 384, 768), 128),
+            (1024, 24, (5, 12, 18, 24), (256, 512, 1024, 1024), 256)))]
+
+
 def _image_encoders():
     """OpenCLIP's ViT-H/14 and ViT-bigG/14, and OpenAI's ViT-L/14."""
     return [VisionConfig(), VisionConfig(hidden_size=1664, intermediate_size=8192,
@@ -95,7 +107,8 @@ KINDS = {
     'controlnet': Kind('ControlNet', ('ControlNetModel', 'ControlNetUnionModel'),
                        _controlnets, ('', 'control_model.')),
     't2i_adapter': Kind('T2I-Adapter', ('T2IAdapter',), _t2i_adapters),
-    'depth_estimator': Kind('depth estimator', ('DPTForDepthEstimation',), lambda: [DPTConfig()],
+    'depth_estimator': Kind('depth estimator', (
+        'DPTForDepthEstimation', 'DepthAnythingForDepthEstimation'), _depth_estimators,
                             ('', 'depth_model.model.')),
     'image_encoder': Kind('CLIP image encoder', ('CLIPVisionModelWithProjection',), _image_encoders,
                           ('', 'visual.')),
@@ -105,6 +118,7 @@ KINDS = {
 # The kind of a config, whose files have original names.
 ORIGINAL = {VAEConfig: 'vae', TinyVAEConfig: 'vae', ControlNetConfig: 'controlnet',
             T2IAdapterConfig: 't2i_adapter', DPTConfig: 'depth_estimator',
+            DepthAnythingConfig: 'depth_estimator',
             VisionConfig: 'image_encoder'}
 
 
@@ -130,9 +144,10 @@ def load_t2i_adapter(path: Path, dtype: DTypeLike | None = 'float32',
 
 
 def load_depth_estimator(path: Path, dtype: DTypeLike | None = 'float32',
-                         config: DPTConfig | None = None,
+                         config: DPTConfig | DepthAnythingConfig | None = None,
                          device: 'Device | None' = None) -> Network:
-    """Read MiDaS' hybrid DPT, a Network for `run.depth.estimate`; arguments as of `load_part`."""
+    """Read MiDaS' hybrid DPT or Depth Anything, a Network for `run.depth.estimate`; arguments as of
+    `load_part`."""
     return load_part('depth_estimator', path, dtype, config, device)
 
 
@@ -179,22 +194,62 @@ def load_upscaler(path: Path, dtype: DTypeLike | None = 'float32',
     dtype, device: as of `load`. Raises as `load_part`.
     """
     file = open_tensors(pathlib.Path(path).expanduser())
-    tensors = {name: (file, inner) for name, inner in upscaler.renamed(file.shapes).items()}
     try:
-        config = upscaler.config_of({name: file.shapes[inner]
-                                     for name, (_, inner) in tensors.items()})
-    except (ValueError, LookupError) as error:
+        return _by_tensors(path, 'upscaler', file, upscaler, dtype, device)
+    except _Unknown as error:
         what, reader, _ = names.kind(file.shapes)
         raise ValueError(printable(
             f'{path}: not an upscaler that jaxsd knows ({error}), by its {len(file.shapes)} '
             f'tensors such as {", ".join(list(file.shapes)[:3])} it is {what}' + (
                 f'; read it with jaxsd.{reader}' if reader else '; expected an ESRGAN, a '
                 'Real-ESRGAN, a Compact or a SwinIR'))) from None
+
+
+def load_detector(path: Path, dtype: DTypeLike | None = 'float32',
+                  device: 'Device | None' = None) -> Network:
+    """Read a network that finds what a ControlNet is to follow, a Network for `jaxsd.detect`.
+
+    path: a file of lllyasviel/Annotators (body_pose_model.pth, hand_pose_model.pth, facenet.pth,
+        ControlNetHED.pth, sk_model.pth, sk_model2.pth, netG.pth, mlsd_large_512_fp32.pth,
+        scannet.pt), .pth or .safetensors, whose tensors say which it is; or a depth estimator, see
+        `load_depth_estimator`.
+    dtype, device: as of `load`. Raises as `load_part`.
+    """
+    found = pathlib.Path(path).expanduser()
+    if not found.is_file():
+        return load_depth_estimator(path, dtype, device=device)
+    file = open_tensors(found)
+    what, reader, _ = names.kind(file.shapes)
+    if reader == 'load_depth_estimator':
+        return load_depth_estimator(path, dtype, device=device)
+    try:
+        return _by_tensors(path, 'detector', file, detector, dtype, device)
+    except _Unknown as error:
+        raise ValueError(printable(
+            f'{path}: not a detector that jaxsd knows ({error}), by its {len(file.shapes)} '
+            f'tensors such as {", ".join(list(file.shapes)[:3])} it is {what}' + (
+                f'; read it with jaxsd.{reader}' if reader else '; expected OpenPose, HED, '
+                'lineart, M-LSD, NormalBae, MiDaS or Depth Anything'))) from None
+
+
+class _Unknown(Exception):
+    """Tensors of no network that a module knows."""
+
+
+def _by_tensors(path, kind, file, module, dtype, device):
+    """A file whose config a module of models/ reads off its tensors -> Network. Raises _Unknown for
+    others."""
+    tensors = {name: (file, inner) for name, inner in module.renamed(file.shapes).items()}
+    try:
+        config = module.config_of({name: file.shapes[inner]
+                                   for name, (_, inner) in tensors.items()})
+    except (ValueError, LookupError) as error:
+        raise _Unknown(error) from None
     expected = spec.names(config)
-    source = Source(path, config, {'upscaler': expected}, tensors,
-                    {'upscaler': {name: names.Place(name) for name in expected}}, [])
+    source = Source(path, config, {kind: expected}, tensors,
+                    {kind: {name: names.Place(name) for name in expected}}, [])
     params, _ = source.read(as_dtype(dtype), device)
-    return Network(config, params['upscaler'])
+    return Network(config, params[kind])
 
 
 def save_network(network: Network, path: Path, dtype: DTypeLike | None = None,
@@ -228,7 +283,7 @@ def save_network(network: Network, path: Path, dtype: DTypeLike | None = None,
         return
     with replacing_folder(path) as temporary:
         write_network_config(network.config, temporary)
-        theirs = isinstance(network.config, (DPTConfig, VisionConfig))  # transformers'
+        theirs = isinstance(network.config, (DPTConfig, DepthAnythingConfig, VisionConfig))
         part = 'depth_estimator' if theirs else 'network'
         write_component(temporary, part, shapes, arrays, as_dtype(dtype))
 
@@ -243,7 +298,7 @@ def _open_folder(kind, folder, config, half):
     config = config or _with_modes(said, {name: file.shapes[inner]
                                           for name, (file, inner) in tensors.items()})
     tensors = {n: where for n, where in tensors.items()
-               if kind != 'image_encoder' or not names.is_extra(n, config)}
+               if kind not in ('image_encoder', 'depth_estimator') or not names.is_extra(n, config)}
     return _source(kind, inside, config, tensors, _places(kind, config, '', tensors))
 
 
@@ -271,6 +326,9 @@ def _open_file(kind, path, config):
             f'{", ".join(list(shapes)[:3])} it is {names.kind(shapes)[0]}; give a {what}, or '
             'config= for one of other sizes'))
     config, prefix, places = best
+    if isinstance(config, DepthAnythingConfig) and path.name.startswith('depth_anything_vit'):
+        last = config.num_hidden_layers  # the first version reads others: its files' names say it
+        config = dataclasses.replace(config, out_indices=tuple(range(last - 3, last + 1)))
     used = {place.name for place in places.values()}
     return _source(kind, path, config, {
         name: where for name, where in tensors.items() if (name in used or name.startswith(prefix))

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import numpy as np
+import tiny_detectors
 import tiny_ip_adapters
 from conftest import TINY
 from mains import ROOT
@@ -99,6 +100,9 @@ def write(folder):
     rng = np.random.default_rng(0)
     save_file({name: (0.1 * rng.standard_normal(shape)).astype('f4') for name, shape in
                spec.names(small).items()}, files / 'RealESRGAN_x4plus.pth')
+    (files / 'annotators').mkdir()
+    for name in ('ControlNetHED', 'sk_model'):
+        save_file(tiny_detectors.tensors(name), files / 'annotators' / f'{name}.pth')
     (files / 'evil.ckpt').write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
     lora = adapter_files.file(model.config, adapter_files.kohya, adapter_files.KOHYA,
                               adapter_files.lora, adapter_files.attentions(model.config))

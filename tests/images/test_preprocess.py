@@ -6,9 +6,11 @@ import sys
 import numpy as np
 import people
 import pytest
+import tiny_detectors
 from absl import flags
 from PIL import Image
 
+import jaxsd
 from jaxsd import images
 from launch import preprocess
 
@@ -92,7 +94,7 @@ def main(tmp_path, monkeypatch):
     def call(*arguments):
         values = flags.FlagValues()
         monkeypatch.setattr(preprocess, 'FLAGS', values)
-        for name in ('enum', 'string', 'float', 'integer'):
+        for name in ('string', 'multi_string', 'float', 'integer'):
             define = getattr(flags, f'DEFINE_{name}')
             monkeypatch.setattr(preprocess.flags, f'DEFINE_{name}',
                                 lambda *a, define=define, **k: define(*a, flag_values=values, **k))
@@ -123,6 +125,21 @@ def test_main(main, tmp_path):
         np.testing.assert_array_equal(images.read(out / f'{name}.png'), expected)
     assert main('--kind=pose', '--width=256', '--height=384', c) is None
     assert images.read(out / 'c-pose.png').shape == (384, 256, 3)
+
+
+def test_main_with_detectors(main, tmp_path):
+    Image.fromarray(square(0, 255)).save(tmp_path / 'a.png')
+    (tmp_path / 'nets').mkdir()
+    net = tiny_detectors.write('ControlNetHED', tmp_path / 'nets')
+    assert main('--kind=softedge_hed', f'--detectors={tmp_path}/nets', tmp_path / 'a.png') is None
+    np.testing.assert_array_equal(
+        images.read(tmp_path / 'out' / 'a-softedge_hed.png'),
+        jaxsd.detect('softedge_hed', square(0, 255), [jaxsd.load_detector(net)]))
+    assert 'give body_pose_model.pth' in main('--kind=openpose', f'--detectors={net}',
+                                              tmp_path / 'a.png')
+    assert 'ControlNetHED.pth' in main('--kind=softedge_hed', tmp_path / 'a.png')
+    assert 'takes: score, distance' in main('--kind=mlsd', '--low=3', tmp_path / 'a.png')
+    assert "unknown --kind 'softedge'" in main('--kind=softedge', tmp_path / 'a.png')
 
 
 def test_main_writes_nothing_after_an_error(main, tmp_path):

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_detectors
 import tiny_ip_adapters
 from absl import flags
 from conftest import TINY
@@ -167,6 +168,11 @@ def test_emoji_with_a_hint(run, repeat, drawn):
     _, error = run(f'--from={made}', '--trust')
     assert re.search('error: .*a.png has changed since .* was made from it\n$', error)
     run(f'--from={made}', '--trust', flag)  # given anew, it may be another
+    net = tiny_detectors.write('ControlNetHED', drawn)
+    (made,), _ = run('--prompt=cat', flag.replace('scribble', 'softedge_hed'), f'--detectors={net}')
+    repeat(made)
+    _, error = run(f'--from={made}')
+    assert re.search(r'error: .* names .*detectors=.*--trust', error)
 
 
 @pytest.mark.slow

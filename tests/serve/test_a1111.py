@@ -8,9 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
+import tiny_detectors
 from PIL import Image, PngImagePlugin
 from servers import DEFAULTS
 
+import jaxsd
 from jaxsd import sampling
 from jaxsd.config import ControlNetConfig, ScheduleConfig
 from jaxsd.serve import a1111, schemas
@@ -196,6 +198,28 @@ def test_units_of_a_union(fields, mode):
     assert a1111._control(plain, np.zeros((64, 64, 3), np.uint8), {}, nets).mode is None
     with pytest.raises(ValueError, match="unknown union_control_type 'Edge'"):
         a1111._control(plain.model_copy(update={'union_control_type': 'Edge'}), None, {}, nets)
+
+
+def test_modules_of_detectors():
+    """By the names of sd-webui-controlnet, old ones too, where the server has the networks."""
+    nets = {'union': Network(ControlNetConfig(num_control_type=8), {})}
+    there = {name: tiny_detectors.network(name) for name in ('ControlNetHED', 'sk_model')}
+    assert a1111.modules({}) == list(a1111.MODULES)
+    assert a1111.modules(there)[-4:] == ['softedge_hed', 'softedge_hedsafe', 'scribble_hed',
+                                         'lineart_realistic']
+    image = np.random.default_rng(0).integers(0, 255, (80, 96, 3), np.uint8)
+    for module, mode in (('hed', 'scribble'), ('softedge_hed', 'scribble'), ('lineart', 'canny')):
+        kind = a1111.ALIASES.get(module, module)
+        unit = a1111.parse(schemas.ControlUnit, {'model': 'union', 'module': module,
+                                                 'processor_res': 64})
+        control = a1111._control(unit, image, {}, nets, there)
+        assert control.mode == mode
+        looked = jaxsd.images.fit(image, 64, 64, 'stretch')  # 77x64 in steps of 64
+        np.testing.assert_array_equal(control.image, jaxsd.detect(kind, looked, there))
+    with pytest.raises(ValueError, match='openpose_full needs .* body_pose_model.pth.*--detectors'):
+        a1111.detect('openpose_full', image, detectors=there)
+    with pytest.raises(ValueError, match="unknown module 'softedge_pidinet'.*softedge_hed"):
+        a1111.detect('softedge_pidinet', image, detectors=there)
 
 
 def test_the_alias_of_heun():

@@ -11,6 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny_detectors
 from mains import ROOT, run_main, serving, wait_for
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
@@ -40,7 +41,7 @@ def model():
 def files(model, tmp_path_factory):
     """What the server is given beside the shipped model."""
     root = tmp_path_factory.mktemp('webui')
-    for name in ('checkpoints', 'vaes', 'loras', 'embeddings', 'upscalers'):
+    for name in ('checkpoints', 'vaes', 'loras', 'embeddings', 'upscalers', 'detectors'):
         (root / name).mkdir()
     shutil.copytree(EMOJI, root / 'checkpoints' / 'emoji')
     unet = dict(model.params['unet'])
@@ -65,6 +66,7 @@ def files(model, tmp_path_factory):
               root / 'embeddings' / 'shiny.safetensors')
     save_file({name: 0.1 * draw(shape).astype(np.float32) for name, shape in names(
         UPSCALER).items()}, root / 'upscalers' / 'sharp.safetensors')
+    tiny_detectors.write('ControlNetHED', root / 'detectors')
     return root
 
 
@@ -72,7 +74,7 @@ def files(model, tmp_path_factory):
 def server(files):
     flags = [f'--{flag}={files / folder}' for flag, folder in (
         ('checkpoints', 'checkpoints'), ('vaes', 'vaes'), ('lora', 'loras'),
-        ('embeddings', 'embeddings'), ('upscalers', 'upscalers'))]
+        ('embeddings', 'embeddings'), ('upscalers', 'upscalers'), ('detectors', 'detectors'))]
     with serving('--config=emoji', f'--controlnet=edges={EDGES}', *flags) as (url, _):
         yield url
 
@@ -176,7 +178,11 @@ def test_controlnet(client, model):
     controlled = model.replace(controlnets={'edges': jaxsd.load_controlnet(EDGES, 'float32')})
     sketch = Image.open(SKETCH).convert('RGB').resize((64, 64))
     assert [name.partition(' [')[0] for name in client.controlnet_model_list()] == ['edges']
-    assert {'none', 'canny', 'tile'} <= set(client.controlnet_module_list())
+    assert {'none', 'canny', 'tile', 'softedge_hed'} <= set(client.controlnet_module_list())
+    assert 'openpose' not in client.controlnet_module_list()
+    detected = client.controlnet_detect([sketch], 'softedge_hed', 64)
+    np.testing.assert_array_equal(np.asarray(detected.image), jaxsd.detect(
+        'softedge_hed', sketch, [tiny_detectors.network('ControlNetHED')]))
     assert client.controlnet_version() == 3
     canny = images.canny(np.asarray(sketch), 50, 100)
     detected = client.controlnet_detect([sketch], 'canny', 64, 50, 100)
@@ -201,7 +207,7 @@ def test_controlnet(client, model):
     off = webuiapi.ControlNetUnit(enabled=False)
     same(client.txt2img(**USUAL, controlnet_units=[off]), model, asked())
     for fields, message in (({'model': 'depth'}, 'unknown ControlNet'), (
-            {'module': 'openpose'}, 'unknown module'), (
+            {'module': 'openpose'}, 'body_pose_model.pth'), (
             {'control_mode': 3}, 'expected 0, 1, 2 or Balanced, My prompt is more'), (
             {'mask': sketch}, 'mask')):
         unit = webuiapi.ControlNetUnit(**{'image': sketch, 'model': 'edges', **fields})
