@@ -279,22 +279,28 @@ class ControlNetConfig(UNetConfig):
 
 @dataclasses.dataclass(frozen=True)
 class T2IAdapterConfig(Checked):
-    """A T2I-Adapter; `channels` has one entry per feature, from the finest to the coarsest."""
+    """A T2I-Adapter; `channels` has one entry per feature, from the finest to the coarsest, but for
+    the last one of a light adapter, which is as wide as the one before."""
 
     in_channels: int = ranged(3, 1, WIDTH)
     channels: tuple = ranged((320, 640, 1280, 1280), 1, WIDTH)
     num_res_blocks: int = ranged(2, 1, DEPTH)
     # Pixels along each side of the squares that are read first.
     downscale_factor: int = ranged(8, 1, 256)
-    adapter_type: str = choice('full_adapter', 'full_adapter_xl')
+    adapter_type: str = choice('full_adapter', 'full_adapter_xl', 'light_adapter')
 
     def check(self) -> None:
         self.same_length('channels')
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """The channels of each feature."""
+        return self.channels + self.channels[-1:] * (self.adapter_type == 'light_adapter')
+
+    @property
     def halved(self) -> Sequence[int]:
         """The features that are half as high and wide as the one before."""
-        return (2,) if self.adapter_type == 'full_adapter_xl' else range(1, len(self.channels))
+        return (2,) if self.adapter_type == 'full_adapter_xl' else range(1, len(self.widths))
 
 
 @dataclasses.dataclass(frozen=True)

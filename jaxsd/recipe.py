@@ -157,7 +157,7 @@ def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
         seen = {prompt.net for request in requests for prompt in request.image_prompts}
         ip_adapters = {name: path for name, path in ip_adapters.items() if name in seen}
     model = model.replace(
-        controlnets={n: jaxsd.load_controlnet(p, dtype, device=device)
+        controlnets={n: _control(p, model, dtype, device)
                      for n, p in {**{n: n for n in nets}, **controlnets}.items()},
         adapters=_loaded(loras, fitting, lambda n, p: jaxsd.load_adapter(
             p, model, device, strays)),
@@ -172,6 +172,15 @@ def complete(model: Model, requests: Sequence[Request] | None, dtype: str,
                               for flag, found in (('lora', loras), ('embeddings', embeddings),
                                                   ('upscalers', upscalers),
                                                   ('ip_adapter', ip_adapters))}
+
+
+def _control(path, model, dtype, device):
+    """A ControlNet, one that a Control-LoRA makes of the model, or a T2I-Adapter -> Network."""
+    import jaxsd
+    from jaxsd.weights.parts import is_t2i_adapter
+    if is_t2i_adapter(path):
+        return jaxsd.load_t2i_adapter(path, dtype, device=device)
+    return jaxsd.load_controlnet(path, dtype, device=device, base=model)
 
 
 def _ip_adapters(model, paths, image_encoders, dtype, device, fitting):

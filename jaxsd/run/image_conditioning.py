@@ -272,7 +272,7 @@ def _weights(controls, net, before, prompts, slots=0):
     makes of each, and its outputs count whole while any of them does.
     """
     if isinstance(net.config, T2IAdapterConfig):
-        count, pooled = len(net.config.channels), False
+        count, pooled = len(net.config.widths), False
     else:
         count = len(net.params['controlnet_down_blocks']) + 1  # and the middle block's
         pooled = net.config.global_pool_conditions

@@ -200,6 +200,8 @@ def control_config(config: ModelConfig, c: ControlConfig) -> ControlNetConfig:
 def adapter_config(config: ModelConfig, c: ControlConfig) -> T2IAdapterConfig:
     """The config of a new T2I-Adapter for a model."""
     xl, widths = config.unet.added_dim > 0, config.unet.block_out_channels
+    if dict(c.network).get('adapter_type') == 'light_adapter':
+        widths = widths[:-1]
     settings: dict[str, Any] = {
         'in_channels': c.channels, 'channels': (*widths, widths[-1]) if xl else widths,
         'downscale_factor': 16 if xl else 8,

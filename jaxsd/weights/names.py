@@ -391,6 +391,8 @@ def _controlnet_rules(c):
 
 def _t2i_adapter_rules(c):
     n = c.num_res_blocks
+    if c.adapter_type == 'light_adapter':
+        return [(r'^adapter\.', ''), (r'\.resnets\.', '.body.')]
     return [
         (r'^adapter\.', ''),
         (r'^body\.(\d+)\.in_conv', lambda m: f'body.{n * int(m[1])}.in_conv'),

@@ -25,7 +25,7 @@ from jaxsd.config import (
 )
 from jaxsd.models import detector, spec, upscaler
 from jaxsd.typing import Device, Path
-from jaxsd.weights import hub, names
+from jaxsd.weights import control_loras, hub, names
 from jaxsd.weights.configs import write_network_config
 from jaxsd.weights.files import (
     as_dtype,
@@ -34,7 +34,7 @@ from jaxsd.weights.files import (
     printable,
     write_tensors,
 )
-from jaxsd.weights.model import Network
+from jaxsd.weights.model import Model, Network
 from jaxsd.weights.reading import Source, network_tensors, squeeze
 from jaxsd.weights.writing import LAYOUTS, check, replacing_folder, stored, write_component
 
@@ -79,7 +79,9 @@ def _with_modes(config, shapes):
 
 def _t2i_adapters():
     kinds = (T2IAdapterConfig(),
-             T2IAdapterConfig(downscale_factor=16, adapter_type='full_adapter_xl'))
+             T2IAdapterConfig(downscale_factor=16, adapter_type='full_adapter_xl'),
+             T2IAdapterConfig(channels=(320, 640, 1280), num_res_blocks=4,
+                              adapter_type='light_adapter'))
     return [dataclasses.replace(c, in_channels=n) for c in kinds for n in (3, 1)]  # 1: gray hints
 
 
@@ -131,9 +133,25 @@ def load_vae(path: Path, dtype: DTypeLike | None = 'float32',
 
 def load_controlnet(path: Path, dtype: DTypeLike | None = 'float32',
                     config: ControlNetConfig | None = None,
-                    device: 'Device | None' = None) -> Network:
-    """Read a ControlNet, a Network; arguments as of `load_part`."""
-    return load_part('controlnet', path, dtype, config, device)
+                    device: 'Device | None' = None, base: Model | None = None) -> Network:
+    """Read a ControlNet, a Network; arguments as of `load_part`.
+
+    base: the model whose U-Net a Control-LoRA's factors are added to; others do not need it.
+    Raises ValueError for a Control-LoRA without it, or with another model.
+    """
+    found = pathlib.Path(path).expanduser()
+    if not found.is_file() or not control_loras.is_control_lora(
+            (file := open_tensors(found)).shapes):
+        return load_part('controlnet', path, dtype, config, device)
+    if base is None:
+        raise ValueError(f'{path}: a Control-LoRA, of which a ControlNet is made with the U-Net of '
+                         'a model: give it as base=model')
+    config = config or control_loras.config_for(base.config.unet, file.shapes)
+    merged = control_loras.MergedFile(file, config, base)
+    tensors: dict = {name: (merged, name) for name in merged.shapes}
+    params, _ = _source('controlnet', path, config, tensors, _places(
+        'controlnet', config, '', ())).read(as_dtype(dtype), device)
+    return Network(config, params['controlnet'])
 
 
 def load_t2i_adapter(path: Path, dtype: DTypeLike | None = 'float32',
@@ -141,6 +159,15 @@ def load_t2i_adapter(path: Path, dtype: DTypeLike | None = 'float32',
                      device: 'Device | None' = None) -> Network:
     """Read a T2I-Adapter, a Network; arguments as of `load_part`."""
     return load_part('t2i_adapter', path, dtype, config, device)
+
+
+def is_t2i_adapter(path: Path) -> bool:
+    """Whether a file, or a folder of diffusers, holds a T2I-Adapter. Raises as `open_tensors`."""
+    found = pathlib.Path(path).expanduser()
+    if found.is_file():
+        return names.kind(open_tensors(found).shapes)[1] == 'load_t2i_adapter'
+    said = found / 'config.json'
+    return said.is_file() and '"T2IAdapter"' in said.read_text('utf-8', 'replace')
 
 
 def load_depth_estimator(path: Path, dtype: DTypeLike | None = 'float32',

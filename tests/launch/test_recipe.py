@@ -1,16 +1,26 @@
 """Options on the command line."""
 
 import contextlib
+import dataclasses
 import importlib
+import pathlib
+import sys
 
 import numpy as np
 import pytest
 from conftest import at_most
 from safetensors.numpy import save_file
 
+from jaxsd.config import ControlNetConfig, T2IAdapterConfig
+from jaxsd.models.spec import names
 from jaxsd.recipe import complete, fields, files, options, recipe, words
 from jaxsd.run import request
+from jaxsd.weights import Network, save_network
 from launch.lab import settings
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / 'weights'))
+import test_control_files as control_files  # noqa: E402
+from tiny import random_params  # noqa: E402
 
 
 def test_options_are_written_like_arguments():
@@ -76,6 +86,31 @@ def test_files_and_folders_by_name(tmp_path):
         'c': f'{tmp_path}/a.pt', 'x=y': f'{tmp_path}/x=y.ckpt'}
     assert files('--lora', [f'{tmp_path}', f'{tmp_path}/a.pt'])['a'] == f'{tmp_path}/a.pt'
     assert files('--lora', []) == {}
+
+
+def test_whatever_a_control_names(tiny_model, tmp_path):
+    """A ControlNet, a Control-LoRA of the model and T2I-Adapters, files or folders."""
+    model = tiny_model('sd1')
+    net = control_files.tiny('sd15')
+    net = Network(dataclasses.replace(
+        net.config, **{name: value for name, value in vars(model.config.unet).items()
+                       if name not in ('out_channels', 'sample_size')}), {})
+    net = Network(net.config, random_params(np.random.default_rng(0), names(net.config)))
+    control_files.write(tmp_path / 'lora.safetensors', control_files.control_lora(
+        model.params['unet'], net, 2))
+    light = T2IAdapterConfig(channels=model.config.unet.block_out_channels[:-1],
+                             adapter_type='light_adapter')
+    save_network(Network(light, random_params(np.random.default_rng(0), names(light))),
+                 tmp_path / 'light')
+    save_network(net, tmp_path / 'net')
+    paths = [str(tmp_path / name) for name in ('lora.safetensors', 'light', 'net')]
+    controls = [request.Control(path, 'a.png') for path in paths]
+    requests = [request.Request('a', steps=2, controls=controls)]
+    found, _ = complete(model, requests, 'float32', {}, {})
+    configs = [found.controlnets[path].config for path in paths]
+    assert [type(config) for config in configs] == [
+        ControlNetConfig, T2IAdapterConfig, ControlNetConfig]
+    assert configs[1] == light
 
 
 def test_several_embeddings_in_a_file(tiny_model, tmp_path):

@@ -116,7 +116,7 @@ SAME = {
         'shift_factor': [0.25], 'latent_magnitude': [2], 'latent_shift': [0.25],
         'force_upcast': [True]},
     'T2IAdapter': {'in_channels': [1], 'channels': [[16, 48]], 'num_res_blocks': [2],
-                   'downscale_factor': [4]},
+                   'downscale_factor': [4], 'adapter_type': ['light_adapter']},
     'CLIPTextConfig': {
         'vocab_size': [110], 'hidden_size': [64], 'intermediate_size': [40], 'projection_dim': [24],
         'num_hidden_layers': [3], 'num_attention_heads': [2], 'max_position_embeddings': [20],
@@ -155,7 +155,7 @@ REFUSED = {
     'AutoencoderTiny': {'act_fn': ['silu'], 'upsample_fn': ['bilinear'],
                         'upsampling_scaling_factor': [4],
                         'encoder_block_out_channels': [[6, 8]]},
-    'T2IAdapter': {'adapter_type': ['light_adapter'], 'channels': ['x', []]},
+    'T2IAdapter': {'adapter_type': ['light'], 'channels': ['x', []]},
     'CLIPTextConfig': {'hidden_act': ['relu'], 'hidden_size': ['32', 33], 'vocab_size': [0]},
     'CLIPVisionConfig': {'hidden_act': ['relu'], 'hidden_size': ['32', 33], 'num_channels': [4],
                          'model_type': ['siglip_vision_model']},

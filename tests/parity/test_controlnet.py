@@ -21,6 +21,8 @@ pytestmark = pytest.mark.parity
 THREE = {'block_out_channels': (32, 64, 64), 'attention_head_dim': (2, 4, 4),
          'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
          'transformer_layers_per_block': (1, 1, 2)}
+WIDE = {'block_out_channels': (32, 64, 64), 'down_block_types': (
+    'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D', 'DownBlock2D')}
 
 
 def networks(family, more=None):
@@ -170,6 +172,7 @@ def test_init_from_unet_is_diffusers_from_unet():
 
 @pytest.mark.parametrize('family, levels, kind, size, channels', [
     ('sd1', None, 'full_adapter', (9, 14), (32, 64)),
+    ('sd1', WIDE, 'light_adapter', (9, 14), (32, 64)),
     ('sdxl', THREE, 'full_adapter_xl', (16, 12), (32, 64, 64, 64))])
 def test_adapted_unet(family, levels, kind, size, channels):
     net, _ = networks(family, levels)

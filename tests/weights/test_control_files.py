@@ -13,9 +13,9 @@ from test_manifests import DATA, FOLDERS, SINGLE
 from tiny import flat, random_params, same, sparse_file, tiny_config
 
 from jaxsd.config import VERSIONS, ControlNetConfig, T2IAdapterConfig, read_network_config
-from jaxsd.models import shapes, spec, t2i_adapter
-from jaxsd.weights import Network, load_controlnet, load_t2i_adapter, names, save_network
-from jaxsd.weights.parts import KINDS, _open_file, _open_folder
+from jaxsd.models import quantized, shapes, spec, t2i_adapter
+from jaxsd.weights import Model, Network, load_controlnet, load_t2i_adapter, names, save_network
+from jaxsd.weights.parts import KINDS, _open_file, _open_folder, is_t2i_adapter
 
 # ControlNet-Union and ProMax: from diffusers' ControlNetUnionModel on torch's meta device, with the
 # published config, which is the SDXL ControlNet's and num_control_type 6 or 8. As float16 that of
@@ -163,6 +163,116 @@ def test_adapter_round_trip(kind, tmp_path):
     for path, config in (('folder', None), ('single.safetensors', cfg)):
         again = load_t2i_adapter(tmp_path / path, config=config)
         assert same(flat(again.params), flat(network.params))
+
+
+def test_light_adapter_round_trip(tmp_path):
+    """Its own names are those of TencentARC/T2I-Adapter's Adapter_light."""
+    cfg = T2IAdapterConfig(channels=(4, 8, 12), adapter_type='light_adapter', downscale_factor=2)
+    network = Network(cfg, random_params(np.random.default_rng(0), t2i_adapter.names(cfg)))
+    save_network(network, tmp_path / 'folder')
+    save_network(network, tmp_path / 'a.safetensors', layout='single-file')
+    found = load_file(tmp_path / 'a.safetensors')
+    assert found['body.0.in_conv.weight'].shape == (1, 12, 1, 1)
+    assert found['body.3.body.1.block2.weight'].shape == (3, 3, 3, 3)
+    assert found['body.3.out_conv.weight'].shape == (12, 3, 1, 1) and len(found) == 4 * 12
+    for path, config in (('folder', None), ('a.safetensors', cfg)):
+        again = load_t2i_adapter(tmp_path / path, config=config)
+        assert again.config == cfg and same(flat(again.params), flat(network.params))
+    assert is_t2i_adapter(tmp_path / 'folder') and is_t2i_adapter(tmp_path / 'a.safetensors')
+    assert not is_t2i_adapter(tmp_path)
+
+
+def control_lora(unet, net, rank=None, seed=0):
+    """The file of a Control-LoRA, as stability-ComfyUI-nodes' ControlLoraSave writes it: factors of
+    the difference from a U-Net; random ones of a rank where one is given."""
+    rng, base = np.random.default_rng(seed), traverse_util.flatten_dict(unet, sep='.')
+    tensors = {'lora_controlnet': np.zeros(0, 'f4')}
+    places = names.network_places('controlnet', net.config, spec.names(net.config))
+    whole = as_files(net)
+    for name, place in places.items():
+        weight = whole[place.name]
+        if name not in base or weight.ndim < 2:
+            tensors[place.name] = weight
+            continue
+        shape, at = weight.shape, place.name.removesuffix('.weight')
+        if rank is None:
+            difference = weight - spec.from_jax(name, np.asarray(base[name]))[:, :shape[1]]
+            left, values, right = np.linalg.svd(difference.reshape(len(difference), -1),
+                                                full_matrices=False)
+            up, down = left * values, right
+        else:
+            up = rng.standard_normal((shape[0], rank)) / 10
+            down = rng.standard_normal((rank, int(np.prod(shape[1:])))) / 10
+        more = (1, 1) * (weight.ndim == 4)
+        tensors[f'{at}.up'] = up.reshape(*up.shape, *more).astype('f4')
+        tensors[f'{at}.down'] = down.reshape(len(down), *shape[1:]).astype('f4')
+    return tensors
+
+
+def quantize_all(unet):
+    """A U-Net's parameters as load(quantize='int8') keeps them."""
+    kept = {}
+    for name, array in traverse_util.flatten_dict(unet, sep='.').items():
+        kept |= quantized.quantize('unet', name, spec.from_jax(name, np.asarray(array)), 'int8'
+                                   ) or {name: array}
+    return traverse_util.unflatten_dict(kept, sep='.')
+
+
+@pytest.mark.parametrize('version', ['sd15', 'sdxl', 'sd15_inpainting'])
+def test_control_lora(version, tmp_path):
+    """comfy/controlnet.py, ControlLoraOps: weight + mm(up.flatten(1), down.flatten(1)); of a full
+    rank it is the ControlNet that it was made from."""
+    config = tiny_config(version)
+    model = Model(config, {'unet': random_params(np.random.default_rng(1), shapes.unet(config.unet))
+                           })
+    net = tiny(version, in_channels=4)
+    write(tmp_path / 'full.safetensors', control_lora(model.params['unet'], net))
+    found = load_controlnet(tmp_path / 'full.safetensors', base=model)
+    assert dataclasses.replace(found.config, sample_size=64) == net.config
+    for name, array in flat(found.params).items():
+        np.testing.assert_allclose(array, flat(net.params)[name], atol=2e-6, err_msg=name)
+
+    tensors = control_lora(model.params['unet'], net, 3)
+    write(tmp_path / 'rank3.safetensors', tensors)
+    found = as_files(load_controlnet(tmp_path / 'rank3.safetensors', base=model))
+    base = model.params['unet']['down_blocks']['0']['resnets']['0']['conv1']['weight']
+    up, down = (tensors[f'input_blocks.1.0.in_layers.2.{side}'] for side in ('up', 'down'))
+    expected = spec.from_jax('weight', np.asarray(base))
+    np.testing.assert_allclose(
+        found['input_blocks.1.0.in_layers.2.weight'], expected + (
+            up.reshape(len(up), -1) @ down.reshape(3, -1)).reshape(expected.shape), atol=1e-6)
+    assert set(found) == set(as_files(net))
+    kept = model.replace(params={'unet': quantize_all(model.params['unet'])})
+    assert quantized.is_quantized(kept.params)
+    near = as_files(load_controlnet(tmp_path / 'rank3.safetensors', base=kept))
+    for name, array in found.items():
+        assert abs(near[name] - array).max() <= 0.01 * max(abs(array).max(), 1e-9), name
+    half = load_controlnet(tmp_path / 'rank3.safetensors', 'bfloat16', base=model)
+    assert half.params['conv_in']['weight'].dtype == jnp.bfloat16
+
+
+def test_a_control_lora_that_does_not_fit(tmp_path):
+    config = tiny_config('sd15')
+    model = Model(config, {'unet': random_params(np.random.default_rng(1), shapes.unet(config.unet))
+                           })
+    tensors = control_lora(model.params['unet'], tiny('sd15'), 2)
+
+    def refused(message, tensors=tensors, base=model):
+        write(tmp_path / 'a.safetensors', tensors)
+        with pytest.raises(ValueError, match=message) as error:
+            load_controlnet(tmp_path / 'a.safetensors', base=base)
+        assert '\n' not in str(error.value)
+
+    refused('a Control-LoRA.*base=model', base=None)
+    at = 'input_blocks.1.0.in_layers.2'
+    wide = np.zeros((2, 3, 3, 3), 'f4')
+    refused(rf'{at}.up .* do not make a weight .*or the model that it is for',
+            tensors | {f'{at}.down': wide})
+    refused('1 unexpected: stray', tensors | {'stray': np.zeros(2, 'f4')})
+    refused(rf'1 unexpected: {at}.up',
+            {n: a for n, a in tensors.items() if n != f'{at}.down'})
+    refused('1 missing: zero_convs.0.0.weight',
+            {n: a for n, a in tensors.items() if n != 'zero_convs.0.0.weight'})
 
 
 def test_single_files_that_cannot_be(tmp_path):
