@@ -67,6 +67,9 @@ def define_flags():
         'image_prompt', None, 'A picture as a prompt, "net=NAME, image=PATH" by a name of '
         '--ip_adapter, with perhaps weight=1, start=0, end=1, mask=PATH, blocks=style (SDXL), or '
         'embeds=PATH.npy; repeat for several.')
+    flags.DEFINE_string(
+        'reference', None, 'A picture whose style and things to follow without a network for it, '
+        '"image=PATH", with perhaps weight=1, start=0, end=1, fidelity=0.5.')
     flags.DEFINE_boolean('warm', False, 'Compile what these flags need, for later starts, and draw '
                          'nothing.')
     flags.DEFINE_string('wildcards', None, 'A folder of NAME.txt, for __NAME__ in prompts.')
@@ -154,6 +157,8 @@ def run():
     if FLAGS.image_prompt:
         prompts = [image_prompt(text) for text in FLAGS.image_prompt]
         requests = [request.replace(image_prompts=prompts) for request in requests]
+    if FLAGS.reference:
+        requests = [request.replace(reference=reference(FLAGS.reference)) for request in requests]
     _check_ip_adapters(requests, ip_adapters)
     out = picture.check_folder(FLAGS.out)
     weights = {'checkpoint': FLAGS.checkpoint or recipe.checkpoint, 'vae': FLAGS.vae,
@@ -243,7 +248,8 @@ def _check_names(past, recipe):
     said = config_flags.get_override_values(FLAGS['config'])
     given = {name for name in (*GIVEN, *ASKED, 'image', 'checkpoint') if FLAGS[name].present} | {
         *said, *fields(recipe, said)} | {field for field, flag in (
-            ('controls', 'control'), ('image_prompts', 'image_prompt')) if FLAGS[flag].present}
+            ('controls', 'control'), ('image_prompts', 'image_prompt'), ('reference', 'reference'))
+                if FLAGS[flag].present}
     named = {name: value for name, value in past.named().items() if name not in given}
     from jaxsd.run.infotext import brief
     strange = [name for name, value in named.items() if recipe.get(name) != value]
@@ -284,6 +290,18 @@ def image_prompt(text):
     if 'net' not in given:
         raise ValueError(f'--image_prompt="{text}": expected net=NAME in it, of --ip_adapter')
     return ImagePrompt(**given)
+
+
+def reference(text):
+    """A --reference flag -> Reference."""
+    from jaxsd.run.request import Reference
+    from jaxsd.sampling.choice import one_of
+    given = words('--reference', text, '"image=PATH, weight=0.8"')
+    for name in given:
+        one_of('field of --reference', name, Reference.__dataclass_fields__)
+    if 'image' not in given:
+        raise ValueError(f'--reference="{text}": expected image=PATH in it')
+    return Reference(**given)
 
 
 def _check_ip_adapters(requests, ip_adapters):

@@ -15,7 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxsd.run.infotext import tuples
-from jaxsd.run.request import MAX_SEED, PROMPTS, Control, ImagePrompt, Region, Request
+from jaxsd.run.request import (
+    MAX_SEED,
+    PROMPTS,
+    Control,
+    ImagePrompt,
+    Reference,
+    Region,
+    Request,
+)
 from jaxsd.sampling.choice import one_of
 from jaxsd.typing import Path
 
@@ -172,6 +180,8 @@ def _checked(fields, column, defaults, folder):
                                            for each in found['image_prompts'])
         if 'regions' in found:
             found['regions'] = tuple(_region(each, folder) for each in found['regions'])
+        if found.get('reference') is not None:
+            found['reference'] = _reference(found['reference'], folder)
         found = {**defaults, **found}
         Request(**found)
         return found
@@ -187,6 +197,15 @@ def _control(given, folder):
     for name in given:
         one_of('field of controls', name, Control.__dataclass_fields__)
     return Control(**{**given, 'image': os.path.join(folder, given['image'])})
+
+
+def _reference(given, folder):
+    """An object in `reference` -> a Reference."""
+    if not isinstance(given, dict) or not isinstance(given.get('image'), str):
+        raise ValueError(f'reference: {given!r}: expected an object with image')
+    for name in given:
+        one_of('field of reference', name, Reference.__dataclass_fields__)
+    return Reference(**{**given, 'image': os.path.join(folder, given['image'])})
 
 
 def _image_prompt(given, folder):

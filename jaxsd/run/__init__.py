@@ -16,10 +16,10 @@ from jaxsd.run.pipeline import (
     pipeline,
     start,
 )
-from jaxsd.run.request import Control, Hires, ImagePrompt, Region, Request, resolve
+from jaxsd.run.request import Control, Hires, ImagePrompt, Reference, Region, Request, resolve
 from jaxsd.run.upscale import upscale
 
-__all__ = ['Control', 'Encoded', 'Engine', 'Hires', 'ImagePrompt', 'Inputs', 'Preview', 'Region',
-           'Request', 'advance', 'decode', 'denoiser', 'detect', 'encode', 'encode_image',
-           'encode_text', 'generate', 'inputs', 'latents', 'lengthened', 'networks', 'pipeline',
-           'resolve', 'start', 'upscale']
+__all__ = ['Control', 'Encoded', 'Engine', 'Hires', 'ImagePrompt', 'Inputs', 'Preview',
+           'Reference', 'Region', 'Request', 'advance', 'decode', 'denoiser', 'detect', 'encode',
+           'encode_image', 'encode_text', 'generate', 'inputs', 'latents', 'lengthened', 'networks',
+           'pipeline', 'resolve', 'start', 'upscale']

@@ -175,7 +175,8 @@ class Engine:
         if len(self.nets) == 1:
             found = [inputs(self.nets[0], [request], noise, [init_image])]
         else:
-            plain = request.replace(controls=(), image_prompts=())  # made for the base model
+            plain = request.replace(  # they are made for the base model, or follow it
+                controls=(), image_prompts=(), reference=None)
             found = [inputs(self.nets[0], [request], noise, [init_image], 'base'),
                      inputs(self.nets[1], [plain], self._nothing(request), [init_image], 'refiner')]
         rows = found[0].rows

@@ -119,7 +119,8 @@ def inputs(model: Model, requests: Sequence[Request], init_images: Sequence[Init
             for name, given in (('mask', r.mask), ('outpaint', r.outpaint), ('depth', r.depth),
                                 ('controls', r.controls or None),
                                 ('image_prompts', r.image_prompts or None),
-                                ('regions', r.regions or None), ('window', r.window)):
+                                ('regions', r.regions or None), ('window', r.window),
+                                ('reference', r.reference)):
                 if given is not None:
                     raise ValueError(f'{name}: an upscaler follows its image and text alone')
         found['low_res'] = np.stack([c.image for c in init_images])

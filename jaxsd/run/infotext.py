@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 from jaxsd import images
 from jaxsd.config import ModelConfig
 from jaxsd.run import comfyui, invokeai, picture
-from jaxsd.run.request import MAX_SIDE, Control, ImagePrompt, Region, Request
+from jaxsd.run.request import MAX_SIDE, Control, ImagePrompt, Reference, Region, Request
 from jaxsd.sampling import BROWNIAN, plugins, schedule_file
 from jaxsd.sampling.names import SCHEDULE_NAMES, find_sampler
 from jaxsd.typing import Path
 
 # Fields of a Request, and what else is in a record, that name files, folders and models.
-PATHS = ('image', 'mask', 'depth', 'schedule', 'wildcards', 'controls', 'image_prompts', 'regions')
+PATHS = ('image', 'mask', 'depth', 'schedule', 'wildcards', 'controls', 'image_prompts', 'regions',
+         'reference')
 NAMES = ('checkpoint', 'base', 'vae', 'refiner', 'control', 'lora', 'embeddings', 'upscalers',
          'ip_adapter', 'image_encoder', 'detectors')
 
@@ -49,7 +50,7 @@ class Metadata(NamedTuple):
         """Raises ValueError where a file that these fields name has changed since, and
         FileNotFoundError where it is gone."""
         given = [self.fields.get(name) for name in names
-                 if name not in ('controls', 'image_prompts', 'regions')]
+                 if name not in ('controls', 'image_prompts', 'regions', 'reference')]
         if 'controls' in names:
             given += [control.image for control in self.fields.get('controls', ())]
         if 'image_prompts' in names:
@@ -57,6 +58,8 @@ class Metadata(NamedTuple):
                       for source in prompt.sources]
         if 'regions' in names:
             given += [region.mask for region in self.fields.get('regions', ())]
+        if 'reference' in names and (reference := self.fields.get('reference')):
+            given.append(reference.image)
         for path in map(_file_named, given):
             if path in self.files and picture.digest(path) != self.files[path]:
                 raise ValueError(f'{path} has changed since the picture was made from it')
@@ -174,6 +177,7 @@ def _recorded(path, text):
         hints = [dict(control) for control in controls]
         looks = [dict(prompt) for prompt in found.pop('image_prompts', ())]
         regions = [dict(region) for region in found.pop('regions', ())]
+        follows = dict(found.pop('reference', None) or {})
         if not _text(found['prompt']) or not all(
                 map(_text, [*files.values(), *hashes.values()])):
             raise ValueError
@@ -222,6 +226,12 @@ def _recorded(path, text):
         for region in found['regions']:
             if not isinstance(region.mask, (str, type(None))):
                 raise ValueError(f'regions: {region.mask!r}: expected a path')
+        if follows and _lost(follows['image']):
+            notes.append('reference: was given as an array, which the record does not hold')
+        elif follows:
+            found['reference'] = Reference(**follows)
+            if not isinstance(found['reference'].image, str):
+                raise ValueError(f'reference: {follows["image"]!r}: expected a path')
         Request(**found | {'image': image or 'given later'})
         for name in ('image', 'mask', 'depth', 'wildcards'):
             kinds = (str, type(None), *[dict] * (name == 'wildcards'))

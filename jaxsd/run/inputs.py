@@ -11,7 +11,7 @@ from jaxsd import sampling
 from jaxsd.config import TEXT_ENCODERS, KUNetConfig, ModelConfig, UNetConfig
 from jaxsd.models import ip_adapter
 from jaxsd.prompt import blocks, conditioning
-from jaxsd.run import image_conditioning, image_prompts, regions
+from jaxsd.run import image_conditioning, image_prompts, reference, regions
 from jaxsd.run.image_conditioning import InitImage
 from jaxsd.run.regions import Windows
 from jaxsd.run.request import Request, suit
@@ -60,6 +60,7 @@ class Inputs(NamedTuple):
     hints: dict | None = None  # {ControlNet: uint8 [B,H,W,3], of a union [B,K,H,W,3], int32 [B,K]}
     image_prompts: dict | None = None  # {IP-Adapter: image_prompts.Prompted}
     tiling: dict | None = None  # {axis, 'x' or 'y', whose edges meet: [B,0]}, of all pictures
+    reference: np.ndarray | None = None  # uint8 [B,H,W,3]: whose keys self-attention sees
     skip: np.ndarray | None = None  # int32 [B]: layers of the text encoders that are left out
     adapters: dict | None = None  # {component: [B,A]}: weights of the adapters
     embeddings: dict | None = None  # {text encoder: [E,D]}: vectors beyond its vocabulary
@@ -124,6 +125,7 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
         model, requests, init_images, sigmas, rows, prompts)
     images |= regions.inputs(model, requests, parsed)
     prompted, image_weights = image_prompts.inputs(model, requests, sigmas, rows, prompts)
+    pictures, followed = reference.inputs(config, requests, sigmas, rows, prompts)
     start, fresh = _noise(config, requests, sigmas, rows, noise, stage)
     if stage == 'refiner':
         keys, starts = keys ^ REFINER, np.ones(len(requests))
@@ -135,8 +137,8 @@ def inputs(model: Model, requests: Sequence[Request], noise: np.ndarray | None =
     return Inputs(
         tiling=_tiling(requests), keys=keys, sigma=np.array(starts, np.float32),
         steps=Steps(rows, call, guidance, text, control, image_weights, strength,
-                    _timesteps(calls, count), fresh),
-        image_prompts=prompted, **start, **words, **images)
+                    _timesteps(calls, count), fresh, followed),
+        image_prompts=prompted, reference=pictures, **start, **words, **images)
 
 
 def _check_features(config, request):

@@ -188,6 +188,8 @@ def files(request: Request) -> set[str]:
     for prompt in request.image_prompts:
         given += prompt.sources
     given += [region.mask for region in request.regions]
+    if request.reference is not None:
+        given.append(request.reference.image)
     given.append(schedule_file(request.schedule))
     return {os.fspath(path) for path in given if isinstance(path, (str, os.PathLike))}
 

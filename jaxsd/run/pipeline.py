@@ -18,7 +18,7 @@ from jaxsd.models.layers import attention, attention_received, prepared, seamles
 from jaxsd.models.tiling import tiled
 from jaxsd.prompt import conditioning
 from jaxsd.prompt.conditioning import Conditioning
-from jaxsd.run import image_prompts
+from jaxsd.run import image_prompts, reference
 from jaxsd.run.inputs import Inputs
 from jaxsd.run.regions import Windows, averaged
 from jaxsd.run.steps import Steps
@@ -49,6 +49,7 @@ class Encoded(NamedTuple):
     # {T2I-Adapter: t2i_adapter.apply's list}
     hints: Any = ()
     image_prompts: Any = None  # {IP-Adapter: image_prompts.Keys}
+    reference: Any = None  # [B,h,w,L]: latents of the picture whose keys self-attention sees
     init_latents: Any = None  # [B,h,w,L], kept where the mask is 0
     mask: Any = None  # [B,h,w,1]: mask, 1 where all is painted
     differential: Any = None  # bool [B]: new where the mask is at least the step's strength
@@ -136,6 +137,8 @@ def encode(params: Params, config: ModelConfig, inputs: Inputs, text: Conditioni
              for name, cfg in config.controlnets}
     return Encoded(text, inputs.keys, inputs.adapters, inputs.given_steps, extra, inputs.labels,
                    hints, image_prompts.encode(params, config, inputs.image_prompts),
+                   None if inputs.reference is None else encode_image(
+                       params, config, vae.unit(inputs.reference), tile),
                    None if inputs.mask is None else init, inputs.mask, inputs.differential,
                    inputs.regions, inputs.windows), x
 
@@ -194,13 +197,14 @@ def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[
 
     def denoise(x, sigma, step, memory=None):
         guidance = step.guidance
+        referred = _referred(encoded, schedule, sigma, step)
         perturbed = [1] if guidance.pag is not None else []  # follows what the prompt's does
         imageless = [0] if guidance.image is not None else []
         parts = guidance.parts - len(perturbed) - len(imageless)
 
         def model(which, **kinds):
-            return sampling.denoiser(_network(params, config, encoded, step, which, **kinds),
-                                     schedule)
+            return sampling.denoiser(
+                _network(params, config, encoded, step, which, referred, **kinds), schedule)
 
         every = [1] if guidance.scale is None else [*range(parts), *perturbed, *imageless]
         def guided(x, sigma, i, *memory):
@@ -233,12 +237,29 @@ def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[
     return denoise
 
 
-def _network(params, config, encoded, step, which, pag=None, sag=False, imageless=False,
-             cached=None):
+def _referred(encoded, schedule, sigma, step):
+    """The reference at a noise level, as the U-Net sees it [B,h,w,C], or None; with new noise for
+    each call. An inpainting model sees it whole."""
+    latents = encoded.reference
+    if latents is None:
+        return None
+    keys = jax.random.wrap_key_data(encoded.keys, impl='threefry2x32')
+    noise = sampling.draw(keys, reference.CALL + jnp.asarray(step.call, jnp.uint32),
+                          latents.shape[1:])
+    sigma = _each(jnp.broadcast_to(sigma, len(latents)))
+    data = schedule.sigma_data if schedule.edm else 1
+    x = (latents + sigma * noise) / jnp.hypot(sigma, data)
+    beside = [] if encoded.extra is None else [jnp.zeros_like(latents[..., :1]), latents]
+    return jnp.concatenate([x, *beside], -1)
+
+
+def _network(params, config, encoded, step, which, referred=None, pag=None, sag=False,
+             imageless=False, cached=None):
     """The U-Net, net(x, t, i) for `sampling.denoiser`, of some parts of the guidance: pictures and
-    their parts are one axis, picture after picture. pag: the perturbed one among them, or None;
-    sag: whether attention is watched; imageless: whether the last does not see the image. cached:
-    a list of DeepCache's features, where they are used, whose place this call's take."""
+    their parts are one axis, picture after picture. referred: of `_referred`; pag: the perturbed
+    part among them, or None; sag: whether attention is watched; imageless: whether the last does
+    not see the image. cached: a list of DeepCache's features, where they are used, whose place
+    this call's take."""
     which, parts = np.array(which), len(which)
     labels = jax.tree.map(lambda a: a[:, which].reshape(-1, *a.shape[2:]), encoded.labels)
     weights = jax.tree.map(lambda a: a[:, which], step.control or {})
@@ -270,9 +291,13 @@ def _network(params, config, encoded, step, which, pag=None, sag=False, imageles
             given = beside(jnp.broadcast_to(step.timestep, len(x) // parts))
             t = jnp.where(given >= 0, given, t)
 
+        followed = None
+
         def hook(place, heads, q, k, v):
             if place.endswith('attn2'):
                 return prompted(place, heads, q, k, v) if prompted else None
+            if followed is not None:
+                return followed(place, heads, q, k, v)
             if sag and place == SAG_PLACE:
                 received.append(attention_received(q, k, heads))
             if pag is not None and place.startswith(PAG_PLACES):  # the identity, not attention
@@ -283,6 +308,15 @@ def _network(params, config, encoded, step, which, pag=None, sag=False, imageles
 
         freeu, scale = jax.tree.map(lambda a: beside(jnp.broadcast_to(a, len(x) // parts)),
                                     (step.guidance.freeu, step.guidance.embedded))
+
+        def call(x, hook, **more):
+            return unet.apply(params['unet'], config.unet, x, t, context, added, labels, hook=hook,
+                              freeu=freeu, guidance=scale, **more)
+
+        if referred is not None:
+            follows = step.reference[:, which].reshape(len(x), -1)
+            bank = reference.write(lambda keep: call(beside(referred), keep), prompted, follows)
+            followed = reference.attend(config.unet, bank, follows)
         residuals, features = _controls(
             params.get('controlnet'), config.controlnets, weights, (x, t, plain),
             jax.tree.map(beside, hints), added, labels)
@@ -296,9 +330,7 @@ def _network(params, config, encoded, step, which, pag=None, sag=False, imageles
             return kunet.apply(params['unet'], config.unet, x, t, context, added)
 
         def predict(how=None, deep=None):
-            return unet.apply(params['unet'], config.unet, x, t, context, added, labels, hook=hook,
-                              freeu=freeu, residuals=residuals, features=features, guidance=scale,
-                              shrink=how, deep=deep)
+            return call(x, hook, residuals=residuals, features=features, shrink=how, deep=deep)
 
         if (shrink := step.guidance.shrink) is not None:
             return _either(beside(jnp.broadcast_to(shrink.on, len(x) // parts)) > 0,

@@ -181,6 +181,31 @@ class Region:
             object.__setattr__(self, 'box', (left, top, right, bottom))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reference:
+    """A picture whose style and things the request's is to have, without a network for it: the
+    U-Net's self-attentions see its keys too (sd-webui-controlnet's reference_only).
+
+    image: as for Request.image; it comes to the picture's size by Request.resize. weight: the part
+    of the self-attentions that see it, 0 to 1, the widest first. It counts from the fraction
+    `start` of the steps to the fraction `end`. fidelity: 1: the negative prompt's half does not see
+    it, so that guidance leads to it; 0: it sees it as the prompt's. Each step is two model calls.
+    """
+
+    image: 'ImageLike'
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    fidelity: float = 0.5
+
+    def __post_init__(self):
+        if self.image is None:
+            raise ValueError('reference: expected image=, the picture to follow')
+        for name in ('weight', 'fidelity'):
+            check_number(f'reference {name}', getattr(self, name), 0, 1)
+        _check_span('reference', self.start, self.end)
+
+
 @dataclasses.dataclass(frozen=True)
 class Hires:
     """A second pass at a larger size, image to image from the first one ("hires fix").
@@ -267,6 +292,7 @@ class Request:
     regions: Sequence[Region] = ()  # prompts for parts of the picture; or mappings of fields
     window: int | None = None  # MultiDiffusion: the network sees so many pixels per side at once
     window_stride: int | None = None  # pixels from window to window; None: half a window
+    reference: Reference | None = None
     hires: 'Hires | Mapping[str, Any] | None' = None  # a second, larger pass, or its fields
     class_label: int | None = None  # class-conditional models; upscaler and unCLIP: noise level of
     # the image, None: 20 and 0
@@ -422,6 +448,9 @@ class Request:
             raise ValueError(f'image_prompts={prompts!r}: expected a list of jaxsd.ImagePrompt')
         object.__setattr__(self, 'image_prompts', tuple(prompts))
         self._check_regions()
+        if not isinstance(self.reference, Reference | None):
+            raise ValueError('reference: expected jaxsd.Reference or None, found '
+                             f'{type(self.reference).__name__}')
         self._check_hires()
 
     def _check_regions(self):

@@ -25,6 +25,7 @@ class Steps(NamedTuple):
     strength: Any = None  # a mask from here up is painted, where it says how strongly
     timestep: Any = None  # at which the model is called, -1: as the noise level says
     noise: Any = None  # [...,h,w,L]: of stochastic samplers, where it is not drawn from the key
+    reference: Any = None  # [...,P,L]: how much each self-attention sees the reference
 
 
 def fractions(levels: np.ndarray) -> np.ndarray:

@@ -21,7 +21,15 @@ from jaxsd.images.reading import Picture
 from jaxsd.run import infotext
 from jaxsd.run.detectors import DETECTORS, hint, possible
 from jaxsd.run.hires import enlarge
-from jaxsd.run.request import MAX_SEED, Control, Hires, ImagePrompt, Request, random_seed
+from jaxsd.run.request import (
+    MAX_SEED,
+    Control,
+    Hires,
+    ImagePrompt,
+    Reference,
+    Request,
+    random_seed,
+)
 from jaxsd.run.upscale import to_size
 from jaxsd.sampling import BROWNIAN, SAMPLERS
 from jaxsd.sampling.choice import choose, one_of, unknown
@@ -47,6 +55,7 @@ ALIASES = {'depth': 'depth_midas', 'hed': 'softedge_hed', 'hed_safe': 'softedge_
 THRESHOLDS = {'mlsd': ('score', 'distance')}
 KINDS = {'openpose': 'openpose', 'softedge': 'scribble', 'scribble': 'scribble',
          'lineart': 'canny', 'mlsd': 'canny', 'normal': 'normal', 'depth': 'depth'}
+REFERENCE = 'reference_only'  # of units without a model
 # Of units whose model is an IP-Adapter, which chooses what is looked at itself.
 LOOKS = ('ip-adapter-auto', 'ip-adapter_clip_sd15', 'ip-adapter_clip_sdxl',
          'ip-adapter_clip_sdxl_plus_vith', 'ip-adapter_clip_h', 'ip-adapter_clip_g')
@@ -276,7 +285,7 @@ def _pictures(body, limits, read):
 
 def _scripts(body, given, limits, read, controlnets, ip_adapters, detectors):
     """alwayson_scripts -> arguments of Request."""
-    controls, prompts = [], []
+    controls, prompts, references = [], [], []
     for name, script in (body.alwayson_scripts or {}).items():
         if name.lower() != 'controlnet':
             raise ValueError(f'alwayson_scripts.{name}: there is no such script, only ControlNet')
@@ -293,12 +302,17 @@ def _scripts(body, given, limits, read, controlnets, ip_adapters, detectors):
                              4 * limits.pixels)
             elif (image := given.get('image')) is None:
                 raise ValueError(f'{where}.image: expected the hint')
-            if unit.module in LOOKS:
+            if unit.module == REFERENCE:
+                references.append(_reference(unit, image))
+            elif unit.module in LOOKS:
                 prompts.append(_image_prompt(unit, image, ip_adapters))
             else:
                 controls.append(_control(unit, image, given, controlnets, detectors))
-    return {name: found for name, found in (('controls', controls), ('image_prompts', prompts))
-            if found}
+    if len(references) > 1:
+        raise ValueError(f'{len(references)} units of {REFERENCE}: expected one')
+    found = {'controls': controls, 'image_prompts': prompts, 'reference': next(iter(references),
+                                                                               None)}
+    return {name: value for name, value in found.items() if value}
 
 
 def _image_prompt(unit, image, ip_adapters):
@@ -310,6 +324,26 @@ def _image_prompt(unit, image, ip_adapters):
     return ImagePrompt(net, image, *_weight(unit))
 
 
+def _reference(unit, image):
+    """A ControlUnit that needs no model, and its picture -> Reference. As that extension does, the
+    mode decides on the fidelity, which is threshold_a where it is balanced."""
+    mode, fidelity = _mode(unit), 0.5 if unit.threshold_a in (None, -1) else unit.threshold_a
+    weight, start, end = _weight(unit)
+    return Reference(image, min(weight, 1.0), start, end,
+                     {'soft': 0.0, 'original': 1.0, None: fidelity}[mode])
+
+
+def _mode(unit):
+    """A ControlUnit's control_mode -> a guess mode."""
+    mode = unit.control_mode or 0
+    guess = {0: None, 'Balanced': None, 1: 'soft', 'My prompt is more important': 'soft',
+             2: 'original', 'ControlNet is more important': 'original'}
+    if mode not in guess:
+        raise ValueError(f'control_mode={brief(mode)}: expected 0, 1, 2 or '
+                         f'{", ".join(name for name in guess if isinstance(name, str))}')
+    return guess[mode]
+
+
 def _weight(unit):
     """A ControlUnit's weight, start and end."""
     return (1.0 if unit.weight is None else unit.weight, unit.guidance_start or 0.0,
@@ -319,12 +353,7 @@ def _weight(unit):
 def _control(unit, image, given, controlnets, detectors=MappingProxyType({})):
     """A ControlUnit and its picture -> Control."""
     net = one_of('ControlNet', (unit.model or '').partition(' [')[0], controlnets)
-    mode = unit.control_mode or 0
-    guess = {0: None, 'Balanced': None, 1: 'soft', 'My prompt is more important': 'soft',
-             2: 'original', 'ControlNet is more important': 'original'}
-    if mode not in guess:
-        raise ValueError(f'control_mode={brief(mode)}: expected 0, 1, 2 or '
-                         f'{", ".join(name for name in guess if isinstance(name, str))}')
+    guess = _mode(unit)
     kind = choose('union_control_type', unit.union_control_type or 'Unknown', UNION)
     if not getattr(controlnets[net].config, 'num_control_type', 0):
         kind = None  # it is sent with any net, and says something to a union
@@ -345,12 +374,12 @@ def _control(unit, image, given, controlnets, detectors=MappingProxyType({})):
                    unit.threshold_a, unit.threshold_b, detectors)
     if width and height and image.shape[1] * height != image.shape[0] * width:
         image = images.fit(image, width, height, resize[unit.resize_mode])
-    return Control(net, image, *_weight(unit), guess[mode], kind)
+    return Control(net, image, *_weight(unit), guess, kind)
 
 
 def modules(detectors: Mapping[str, Network]) -> list[str]:
     """The modules that units may name: MODULES, and what these networks can find."""
-    return [*MODULES, *possible(detectors)]
+    return [*MODULES, *possible(detectors), REFERENCE]
 
 
 def detect(module: str, image: Picture, resolution: int | None = None, a: float | None = None,

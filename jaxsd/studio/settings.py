@@ -16,7 +16,7 @@ from jaxsd.serve.a1111 import Limits, decode
 
 PICTURES = ('image', 'mask', 'depth')  # as base64 or a data: URL; no path and no address is read
 FIELDS = tuple(name for name in Request.__dataclass_fields__
-               if name not in ('wildcards', 'image_prompts', 'regions'))
+               if name not in ('wildcards', 'image_prompts', 'regions', 'reference'))
 AXES = tuple(name for name in FIELDS if name not in (*PICTURES, 'controls'))
 LONGEST = 4000  # characters of a prompt
 

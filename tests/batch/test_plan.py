@@ -60,6 +60,19 @@ def test_image_prompts_are_objects(tmp_path):
         assert words in one.error
 
 
+def test_a_reference_is_an_object(tmp_path):
+    items, bad = _read(tmp_path, 'a.jsonl', '\n'.join(map(json.dumps, [
+        {'reference': {'image': 'a.png', 'weight': 0.5}}, {'reference': None},
+        {'reference': {'image': 'a.png', 'wieght': 1}}, {'reference': 'a.png'},
+        {'reference': {'weight': 1}}])))
+    one = items[0].fields['reference']
+    assert (one.image, one.weight, one.fidelity) == (str(tmp_path / 'a.png'), 0.5, 0.5)
+    assert items[1].fields['reference'] is None
+    assert [one.source.split(':')[1] for one in bad] == ['3', '4', '5']
+    assert "did you mean 'weight'" in bad[0].error
+    assert all('expected an object with image' in one.error for one in bad[1:])
+
+
 @pytest.mark.parametrize('line, column, words', [
     ('{"prompt": "a",}', 16, 'property name'),
     ('{"prompt": "a" "steps": 3}', 16, "','"),
@@ -86,7 +99,7 @@ def test_broken_lines_name_line_and_column(tmp_path, line, column, words):
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(
         ['prompt', 'steps', 'controls', 'image', 'guidance', 'adapters', 'seed', 'x', 'net',
-         'image_prompts']), x),
+         'image_prompts', 'reference']), x),
     max_leaves=6).map(lambda v: json.dumps(v).encode())), max_size=4))
 def test_whatever_stands_in_a_file_is_an_item_or_bad(lines):
     text = b'\n'.join(lines).decode(errors='surrogateescape')

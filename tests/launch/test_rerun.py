@@ -168,6 +168,12 @@ def test_emoji_with_a_hint(run, repeat, drawn):
     _, error = run(f'--from={made}', '--trust')
     assert re.search('error: .*a.png has changed since .* was made from it\n$', error)
     run(f'--from={made}', '--trust', flag)  # given anew, it may be another
+    (made,), _ = run('--prompt=cat', f'--reference=image={drawn}/b.png, weight=0.5, end=0.9')
+    repeat(made)
+    _, error = run(f'--from={made}')
+    assert re.search(r'error: .* names reference=.*--trust', error)
+    _, error = run('--prompt=cat', '--reference=weight=0.5')
+    assert 'expected image=PATH in it' in error
     net = tiny_detectors.write('ControlNetHED', drawn)
     (made,), _ = run('--prompt=cat', flag.replace('scribble', 'softedge_hed'), f'--detectors={net}')
     repeat(made)

@@ -134,6 +134,7 @@ def bgr(image):
     return torched(image[..., ::-1]) / 256 - 0.5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_body(aux):
     module, image = enliven(aux('open_pose.model').bodypose_model()), picture(32, 48)
@@ -182,6 +183,7 @@ def test_lineart(aux):
     close(params, config, image, module(torched(image) / 255)[:, 0].numpy())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_lineart_anime(aux):
     module = enliven(aux('lineart_anime').UnetGenerator(3, 1, 8, 64, functools.partial(

@@ -204,9 +204,9 @@ def test_modules_of_detectors():
     """By the names of sd-webui-controlnet, old ones too, where the server has the networks."""
     nets = {'union': Network(ControlNetConfig(num_control_type=8), {})}
     there = {name: tiny_detectors.network(name) for name in ('ControlNetHED', 'sk_model')}
-    assert a1111.modules({}) == list(a1111.MODULES)
-    assert a1111.modules(there)[-4:] == ['softedge_hed', 'softedge_hedsafe', 'scribble_hed',
-                                         'lineart_realistic']
+    assert a1111.modules({}) == [*a1111.MODULES, 'reference_only']
+    assert a1111.modules(there)[-5:] == ['softedge_hed', 'softedge_hedsafe', 'scribble_hed',
+                                         'lineart_realistic', 'reference_only']
     image = np.random.default_rng(0).integers(0, 255, (80, 96, 3), np.uint8)
     for module, mode in (('hed', 'scribble'), ('softedge_hed', 'scribble'), ('lineart', 'canny')):
         kind = a1111.ALIASES.get(module, module)
@@ -220,6 +220,28 @@ def test_modules_of_detectors():
         a1111.detect('openpose_full', image, detectors=there)
     with pytest.raises(ValueError, match="unknown module 'softedge_pidinet'.*softedge_hed"):
         a1111.detect('softedge_pidinet', image, detectors=there)
+
+
+def test_a_reference():
+    """A unit without a model; its mode or its first threshold is the fidelity."""
+    def read(*units):
+        body = a1111.parse(schemas.Txt2Img, json.dumps({'alwayson_scripts': {'ControlNet': {
+            'args': [{'module': 'reference_only', 'image': png(), **unit} for unit in units]}}}
+            ).encode())
+        request, = a1111.requests(body, DEFAULTS, LIMITS, 'emoji')
+        return request.reference
+
+    for unit, expected in (({}, (1, 0, 1, 0.5)), ({'model': 'None', 'weight': 1.6}, (1, 0, 1, 0.5)),
+                           ({'threshold_a': 0.8, 'weight': 0.4, 'guidance_end': 0.7},
+                            (0.4, 0, 0.7, 0.8)), ({'control_mode': 1}, (1, 0, 1, 0)),
+                           ({'control_mode': 'ControlNet is more important'}, (1, 0, 1, 1))):
+        found = read(unit)
+        assert (found.weight, found.start, found.end, found.fidelity) == expected
+        assert found.image.shape[2] == 3
+    for units, message in (([{}, {}], '2 units of reference_only: expected one'),
+                           ([{'threshold_a': 3}], 'reference fidelity=3')):
+        with pytest.raises(ValueError, match=message):
+            read(*units)
 
 
 def test_the_alias_of_heun():

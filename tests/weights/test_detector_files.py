@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from test_manifests import DATA
+from test_manifests import DATA, SINGLE
 from tiny import sparse_file
 
 import jaxsd
-from jaxsd.config import DepthAnythingConfig, DetectorConfig
+from jaxsd.config import DepthAnythingConfig, DetectorConfig, DPTConfig
 from jaxsd.models import detector, spec
-from jaxsd.weights import Network, parts, save_network
+from jaxsd.weights import Network, names, parts, save_network
 
 FILES = json.loads(gzip.decompress((DATA / 'detectors.json.gz').read_bytes()))
 KINDS = {'body_pose_model.pth': 'openpose', 'hand_pose_model.pth': 'openpose_hand',
@@ -32,11 +32,11 @@ SMALL = DepthAnythingConfig(image_size=28, hidden_size=64, intermediate_size=256
 @pytest.mark.parametrize('name', KINDS)
 def test_published(name):
     stored = {key: tuple(shape) for key, shape in FILES[name].items()}
-    names = detector.renamed(stored)
-    config = detector.config_of({new: stored[old] for new, old in names.items()})
+    found = detector.renamed(stored)
+    config = detector.config_of({new: stored[old] for new, old in found.items()})
     assert config.kind == KINDS[name]
-    assert spec.names(config) == {new: stored[old] for new, old in names.items()}
-    left = [key for key in stored if key not in names.values()]
+    assert spec.names(config) == {new: stored[old] for new, old in found.items()}
+    left = [key for key in stored if key not in found.values()]
     assert all(re.search('num_batches_tracked|original_model.bn2', key) for key in left)
     assert spec.count(spec.names(config)) == pytest.approx(1e6 * COUNTS[name], rel=0.01)
 
@@ -56,6 +56,18 @@ def test_depth_anything_in_both_layouts(size, layers, tmp_path):
     first = parts._open_file('depth_estimator', tmp_path / 'depth_anything_vitx14.safetensors',
                              None).config
     assert first.out_indices == tuple(range(layers - 3, layers + 1))
+
+
+def test_midas_alone(tmp_path):
+    """Its own file has the names that it has within the 2.x depth model, and a classifier."""
+    at = 'depth_model.model.'
+    stored = {name.removeprefix(at): shape for name, shape in SINGLE['sd2_depth'].items()
+              if name.startswith(at)}
+    stored |= {'pretrained.model.head.weight': [1000, 768], 'pretrained.model.head.bias': [1000]}
+    sparse_file(tmp_path / 'midas.safetensors', stored)
+    source = parts._open_file('depth_estimator', tmp_path / 'midas.safetensors', None)
+    assert source.config == DPTConfig() and source.mismatches() == {}
+    assert names.kind(stored)[1] == 'load_depth_estimator'
 
 
 def arrays(config, seed=0):
