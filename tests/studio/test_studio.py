@@ -12,11 +12,13 @@ import zipfile
 import httpx
 import numpy as np
 import pytest
+import tiny_detectors
 from browser import chromium, find, find_all, need, press, resize, texts, wait
 from mains import ROOT, environment, free_port, run_main, serving
 from PIL import Image
 
 import jaxsd
+import jaxsd.images
 from jaxsd.batch import folder, plan
 from jaxsd.models import spec
 from jaxsd.run import picture
@@ -41,8 +43,9 @@ def server(tmp_path_factory):
     emoji = ROOT / 'checkpoints' / 'emoji'
     path = tmp_path_factory.mktemp('nets') / 'union'
     jaxsd.save_network(union(), path)
+    hed = tiny_detectors.write('ControlNetHED', path.parent)
     flags = ('--nobrowser', '--config=emoji', f'--checkpoints=emoji={emoji}',
-             f'--checkpoints=second={emoji}', f'--controlnet=union={path}',
+             f'--checkpoints=second={emoji}', f'--controlnet=union={path}', f'--detectors={hed}',
              f'--controlnet=edges={ROOT / "checkpoints" / "emoji_edges"}')
     with serving(*flags, command=(sys.executable, '-m', 'launch.studio')) as (url, _):
         yield url
@@ -151,6 +154,24 @@ def test_a_second_pass(server):
     assert json.loads(found['plan'])['hires']['scale'] == 1.5 and "'scale': 1.5" in found['python']
     answer = httpx.post(f'{server}/studio/trace', json=asked, timeout=60)
     assert answer.status_code == 422 and 'a trace is of one pass' in answer.text
+
+
+def test_hints_of_detectors(server):
+    """What the networks that there are find is offered, and looks as in Python."""
+    kinds = httpx.get(f'{server}/studio/state').json()['preprocessors']
+    assert kinds[:2] == ['none', 'canny'] and 'softedge_hed' in kinds and 'openpose' not in kinds
+    image = (EXAMPLES / 'apple.png').read_bytes()  # 64x64
+    asked = {'image': base64.b64encode(image).decode(), 'kind': 'softedge_hed', 'width': 64,
+             'height': 64}
+    answer = httpx.post(f'{server}/studio/hint', json=asked, timeout=60)
+    found = Image.open(io.BytesIO(base64.b64decode(answer.json()['image'])))
+    looked = jaxsd.images.read(EXAMPLES / 'apple.png')
+    np.testing.assert_array_equal(np.asarray(found), jaxsd.detect(
+        'softedge_hed', looked, [tiny_detectors.network('ControlNetHED')]))
+    for fields, said in (({'kind': 'openpose'}, 'unknown preprocessor'),
+                         ({'options': {'low': 3}}, 'softedge_hed takes no low')):
+        answer = httpx.post(f'{server}/studio/hint', json=asked | fields, timeout=60)
+        assert answer.status_code == 422 and said in answer.json()['detail']
 
 
 @pytest.mark.parametrize('axes, said', [
