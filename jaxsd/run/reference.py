@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxsd import images
-from jaxsd.config import ModelConfig, UNetConfig
+from jaxsd.config import KUNetConfig, ModelConfig, UNetConfig
 from jaxsd.models import unet
 from jaxsd.models.layers import attention
 from jaxsd.run.request import Request
@@ -47,7 +47,7 @@ def inputs(config: ModelConfig, requests: Sequence[Request], sigmas: Sequence[np
     """
     if all(r.reference is None for r in requests):
         return None, None
-    if config.task not in ('', 'inpainting'):
+    if isinstance(config.unet, KUNetConfig) or config.task not in ('', 'inpainting'):
         raise ValueError('reference: expected a model of text or inpainting, this one is of the '
                          f'kind {config.task}')
     for name in ('pag', 'sag', 'deep_shrink', 'deepcache', 'hypertile', 'token_merging'):

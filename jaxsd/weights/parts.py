@@ -16,6 +16,7 @@ from jaxsd.config import (
     ControlNetConfig,
     DepthAnythingConfig,
     DPTConfig,
+    KUNetConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
     VAEConfig,
@@ -143,9 +144,9 @@ def load_controlnet(path: Path, dtype: DTypeLike | None = 'float32',
     if not found.is_file() or not control_loras.is_control_lora(
             (file := open_tensors(found)).shapes):
         return load_part('controlnet', path, dtype, config, device)
-    if base is None:
+    if base is None or isinstance(base.config.unet, KUNetConfig):
         raise ValueError(f'{path}: a Control-LoRA, of which a ControlNet is made with the U-Net of '
-                         'a model: give it as base=model')
+                         'a model of its version: give it as base=model')
     config = config or control_loras.config_for(base.config.unet, file.shapes)
     merged = control_loras.MergedFile(file, config, base)
     tensors: dict = {name: (merged, name) for name in merged.shapes}
