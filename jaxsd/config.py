@@ -530,7 +530,7 @@ class ModelConfig:
     zero_negative: bool = False  # an empty negative prompt is zeros, not an encoded '' (SDXL base)
     # The released version it equals, see versions(); a label, no part of what the config is.
     version: str = dataclasses.field(default='custom', compare=False)
-    # What suits it, see `run.request.suit`: arguments of a Request, and `scheduler`, the settings
+    # What suits it, see `run.resolving.suit`: arguments of a Request, and `scheduler`, the settings
     # of a scheduler_config.json. No part of what the config is either.
     defaults: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 

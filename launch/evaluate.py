@@ -27,7 +27,7 @@ import jaxsd
 from jaxsd import recipe
 from jaxsd.models import vae
 from jaxsd.run import picture
-from jaxsd.run.request import suit
+from jaxsd.run.resolving import suit
 
 from . import emoji_sets, plain_errors, retrieval
 

@@ -361,7 +361,8 @@ def _preview(picture, out, vae):
 
 def _requests(recipe, past):
     """What the flags ask for, beside what the picture to repeat says -> a list of Request."""
-    from jaxsd.run.request import Request, random_seed
+    from jaxsd.run.request import Request
+    from jaxsd.run.resolving import random_seed
     before, said = ({}, None) if past is None else (
         past.fields, config_flags.get_override_values(FLAGS['config']))
     given = {**before, **fields(recipe, said),

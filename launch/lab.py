@@ -155,7 +155,7 @@ def sweep():
 def plan(lab):
     """The requests of the flags, and those that measure the reference's own error."""
     from jaxsd import sampling
-    from jaxsd.run.request import GUIDANCE
+    from jaxsd.run.resolving import GUIDANCE
     recipe = FLAGS.config
     scale = recipe.guidance or GUIDANCE['']  # of a checkpoint without a recipe
     rest = FLAGS.guidance or sorted({1.0, scale}), FLAGS.prompt, FLAGS.seeds
@@ -280,7 +280,7 @@ def schedule():
     from jaxsd import sampling
     from jaxsd.lab import search
     from jaxsd.run import Request, picture
-    from jaxsd.run.request import GUIDANCE
+    from jaxsd.run.resolving import GUIDANCE
     recipe, path = FLAGS.config, pathlib.Path(FLAGS.out)
     if path.suffix != '.json':
         raise ValueError(f'--out={path}: expected a name that ends in .json')

@@ -15,15 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxsd.run.infotext import tuples
-from jaxsd.run.request import (
-    MAX_SEED,
-    PROMPTS,
-    Control,
-    ImagePrompt,
-    Reference,
-    Region,
-    Request,
-)
+from jaxsd.run.request import MAX_SEED, PROMPTS, Control, ImagePrompt, Reference, Region, Request
 from jaxsd.sampling.choice import one_of
 from jaxsd.typing import Path
 

@@ -16,7 +16,8 @@ from jaxsd.run.pipeline import (
     pipeline,
     start,
 )
-from jaxsd.run.request import Control, Hires, ImagePrompt, Reference, Region, Request, resolve
+from jaxsd.run.request import Control, Hires, ImagePrompt, Reference, Region, Request
+from jaxsd.run.resolving import resolve
 from jaxsd.run.upscale import upscale
 
 __all__ = ['Control', 'Encoded', 'Engine', 'Hires', 'ImagePrompt', 'Inputs', 'Preview',

@@ -27,7 +27,8 @@ from jaxsd.run.image_conditioning import InitImage
 from jaxsd.run.inputs import inputs, program
 from jaxsd.run.pipeline import check_tile
 from jaxsd.run.replica import Kind, Replica, Stage, look
-from jaxsd.run.request import Request, resolve
+from jaxsd.run.request import Request
+from jaxsd.run.resolving import resolve
 from jaxsd.run.steps import beside, chunk
 from jaxsd.run.text_conditioning import parse_for
 from jaxsd.weights import Model, Network

@@ -11,7 +11,8 @@ from jaxtyping import Float, UInt8
 from jaxsd import images
 from jaxsd.images.reading import Picture
 from jaxsd.run.engine import MOST_SLOTS, Engine, check_latents
-from jaxsd.run.request import Request, resolve
+from jaxsd.run.request import Request
+from jaxsd.run.resolving import resolve
 from jaxsd.weights.model import Model, Network
 
 

@@ -14,7 +14,8 @@ from jaxsd.prompt import blocks, conditioning
 from jaxsd.run import image_conditioning, image_prompts, reference, regions
 from jaxsd.run.image_conditioning import InitImage
 from jaxsd.run.regions import Windows
-from jaxsd.run.request import Request, suit
+from jaxsd.run.request import Request
+from jaxsd.run.resolving import suit
 from jaxsd.run.steps import Steps, chunk, over_rows
 from jaxsd.run.text_conditioning import (
     adapters_of,

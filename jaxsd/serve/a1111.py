@@ -21,15 +21,8 @@ from jaxsd.images.reading import Picture
 from jaxsd.run import infotext
 from jaxsd.run.detectors import DETECTORS, hint, possible
 from jaxsd.run.hires import enlarge
-from jaxsd.run.request import (
-    MAX_SEED,
-    Control,
-    Hires,
-    ImagePrompt,
-    Reference,
-    Request,
-    random_seed,
-)
+from jaxsd.run.request import MAX_SEED, Control, Hires, ImagePrompt, Reference, Request
+from jaxsd.run.resolving import random_seed
 from jaxsd.run.upscale import to_size
 from jaxsd.sampling import BROWNIAN, SAMPLERS
 from jaxsd.sampling.choice import choose, one_of, unknown

@@ -21,7 +21,8 @@ from starlette.exceptions import HTTPException
 from jaxsd import images
 from jaxsd.run import picture
 from jaxsd.run.hires import passes
-from jaxsd.run.request import GUIDANCE, USUAL, Request, suit
+from jaxsd.run.request import USUAL, Request
+from jaxsd.run.resolving import GUIDANCE, suit
 from jaxsd.run.text_conditioning import arrange_texts, count_blocks, parse_prompts
 from jaxsd.serve import a1111, lists, schemas
 from jaxsd.serve.choices import KINDS, Choices, Weights

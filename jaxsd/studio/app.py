@@ -22,15 +22,8 @@ from jaxsd import images, sampling
 from jaxsd.models.controlnet import modes_of
 from jaxsd.run import infotext, inputs, picture
 from jaxsd.run.detectors import hint, possible
-from jaxsd.run.request import (
-    BUCKETS,
-    FILLS,
-    MASK_MODES,
-    RESIZE,
-    UPSCALERS,
-    Hires,
-    Request,
-)
+from jaxsd.run.request import FILLS, MASK_MODES, RESIZE, UPSCALERS, Hires, Request
+from jaxsd.run.resolving import BUCKETS
 from jaxsd.sampling.choice import one_of
 from jaxsd.sampling.names import A1111_SAMPLERS, A1111_SCHEDULES
 from jaxsd.serve import a1111

@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxsd.batch import plan
 from jaxsd.run.infotext import tuples
-from jaxsd.run.request import Control, Hires, Request, random_seed
+from jaxsd.run.request import Control, Hires, Request
+from jaxsd.run.resolving import random_seed
 from jaxsd.sampling.choice import choose, one_of
 from jaxsd.sampling.names import SCHEDULE_NAMES
 from jaxsd.serve.a1111 import Limits, decode

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from jaxsd.config import ControlNetConfig, T2IAdapterConfig
 from jaxsd.models.spec import names
 from jaxsd.recipe import complete, fields, files, options, recipe, words
-from jaxsd.run import request
+from jaxsd.run import request, resolving
 from jaxsd.weights import Network, save_network
 from launch.lab import settings
 
@@ -45,7 +45,7 @@ def test_any_text_is_read_in_linear_time(piece):
     """Options, nested more deeply than Python reads, and more of them than a person writes."""
     with at_most(20):  # measured: 2
         for read in (options, lambda text: words('--control', text),
-                     lambda text: settings(text, ()), request.bucket):
+                     lambda text: settings(text, ()), resolving.bucket):
             for size in (10**6, 60_000, 300):
                 for before in ('', 'a=', 'a(', '1:'):
                     text = before + (piece * size)[:size]

@@ -10,7 +10,8 @@ import jaxsd
 from jaxsd.models import layers, quantized, unet, vae
 from jaxsd.run import infotext, invokeai, picture
 from jaxsd.run.inputs import inputs, program
-from jaxsd.run.request import Request, resolve
+from jaxsd.run.request import Request
+from jaxsd.run.resolving import resolve
 
 
 @pytest.fixture(scope='module')

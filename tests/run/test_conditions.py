@@ -14,7 +14,7 @@ from jaxsd.config import ControlNetConfig, DPTConfig, ScheduleConfig, T2IAdapter
 from jaxsd.models import shapes, spec
 from jaxsd.run import decode, encode_image
 from jaxsd.run.inputs import inputs
-from jaxsd.run.request import BUCKETS, bucket, resolve
+from jaxsd.run.resolving import BUCKETS, bucket, resolve
 from jaxsd.weights import Network
 
 RNG = np.random.default_rng(0)

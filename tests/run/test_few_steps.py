@@ -13,7 +13,7 @@ from conftest import TINY
 import jaxsd
 from jaxsd.models import spec
 from jaxsd.run import Request, inputs, latents, networks, resolve
-from jaxsd.run.request import suit
+from jaxsd.run.resolving import suit
 
 _latents = jax.jit(latents, static_argnums=(2, 3, 4))
 TEXTS = {'prompt': 'red apple', 'seed': 3, 'width': 64, 'height': 64}

@@ -17,7 +17,7 @@ from jaxsd import Request, sampling
 from jaxsd.run import replica
 from jaxsd.run.inputs import inputs
 from jaxsd.run.programs import Programs
-from jaxsd.run.request import resolve
+from jaxsd.run.resolving import resolve
 
 # Samplers, schedules, step counts, guidance and prompts all differ.
 MIXED = [

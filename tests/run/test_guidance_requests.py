@@ -13,7 +13,7 @@ from jaxsd import Request, sampling
 from jaxsd.run import picture
 from jaxsd.run.inputs import _table, inputs, networks, program
 from jaxsd.run.pipeline import latents
-from jaxsd.run.request import resolve
+from jaxsd.run.resolving import resolve
 
 KINDS = {
     'rescale': 0.7, 'threshold': {'mimic': 2.0}, 'cfg_zero_star': {},

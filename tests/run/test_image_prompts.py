@@ -18,7 +18,7 @@ from jaxsd.models import unet
 from jaxsd.run import image_prompts
 from jaxsd.run.inputs import inputs, lengthened, networks
 from jaxsd.run.pipeline import pipeline
-from jaxsd.run.request import resolve
+from jaxsd.run.resolving import resolve
 
 RNG = np.random.default_rng(0)
 PICTURE, OTHER, SMALL = (RNG.integers(0, 256, shape, np.uint8)

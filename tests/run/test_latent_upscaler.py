@@ -12,7 +12,7 @@ from jaxsd import Request
 from jaxsd.config import K_SCHEDULE, KUNetConfig
 from jaxsd.models import spec
 from jaxsd.run.inputs import inputs
-from jaxsd.run.request import resolve
+from jaxsd.run.resolving import resolve
 
 PICTURE, OTHER = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
 ENLARGE = Request('cat', seed=1, steps=3, image=PICTURE)

@@ -12,7 +12,7 @@ from jaxsd.models import unet
 from jaxsd.run import infotext, picture, reference
 from jaxsd.run.inputs import inputs, lengthened, networks
 from jaxsd.run.pipeline import latents
-from jaxsd.run.request import resolve
+from jaxsd.run.resolving import resolve
 
 IMAGE, OTHER = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
 TEXT = Request('cat', seed=1, steps=2, sampler='euler')

@@ -9,7 +9,8 @@ from conftest import TINY
 from mains import ROOT
 
 import jaxsd
-from jaxsd.run.request import MAX_SEED, Request, resolve
+from jaxsd.run.request import MAX_SEED, Request
+from jaxsd.run.resolving import resolve
 
 
 @pytest.mark.parametrize('fields, message', [

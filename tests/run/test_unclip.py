@@ -14,7 +14,7 @@ from jaxsd import Request
 from jaxsd.config import ImageNormalizerConfig, ScheduleConfig, VisionConfig, read_config
 from jaxsd.models import spec
 from jaxsd.run.inputs import inputs
-from jaxsd.run.request import resolve
+from jaxsd.run.resolving import resolve
 from jaxsd.weights import write_config
 
 PICTURE, OTHER = np.random.default_rng(0).integers(0, 256, (2, 40, 64, 3), np.uint8)

@@ -12,7 +12,8 @@ from conftest import TINY
 from jaxsd.run import infotext, invokeai, picture
 from jaxsd.run.inputs import inputs
 from jaxsd.run.pipeline import advance, encode, encode_text, start
-from jaxsd.run.request import Request, resolve
+from jaxsd.run.request import Request
+from jaxsd.run.resolving import resolve
 from jaxsd.sampling import initial, keys, sample, sources
 
 ROOT = pathlib.Path(__file__).parents[1]
