@@ -23,7 +23,8 @@ __all__ = ['Adapter', 'Control', 'Embedding', 'Engine', 'Hires', 'IPAdapter', 'I
            'save_embedding', 'save_network', 'schedule', 'upscale', 'versions']
 
 if TYPE_CHECKING:
-    from jaxsd.config import ModelConfig, read_config, versions
+    from jaxsd.config import ModelConfig
+    from jaxsd.config_files import read_config, versions
     from jaxsd.run import Control, Engine, Hires, ImagePrompt, Reference, Region, Request
     from jaxsd.run.detectors import detect
     from jaxsd.run.generate import Preview, generate
@@ -61,6 +62,7 @@ else:
         """Each name is imported when it is first used, from the first module that has it."""
         if name in __all__:
             modules = (importlib.import_module(f'jaxsd.{module}')
-                       for module in ('config', 'weights', 'run', 'sampling.plugins'))
+                       for module in ('config', 'config_files', 'weights', 'run',
+                                      'sampling.plugins'))
             return next(getattr(module, name) for module in modules if hasattr(module, name))
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

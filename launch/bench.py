@@ -100,7 +100,7 @@ def peer(component, config, params, inputs, dtype):
     import transformers
     from flax import traverse_util
 
-    from jaxsd.config import VERSIONS
+    from jaxsd.config_files import VERSIONS
     from jaxsd.models import spec
     settings = json.loads((VERSIONS / config.version / component / 'config.json').read_text())
     if component == 'unet':
@@ -386,7 +386,7 @@ def train_peer(config, params, batch, full):
     import torch
     from flax import traverse_util
 
-    from jaxsd.config import VERSIONS
+    from jaxsd.config_files import VERSIONS
     from jaxsd.models import spec
     settings = json.loads((VERSIONS / config.version / 'unet' / 'config.json').read_text())
     net = diffusers.UNet2DConditionModel.from_config(settings)

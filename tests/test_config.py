@@ -9,10 +9,11 @@ import pytest
 
 import jaxsd
 from jaxsd import config as jc
+from jaxsd import config_files as jcf
 from jaxsd.run import resolve
 from jaxsd.weights import write_config
 
-SD15, XL = jc.VERSIONS / 'sd15', jc.VERSIONS / 'sdxl'
+SD15, XL = jcf.VERSIONS / 'sd15', jcf.VERSIONS / 'sdxl'
 
 
 def changed(tmp_path, path, version=SD15, text=None, **settings):
@@ -154,7 +155,7 @@ WRONG = [None, True, 'x', '1', -1, 0, 7, 1.5, 1e400, float('nan'), 10**12, [], [
 @pytest.mark.parametrize('version', ['sdxl', 'sd2_depth', 'x4_upscaler'])
 def test_any_wrong_value_is_one_line_that_names_it(version, tmp_path):
     """Of a draw of all settings and values: it is read, or refused by the file's and its name."""
-    shutil.copytree(jc.VERSIONS / version, tmp_path / 'a')
+    shutil.copytree(jcf.VERSIONS / version, tmp_path / 'a')
     files = [file for file in sorted((tmp_path / 'a').rglob('*config.json'))
              if 'tokenizer' not in str(file)]
     changes = [(file, key, value) for file in [*files, tmp_path / 'a' / 'model_index.json']
@@ -164,7 +165,7 @@ def test_any_wrong_value_is_one_line_that_names_it(version, tmp_path):
         text = file.read_text()
         file.write_text(json.dumps(json.loads(text) | {key: value}))
         try:
-            config = jc.read_config(tmp_path / 'a')
+            config = jcf.read_config(tmp_path / 'a')
             assert config.unet.block_out_channels
         except (ValueError, FileNotFoundError) as error:
             refused += 1
@@ -175,9 +176,9 @@ def test_any_wrong_value_is_one_line_that_names_it(version, tmp_path):
 
 
 def test_networks_that_are_not_made_for_each_other():
-    for version in jc.versions():
-        jc.read_config(version).check_fit()
-    sd15, sd21, xl = map(jc.read_config, ('sd15', 'sd21', 'sdxl'))
+    for version in jcf.versions():
+        jcf.read_config(version).check_fit()
+    sd15, sd21, xl = map(jcf.read_config, ('sd15', 'sd21', 'sdxl'))
     for config, said in (
             (sd15.replace(text_encoder=sd21.text_encoder), 'features of 1024, .*dim=768'),
             (xl.replace(text_encoder=None), 'features of 1280, .*dim=2048'),

@@ -26,7 +26,7 @@ from jaxsd.sampling import plugins, schedule_file
 from jaxsd.weights import Model
 
 # The rooms whose code pictures depend on; a comment or docstring changes nothing.
-ROOMS = ('config.py', 'images', 'models', 'prompt', 'run',
+ROOMS = ('config.py', 'config_files.py', 'images', 'models', 'prompt', 'run',
          'sampling', 'weights')
 
 

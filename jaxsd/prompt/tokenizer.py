@@ -11,7 +11,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import normalizers, pre_tokenizers
 
-from jaxsd.config import VERSIONS
+from jaxsd.config_files import VERSIONS
 from jaxsd.typing import Path
 
 CLIP = VERSIONS / 'clip'  # the vocabulary that all released versions share

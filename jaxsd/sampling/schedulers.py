@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from jaxsd.config import BETAS, ScheduleConfig, read_json, schedule_config
+from jaxsd.config import BETAS, ScheduleConfig
+from jaxsd.config_files import read_json, schedule_config
 from jaxsd.typing import Path
 
 from .choice import flag, number, one_of

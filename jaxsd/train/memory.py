@@ -10,7 +10,8 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsd.config import TEXT_ENCODERS, ModelConfig, read_config, versions
+from jaxsd.config import TEXT_ENCODERS, ModelConfig
+from jaxsd.config_files import read_config, versions
 from jaxsd.models.spec import spec, to_jax
 from jaxsd.train import finetune, loop, methods, optimizers
 from jaxsd.train.config import Settings

@@ -15,12 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxsd.config import (
-    TEXT_ENCODERS,
-    ControlNetConfig,
-    ModelConfig,
-    T2IAdapterConfig,
-)
+from jaxsd.config import TEXT_ENCODERS, ControlNetConfig, ModelConfig, T2IAdapterConfig
 from jaxsd.models import controlnet, spec
 from jaxsd.train.config import AdapterConfig, ControlConfig, EmbeddingConfig, FullConfig
 from jaxsd.typing import Params

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsd.config import KUNetConfig, ModelConfig, read_config
+from jaxsd.config import KUNetConfig, ModelConfig
+from jaxsd.config_files import read_config
 from jaxsd.models import quantized
 from jaxsd.models.spec import from_jax, spec
 from jaxsd.typing import Device, Params, Path

@@ -8,7 +8,6 @@ from collections.abc import Collection
 from jaxsd.config import (
     BETAS,
     TEXT_ENCODERS,
-    VERSIONS,
     Checked,
     ControlNetConfig,
     DepthAnythingConfig,
@@ -20,10 +19,8 @@ from jaxsd.config import (
     TinyVAEConfig,
     VAEConfig,
     VisionConfig,
-    read_config,
-    read_network_config,
-    versions,
 )
+from jaxsd.config_files import VERSIONS, read_config, read_network_config, versions
 from jaxsd.models import clip
 from jaxsd.typing import Path
 

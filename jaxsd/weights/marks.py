@@ -22,9 +22,8 @@ from jaxsd.config import (
     UNetConfig,
     VAEConfig,
     VisionConfig,
-    sampling_defaults,
-    versions,
 )
+from jaxsd.config_files import sampling_defaults, versions
 from jaxsd.weights.files import Reader, printable
 
 ENTRY = 'jaxsd.config'

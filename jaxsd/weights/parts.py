@@ -11,7 +11,6 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from jaxsd.config import (
-    VERSIONS,
     Checked,
     ControlNetConfig,
     DepthAnythingConfig,
@@ -21,9 +20,8 @@ from jaxsd.config import (
     TinyVAEConfig,
     VAEConfig,
     VisionConfig,
-    read_config,
-    read_network_config,
 )
+from jaxsd.config_files import VERSIONS, read_config, read_network_config
 from jaxsd.models import detector, spec, upscaler
 from jaxsd.typing import Device, Path
 from jaxsd.weights import control_loras, hub, names

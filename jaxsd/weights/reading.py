@@ -15,14 +15,13 @@ from jax.typing import DTypeLike
 
 from jaxsd.config import (
     TEXT_ENCODERS,
-    VERSIONS,
     ImageNormalizerConfig,
     ModelConfig,
     ScheduleConfig,
     UNetConfig,
     VisionConfig,
-    read_config,
 )
+from jaxsd.config_files import VERSIONS, read_config
 from jaxsd.models import quantized, unet
 from jaxsd.models.spec import spec, to_jax
 from jaxsd.prompt.tokenizer import Tokenizer

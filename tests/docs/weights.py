@@ -15,8 +15,6 @@ from safetensors.numpy import load_file, safe_open, save_file
 
 import jaxsd
 from jaxsd.config import (
-    K_SCHEDULE,
-    VERSIONS,
     DPTConfig,
     ImageNormalizerConfig,
     KUNetConfig,
@@ -24,6 +22,7 @@ from jaxsd.config import (
     UpscalerConfig,
     VisionConfig,
 )
+from jaxsd.config_files import K_SCHEDULE, VERSIONS
 from jaxsd.models import shapes, spec
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.weights import Network, save_network

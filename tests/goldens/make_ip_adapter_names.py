@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import nn
 
-from jaxsd.config import VERSIONS
+from jaxsd.config_files import VERSIONS
 
 PATH = pathlib.Path(__file__).resolve().parents[1] / 'data' / 'manifests' / 'ip_adapter.json.gz'
 

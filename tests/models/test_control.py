@@ -8,7 +8,8 @@ import pytest
 from conftest import TINY
 from flax import traverse_util
 
-from jaxsd.config import ControlNetConfig, read_config
+from jaxsd.config import ControlNetConfig
+from jaxsd.config_files import read_config
 from jaxsd.models import controlnet, shapes, spec, unet
 
 WIDTHS = (4, 6, 8, 10)

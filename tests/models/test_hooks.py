@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from jaxsd.config import read_config
+from jaxsd.config_files import read_config
 from jaxsd.models import shapes, spec, unet
 from jaxsd.models.layers import attention, attention_received
 

@@ -15,7 +15,7 @@ import transformers
 from test_dpt_parity import TOLERANCE, enliven, error, picture
 from test_models import arrays, close, excite, nchw, shapes_of
 
-from jaxsd import config as jc
+from jaxsd import config_files as jcf
 from jaxsd import sampling
 from jaxsd.models import clip, controlnet, shapes, t2i_adapter, unet, vae
 from jaxsd.models.layers import timestep_embedding
@@ -168,9 +168,9 @@ GENERIC = set(transformers.PretrainedConfig().to_dict()) | {
     'chunk_size_feed_forward', 'is_encoder_decoder', 'architectures', 'output_attentions',
     'transformers_version', '_name_or_path', 'model_type'}
 
-READERS = jc.NETWORKS | {'UNet2DConditionModel': jc._unet,
-                         'CLIPTextConfig': lambda c: jc._text(c, 'CLIPTextModelWithProjection', 0),
-                         'CLIPVisionConfig': jc._vision}
+READERS = jcf.NETWORKS | {'UNet2DConditionModel': jcf._unet,
+                         'CLIPTextConfig': lambda c: jcf._text(c, 'CLIPTextModelWithProjection', 0),
+                         'CLIPVisionConfig': jcf._vision}
 # transformers' classes, and the networks that they describe.
 CLIP = {'CLIPTextConfig': transformers.CLIPTextModelWithProjection,
         'CLIPVisionConfig': transformers.CLIPVisionModelWithProjection}
@@ -350,7 +350,7 @@ CHECKS = {'UNet2DConditionModel': check_unet, 'ControlNetModel': check_controlne
 
 # Schedulers: what a model was trained on is read; how a sampler steps, and which timesteps it
 # takes, is the request's to say, whichever scheduler's file it is.
-SCHEDULERS = [name + 'Scheduler' for name in (*jc.BETAS_OF, *jc.EDM_SCHEDULERS)]
+SCHEDULERS = [name + 'Scheduler' for name in (*jcf.BETAS_OF, *jcf.EDM_SCHEDULERS)]
 TRAINED = {
     'num_train_timesteps': [500], 'beta_start': [0.002], 'beta_end': [0.015],
     'beta_schedule': ['linear', 'scaled_linear', 'squaredcos_cap_v2'],
@@ -401,7 +401,7 @@ def test_other_schedulers_are_refused():
     assert len(others) > 25
     for name in others:
         with pytest.raises(ValueError, match='_class_name=.* is not implemented'):
-            jc.schedule_config({'_class_name': name})
+            jcf.schedule_config({'_class_name': name})
 
 
 @pytest.mark.parametrize('name', filter(real, SCHEDULERS))
@@ -412,13 +412,13 @@ def test_what_a_scheduler_says_of_training(name):
         if key is not None and key not in known:
             continue
         settings = {key: value} if key else {}
-        edm = name.removesuffix('Scheduler') in jc.EDM_SCHEDULERS
+        edm = name.removesuffix('Scheduler') in jcf.EDM_SCHEDULERS
         if edm and value == 'sample':
             with pytest.raises(ValueError, match='sample'):
-                jc.schedule_config({'_class_name': name} | settings)
+                jcf.schedule_config({'_class_name': name} | settings)
             continue
         theirs = cls(**settings)
-        ours = jc.schedule_config({'_class_name': name} | settings)
+        ours = jcf.schedule_config({'_class_name': name} | settings)
         assert ours.prediction_type == theirs.config.prediction_type and ours.edm == edm
         if not edm:
             found = sampling.alphas_cumprod(ours)
@@ -449,13 +449,13 @@ def check_edm(theirs, ours):
 
 @pytest.mark.parametrize('name', filter(real, SCHEDULERS))
 def test_what_a_scheduler_may_not_say(name):
-    edm = name.removesuffix('Scheduler') in jc.EDM_SCHEDULERS
+    edm = name.removesuffix('Scheduler') in jcf.EDM_SCHEDULERS
     for key, values in UNTRAINED.items():
         if key == 'sigma_max' and not edm:  # of Euler and UniPC it is an end of a schedule
             continue
         for value in values if key in scheduler_keys(name) else ():
             with pytest.raises(ValueError) as error:
-                jc.schedule_config({'_class_name': name, key: value})
+                jcf.schedule_config({'_class_name': name, key: value})
             assert '\n' not in str(error.value)
 
 
@@ -525,13 +525,13 @@ def test_every_depth_key_is_decided():
 @pytest.mark.parametrize('changed', each(DPT_REFUSED))
 def test_depth_refused(changed):
     with pytest.raises(ValueError):
-        jc._depth(DPT_BASE | changed)
+        jcf._depth(DPT_BASE | changed)
 
 
 @pytest.mark.parametrize('changed', each(DPT_SAME))
 def test_depth_same(changed):
     settings = DPT_BASE | changed
-    cfg = jc._depth(json.loads(json.dumps(settings)))
+    cfg = jcf._depth(json.loads(json.dumps(settings)))
     module = enliven(transformers.DPTForDepthEstimation(transformers.DPTConfig(**settings)))
     pixels = picture(2, cfg.image_size, cfg.image_size)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from DeepCache import DeepCacheSDHelper
 from parity.test_guidance_parity import arrays, network
 from tomesd.merge import bipartite_soft_matching_random2d
 
-from jaxsd import config as jc
+from jaxsd import config_files as jcf
 from jaxsd.models import unet
 from jaxsd.models.self_attention import Fewer, merging
 
@@ -71,7 +71,7 @@ def test_deepcache(branch):
     helper.set_params(cache_interval=3, cache_branch_id=branch)
     xs = RNG.normal(size=(4, 1, 12, 10, 4)).astype(np.float32)
     context = RNG.normal(size=(1, 7, 32)).astype(np.float32)
-    cfg, params = jc._unet(dict(module.config)), arrays(module)
+    cfg, params = jcf._unet(dict(module.config)), arrays(module)
     shape = unet.deep_features(cfg, branch + 1, 12, 10)
     run = jax.jit(unet.apply, static_argnums=1)
     call = jax.jit(lambda x, t, again, features: unet.apply(

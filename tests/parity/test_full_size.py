@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_models import arrays
 
-from jaxsd.config import VERSIONS, read_config
+from jaxsd.config_files import VERSIONS, read_config
 from jaxsd.models import shapes, spec, unet
 
 pytestmark = pytest.mark.parity

@@ -14,6 +14,7 @@ from pipelines import denoised
 from test_models import arrays, excite, nchw
 
 from jaxsd import config as jc
+from jaxsd import config_files as jcf
 from jaxsd import sampling
 from jaxsd.models import unet
 from jaxsd.prompt.conditioning import Conditioning
@@ -53,7 +54,7 @@ def trajectories(pipeline, guidance, prediction='epsilon', prepare=None, size=SI
         latents=nchw(latent), output_type='latent', prompt_embeds=torch.tensor(context[:, 1]),
         negative_prompt_embeds=torch.tensor(context[:, 0]), **call
     ).images.permute(0, 2, 3, 1).numpy()
-    config = jc.ModelConfig(jc._unet(dict(module.config)), jc.VAEConfig(),
+    config = jc.ModelConfig(jcf._unet(dict(module.config)), jc.VAEConfig(),
                             jc.ScheduleConfig(prediction_type=prediction))
     sigmas = sampling.schedule('simple', STEPS, config.schedule)
     rows = sampling.plan('ddim', sigmas)
@@ -105,7 +106,7 @@ def test_freeu_of_one_evaluation(size):
     context = rng.normal(size=(2, 7, 32)).astype(np.float32)
     t = np.array([3, 801], np.float32)
     ours = jax.jit(unet.apply, static_argnums=1)(
-        arrays(module), jc._unet(dict(module.config)), x, t, context,
+        arrays(module), jcf._unet(dict(module.config)), x, t, context,
         freeu=(1.3, np.array([1.4, 1.4], np.float32), 0.9, 0.2))
     module.enable_freeu(b1=1.3, b2=1.4, s1=0.9, s2=0.2)
     with torch.no_grad():
@@ -148,7 +149,7 @@ def test_deep_shrink(how):
     with torch.no_grad(), mock.patch.object(torch, 'cat', joined):
         theirs = module(nchw(x), torch.tensor(t), torch.tensor(context)).sample
     ours = [np.asarray(jax.jit(unet.apply, static_argnums=1, static_argnames='shrink')(
-        arrays(module), jc._unet(dict(module.config)), x, t, context, shrink=shrink))
+        arrays(module), jcf._unet(dict(module.config)), x, t, context, shrink=shrink))
         for shrink in (how, None)]
     theirs = theirs.permute(0, 2, 3, 1).numpy()
     assert np.abs(ours[0] - theirs).max() <= 1e-5 * max(1, np.abs(theirs).max())

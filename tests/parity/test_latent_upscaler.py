@@ -24,6 +24,7 @@ from test_models import arrays, excite, nchw
 
 import jaxsd
 from jaxsd import config as jc
+from jaxsd import config_files as jcf
 from jaxsd import sampling
 from jaxsd.models import kunet
 
@@ -44,7 +45,7 @@ def module():
 
 
 def test_network(module):
-    cfg, rng = jc._unet(dict(module.config)), np.random.default_rng(0)
+    cfg, rng = jcf._unet(dict(module.config)), np.random.default_rng(0)
     assert {name: tuple(a.shape) for name, a in module.state_dict().items()} == kunet.names(cfg)
     x, context, added = (rng.normal(size=shape).astype(np.float32) for shape in (
         (2, 16, 24, 8), (2, 7, 32), (2, 160)))
@@ -60,7 +61,7 @@ def test_network(module):
 def test_enlarged(tokenizer_folder, tmp_path):
     """From the folder that we write: with guidance, and with the prompt alone."""
     config = tiny('sd1')
-    config = config.replace(schedule=jc.K_SCHEDULE, text_encoder=dataclasses.replace(
+    config = config.replace(schedule=jcf.K_SCHEDULE, text_encoder=dataclasses.replace(
         config.text_encoder, final_norm=False), unet=jc.KUNetConfig(
             block_out_channels=(32, 32, 64, 64), layers_per_block=2, attention_head_dim=16,
             cross_attention_dim=32, time_cond_dim=160))

@@ -11,7 +11,7 @@ import transformers
 from compel import EmbeddingsProvider
 from compel.embeddings_provider import SplitLongTextMode
 
-from jaxsd.config import VERSIONS
+from jaxsd.config_files import VERSIONS
 from jaxsd.prompt import grammar
 from jaxsd.prompt.emphasis import BREAK
 

@@ -9,7 +9,7 @@ from test_models import arrays, close, nchw, shapes_of
 from test_weights import flat, random_model, same
 
 import jaxsd
-from jaxsd.config import NETWORKS
+from jaxsd.config_files import NETWORKS
 from jaxsd.models import shapes, vae
 
 pytestmark = pytest.mark.parity

@@ -12,6 +12,7 @@ from test_models import UNETS, arrays, excite, nchw
 
 import jaxsd
 from jaxsd import config as jc
+from jaxsd import config_files as jcf
 from jaxsd import sampling
 from jaxsd.models.layers import timestep_embedding
 from jaxsd.prompt.conditioning import Conditioning
@@ -51,7 +52,7 @@ def test_trajectory(name, sampler):
     scheduler = scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear',
                           prediction_type=kind, timestep_spacing='trailing', **settings)
     vae = diffusers.AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, sample_size=SIZE)
-    cfg = jc._unet(dict(module.config))
+    cfg = jcf._unet(dict(module.config))
     rng = np.random.default_rng(0)
     latent = rng.normal(size=(2, SIZE, SIZE, 4)).astype(np.float32)
     context = rng.normal(size=(2, 2, 7, cfg.cross_attention_dim)).astype(np.float32)

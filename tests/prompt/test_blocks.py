@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_clip
 
-from jaxsd.config import VERSIONS
+from jaxsd.config_files import VERSIONS
 from jaxsd.prompt import blocks, conditioning, grammar
 from jaxsd.prompt.emphasis import BREAK, Segment
 from jaxsd.prompt.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import write_tokenizer
 
-from jaxsd.config import VERSIONS
+from jaxsd.config_files import VERSIONS
 from jaxsd.prompt.tokenizer import Tokenizer
 
 CAT = [49406, 320, 1125, 539, 320, 2368, 49407]  # "a photo of a cat", in every CLIP

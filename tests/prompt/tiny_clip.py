@@ -6,13 +6,7 @@ import pathlib
 import numpy as np
 from flax import traverse_util
 
-from jaxsd.config import (
-    ModelConfig,
-    ScheduleConfig,
-    TextConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from jaxsd.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from jaxsd.models import shapes, spec
 
 PROMPTS = pathlib.Path(__file__).parents[1] / 'data' / 'prompts.txt'

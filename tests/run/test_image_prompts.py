@@ -12,7 +12,7 @@ from test_generate import _far, compilations, on_devices
 
 import jaxsd
 from jaxsd import Engine, ImagePrompt, Request
-from jaxsd.config import read_config
+from jaxsd.config_files import read_config
 from jaxsd.images import cubic
 from jaxsd.models import unet
 from jaxsd.run import image_prompts

@@ -9,7 +9,8 @@ from test_generate import _far, compilations
 
 import jaxsd
 from jaxsd import Request
-from jaxsd.config import K_SCHEDULE, KUNetConfig
+from jaxsd.config import KUNetConfig
+from jaxsd.config_files import K_SCHEDULE
 from jaxsd.models import spec
 from jaxsd.run.inputs import inputs
 from jaxsd.run.resolving import resolve

@@ -7,7 +7,7 @@ from test_generate import _far
 
 import jaxsd
 from jaxsd import Reference, Request
-from jaxsd.config import read_config
+from jaxsd.config_files import read_config
 from jaxsd.models import unet
 from jaxsd.run import infotext, picture, reference
 from jaxsd.run.inputs import inputs, lengthened, networks

@@ -11,7 +11,8 @@ from test_generate import _far, compilations
 
 import jaxsd
 from jaxsd import Request
-from jaxsd.config import ImageNormalizerConfig, ScheduleConfig, VisionConfig, read_config
+from jaxsd.config import ImageNormalizerConfig, ScheduleConfig, VisionConfig
+from jaxsd.config_files import read_config
 from jaxsd.models import spec
 from jaxsd.run.inputs import inputs
 from jaxsd.run.resolving import resolve

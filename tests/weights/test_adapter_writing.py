@@ -12,7 +12,7 @@ import pytest
 from tiny import random_model
 
 import jaxsd
-from jaxsd.config import read_config
+from jaxsd.config_files import read_config
 from jaxsd.models.spec import spec
 from jaxsd.train import methods
 from jaxsd.weights import Model, adapter_names, adapter_writing

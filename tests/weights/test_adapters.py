@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from tiny import random_model, sparse_file
 
 import jaxsd
-from jaxsd.config import read_config
+from jaxsd.config_files import read_config
 from jaxsd.weights import Model, adapter_names, adapters
 from jaxsd.weights.files import open_tensors
 

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from test_manifests import DATA, FOLDERS, SINGLE
 from tiny import flat, random_params, same, sparse_file, tiny_config
 
-from jaxsd.config import VERSIONS, ControlNetConfig, T2IAdapterConfig, read_network_config
+from jaxsd.config import ControlNetConfig, T2IAdapterConfig
+from jaxsd.config_files import VERSIONS, read_network_config
 from jaxsd.models import quantized, shapes, spec, t2i_adapter
 from jaxsd.weights import Model, Network, load_controlnet, load_t2i_adapter, names, save_network
 from jaxsd.weights.parts import KINDS, _open_file, _open_folder, is_t2i_adapter

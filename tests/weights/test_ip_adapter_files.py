@@ -15,7 +15,8 @@ from tiny import sparse_file
 from tiny_ip_adapters import VISION, adapters, config, encoder, tensors
 
 import jaxsd
-from jaxsd.config import VisionConfig, read_config
+from jaxsd.config import VisionConfig
+from jaxsd.config_files import read_config
 from jaxsd.models import ip_adapter, spec, unet
 from jaxsd.weights.ip_adapters import fits, lora
 from jaxsd.weights.parts import _open_file, _open_folder

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 from tiny import sparse_file
 
-from jaxsd.config import read_config, versions
+from jaxsd.config_files import read_config, versions
 from jaxsd.models.spec import count, spec
 from jaxsd.models.spec import names as names_of
 from jaxsd.weights import names, write_config

@@ -14,7 +14,8 @@ from test_manifests import SINGLE
 from tiny import flat, random_params, same, small_config, sparse_file
 
 import jaxsd
-from jaxsd.config import ScheduleConfig, TinyVAEConfig, read_config, versions
+from jaxsd.config import ScheduleConfig, TinyVAEConfig
+from jaxsd.config_files import read_config, versions
 from jaxsd.models.spec import spec
 from jaxsd.weights import marks, reading
 from jaxsd.weights.files import open_tensors

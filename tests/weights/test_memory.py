@@ -7,7 +7,7 @@ import sys
 import pytest
 from tiny import sparse_file
 
-from jaxsd.config import read_config
+from jaxsd.config_files import read_config
 from jaxsd.models.spec import count, spec
 from jaxsd.weights.names import places
 

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from tiny import flat, random_model, same, sparse_file
 
 import jaxsd
-from jaxsd.config import DPTConfig, TinyVAEConfig, read_config
+from jaxsd.config import DPTConfig, TinyVAEConfig
+from jaxsd.config_files import read_config
 from jaxsd.models.spec import from_jax, names
 from jaxsd.weights import hub, load_depth_estimator, parts
 from jaxsd.weights.names import network_places

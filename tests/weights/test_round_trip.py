@@ -12,7 +12,7 @@ from test_manifests import FILES, SINGLE
 from tiny import flat, random_model, same, tiny_config
 
 import jaxsd
-from jaxsd.config import read_config, versions
+from jaxsd.config_files import read_config, versions
 from jaxsd.models.spec import spec
 from jaxsd.weights.names import places
 

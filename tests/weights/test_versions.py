@@ -6,7 +6,8 @@ import json
 import pytest
 from tiny import tiny_config
 
-from jaxsd.config import VERSIONS, ScheduleConfig, read_config, versions
+from jaxsd.config import ScheduleConfig
+from jaxsd.config_files import VERSIONS, read_config, versions
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.weights import write_config
 

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxsd.config import TEXT_ENCODERS, VERSIONS, DPTConfig, read_config
+from jaxsd.config import TEXT_ENCODERS, DPTConfig
+from jaxsd.config_files import VERSIONS, read_config
 from jaxsd.models.spec import spec, to_jax
 from jaxsd.prompt.tokenizer import Tokenizer
 from jaxsd.weights import Model
