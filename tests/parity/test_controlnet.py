@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_models import UNETS, arrays, close, excite, nchw, shapes_of
 
-from jaxsd.config import ControlNetConfig, _controlnet, _t2i_adapter, _unet
+from jaxsd.config import ControlNetConfig
+from jaxsd.config_files import _controlnet, _t2i_adapter, _unet
 from jaxsd.models import controlnet, shapes, t2i_adapter, unet
 from jaxsd.models.layers import timestep_embedding
 from jaxsd.weights import Network, load_controlnet, load_t2i_adapter, save_network

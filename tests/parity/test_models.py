@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from jaxsd.config import TextConfig, UNetConfig, VAEConfig, _text, _unet, _vae
+from jaxsd.config import TextConfig, UNetConfig, VAEConfig
+from jaxsd.config_files import _text, _unet, _vae
 from jaxsd.models import clip, shapes, spec, unet, vae
 
 pytestmark = pytest.mark.parity

@@ -20,7 +20,7 @@ from pipelines import (
 from test_models import arrays, excite
 
 from jaxsd import Control
-from jaxsd.config import _controlnet
+from jaxsd.config_files import _controlnet
 from jaxsd.models.controlnet import MODES
 from jaxsd.weights import Network
 
