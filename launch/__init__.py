@@ -88,6 +88,18 @@ def join_processes():
     return jax.process_index(), jax.process_count()
 
 
+def read_pictures(paths, out):
+    """The files that a command line names -> [(name without its ending, uint8 [H,W,3])], and the
+    folder `out` for what is made of them, in which their names tell them apart."""
+    stems = [pathlib.Path(path).stem for path in paths]
+    if not paths or len(set(stems)) < len(stems):
+        raise ValueError(f'pictures: expected at least one, of different names; found '
+                         f'{", ".join(paths) or "none"}')
+    from jaxsd import images
+    from jaxsd.run import picture
+    return list(zip(stems, [images.read(path) for path in paths])), picture.check_folder(out)
+
+
 def plain_errors(run):
     """`run` as an absl main: one clear line and exit code 1 for whatever the user can get wrong."""
     def main(argv):

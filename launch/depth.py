@@ -6,11 +6,10 @@ Writes a-depth.png and b-depth.png: 16-bit gray of the pictures' own sizes, near
 """
 
 import functools
-import pathlib
 
 from absl import app, flags
 
-from . import plain_errors
+from . import plain_errors, read_pictures
 
 FLAGS = flags.FLAGS
 
@@ -29,17 +28,11 @@ def main(argv):
 
 def run(paths):
     """Read, estimate, write."""
-    stems = [pathlib.Path(path).stem for path in paths]
-    if not paths or len(set(stems)) < len(stems):
-        raise ValueError(f'pictures: expected at least one, of different names; found '
-                         f'{", ".join(paths) or "none"}')
-    from jaxsd import images  # heavy imports: only once the flags are known to be right
+    pictures, out = read_pictures(paths, FLAGS.out)
     from jaxsd.run import depth, picture
     from jaxsd.weights import load_depth_estimator
-    pictures = [images.read(path) for path in paths]
-    out = picture.check_folder(FLAGS.out)
     network = load_depth_estimator(FLAGS.checkpoint)
-    for stem, image in zip(stems, pictures):
+    for stem, image in pictures:
         path = out / f'{stem}-depth.png'
         picture.write_png(path, depth.gray16(depth.estimate(network, image[None]),
                                              *image.shape[:2])[0])

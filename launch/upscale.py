@@ -6,11 +6,10 @@ Writes photo-upscaled.png and more-upscaled.png. Nothing in a .pth is run.
 """
 
 import functools
-import pathlib
 
 from absl import app, flags
 
-from . import plain_errors
+from . import plain_errors, read_pictures
 
 FLAGS = flags.FLAGS
 
@@ -32,17 +31,11 @@ def main(argv):
 
 def run(paths):
     """Read, enlarge, write."""
-    stems = [pathlib.Path(path).stem for path in paths]
-    if not paths or len(set(stems)) < len(stems):
-        raise ValueError(f'pictures: expected at least one, of different names; found '
-                         f'{", ".join(paths) or "none"}')
-    import jaxsd  # heavy imports: only once the flags are known to be right
-    from jaxsd import images
+    pictures, out = read_pictures(paths, FLAGS.out)
+    import jaxsd
     from jaxsd.run import picture
-    pictures = [images.read(path) for path in paths]
-    out = picture.check_folder(FLAGS.out)
     network = jaxsd.load_upscaler(FLAGS.model, FLAGS.dtype)
-    for stem, image in zip(stems, pictures):
+    for stem, image in pictures:
         path = out / f'{stem}-upscaled.png'
         picture.write_png(path, jaxsd.upscale(network, image, FLAGS.scale, FLAGS.tile))
         print(path)

@@ -207,6 +207,7 @@ def denoiser(params: Params, config: ModelConfig, encoded: Encoded) -> Callable[
                 _network(params, config, encoded, step, which, referred, **kinds), schedule)
 
         every = [1] if guidance.scale is None else [*range(parts), *perturbed, *imageless]
+
         def guided(x, sigma, i, *memory):
             cached = []  # features to take, and in their place those to keep
             if guidance.deepcache is not None:

@@ -1,5 +1,6 @@
 """Models of few steps: the guidance scale as an input, pictures without a second one, and what a
-folder says of how its model is sampled. tests/parity/test_few_steps_parity.py has diffusers' pipelines."""
+folder says of how its model is sampled. tests/parity/test_few_steps_parity.py has diffusers'
+pipelines."""
 
 import dataclasses
 import json
