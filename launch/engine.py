@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from absl import flags
 
-from jaxsd.recipe import complete, files, load
+from jaxsd.recipe import FIELDS, complete, files, load
 
 from . import generate
 
@@ -52,7 +52,9 @@ def build(how, requests=None, devices=None, lone=False):
     from jaxsd.sampling import plugins
     plugins.load_plugins(how.get('plugin', ()))  # in Ray's actors nothing else does
     start = time.perf_counter()
-    recipe = SimpleNamespace(**how)
+    # A run that began before a field was there has its default.
+    recipe = SimpleNamespace(**{name: None if isinstance(default, type) else default
+                                for name, (default, _) in FIELDS.items()} | how)
     strays = how.get('strays', False)
     model, name, dtype = load(recipe, strays=strays)
     if how.get('vae'):
@@ -67,7 +69,7 @@ def build(how, requests=None, devices=None, lone=False):
                             image_encoders=how.get('image_encoder', ()), detectors=detectors)
     tile = how['tile'] or None
     spread = how['weights'] == 'sharded' or how['weights'] == 'auto' and not _fits(model, refiner)
-    if spread and how.get('offload'):
+    if spread and recipe.offload:
         raise ValueError('--weights=sharded spreads all weights over the devices: expected it, or '
                          'where they do not fit on one, without --config.offload')
     engine = Engine(model, refiner, how['slots'], tile, devices, spread, lone=lone)
