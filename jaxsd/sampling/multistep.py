@@ -1,6 +1,6 @@
 """Multistep samplers: one call a step, and the outputs of steps before (Adams and relatives)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from .choice import one_of, unknown
 from .first_order import known
 from .levels import sigma_to_t, t_to_sigma
 from .tables import (
+    DENOISED,
     HISTORY,
     Custom,
     Row,
@@ -394,38 +395,66 @@ def _er_scale(sigma):
 @table
 def sa_solver(sigmas: np.ndarray, predictor_order: int = 3, corrector_order: int = 4,
               tau: float = 1.0, s_tmin: float = 0.5712, s_tmax: float = 5.0924,
-              s_noise: float = 1.0, simple_order_2: bool = False) -> Iterator[Row]:
+              s_noise: float = 1.0, simple_order_2: bool = False,
+              algorithm: str = 'data_prediction', lower_order_final: bool = False,
+              tau_timesteps: Sequence[float] | None = None,
+              config: ScheduleConfig | None = None) -> Iterator[Row]:
     """SA-Solver (https://arxiv.org/abs/2309.05019), one call a step; ComfyUI sample_sa_solver.
 
     tau: stochasticity of the steps that end at s_tmin to s_tmax, 0 elsewhere (there ComfyUI's
     default, 0.2 to 0.8 of Stable Diffusion's timesteps). corrector_order 0 corrects nothing.
-    simple_order_2: diffusers' formula at order 2. y is the step before without its outputs, noise
-    included, so that the corrector makes it again with the newest one.
+    y is the step before without its outputs, noise included, so that the corrector makes it again
+    with the newest one. diffusers SASolverScheduler with simple_order_2: its formula at order 2;
+    algorithm: 'data_prediction' or 'noise_prediction', of which polynomials are made;
+    lower_order_final: orders fall before a last level above 0 too; tau_timesteps: the first and the
+    last timestep where a stochastic step begins, in the place of s_tmin and s_tmax, of the model's
+    config.
     """
     within('predictor_order', predictor_order, 1, HISTORY)
     within('corrector_order', corrector_order, 0, HISTORY)
-    k = 1.0  # 1 + tau^2 of the step before
-    for i, (a, b) in enumerate(pairs(sigmas)):
+    kind = one_of('algorithm', algorithm, ('data_prediction', 'noise_prediction'))
+    how = kind == 'data_prediction', simple_order_2
+    falls = 2 - (sigmas[-1] > 0) if lower_order_final or sigmas[-1] == 0 else -np.inf
+    ks = 1 + tau**2 * _stochastic(sigmas, s_tmin, s_tmax, tau_timesteps, config)
+    for i, ((a, b), k) in enumerate(zip(pairs(sigmas), ks)):
         if b == 0:
             yield row(a, mix(e=[1]))
             continue
-        left = len(sigmas) - 2 - i if sigmas[-1] == 0 else HISTORY
-        past, corrected, n = sigmas[i::-1], mix(x=1), min(corrector_order, i + 1, left + 1)
+        left, past, corrected = len(sigmas) - falls - i, sigmas[i::-1], mix(x=1)
+        n = min(corrector_order, i + 1, left + 3 - falls)
         if i > 0 and n > 0:
-            corrected = mix(y=1, e=_sa(past[:n], past[1], a, k, simple_order_2))
-        k = 1 + tau**2 * (s_tmin <= b <= s_tmax)
-        base = (b / a) ** k * corrected + mix(noise=sde_noise(a, b, k - 1, s_noise))
-        e = _sa(past[:min(predictor_order, left)], a, b, k, simple_order_2)
-        yield row(a, base + mix(e=e), save=base, path=(a, b))
+            corrected = mix(y=1, e=_sa(past[:n], past[1], a, ks[i - 1], *how))
+        noise = sde_noise(a, b, k - 1, 1) if how[0] else np.sqrt((k - 1) * (a**2 - b**2))
+        base = (b / a if how[0] else 1) ** k * corrected + mix(noise=s_noise * noise)
+        e = _sa(past[:min(predictor_order, left)], a, b, k, *how)
+        push = DENOISED if how[0] else slope(a)
+        yield row(a, base + mix(e=e), save=base, push=push, path=(a, b))
 
 
-def _sa(knots, a, b, k, simple):
-    """Weights of the outputs at the knots in a step of SA-Solver from a to b, eqs. 15 and 18."""
-    if simple and len(knots) == 2:
+def _stochastic(sigmas, s_tmin, s_tmax, tau_timesteps, config):
+    """Which steps of SA-Solver have noise -> bool [steps]."""
+    if tau_timesteps is None:
+        return (s_tmin <= sigmas[1:]) & (sigmas[1:] <= s_tmax)
+    try:
+        low, high = map(float, tau_timesteps)
+    except (TypeError, ValueError):
+        raise ValueError(f'tau_timesteps={tau_timesteps!r:.100}: expected the first and the last '
+                         'timestep, such as (200, 800)') from None
+    t = sigma_to_t(sigmas[:-1], known(config))
+    return (low <= t) & (t <= high)
+
+
+def _sa(knots, a, b, k, of_data, simple):
+    """Weights of the outputs at the knots in a step of SA-Solver from a to b, eqs. 15 and 18; or of
+    noises."""
+    if of_data and simple and len(knots) == 2:
         start = np.array([knots[0] == a, knots[1] == a]) * 1.0
         other = k * np.log(a / b) ** 2 / 2 / np.log(a / knots[start == 0])
         return (1 - (b / a) ** k) * start + other * (1 - 2 * start)
-    return _adams(np.log(knots), np.log(a), np.log(b), lambda u: -k * np.exp(k * (np.log(b) - u)))
+
+    def weight(u):  # of log sigma
+        return -k * np.exp(k * (np.log(b) - u)) if of_data else k * np.exp(u)
+    return _adams(np.log(knots), np.log(a), np.log(b), weight)
 
 
 # CFG++ (https://arxiv.org/abs/2406.08070): steps along the unguided slope to the guided picture.

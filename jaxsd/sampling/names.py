@@ -25,11 +25,12 @@ DIFFUSERS = {
     'dpm_2': 'KDPM2Discrete', 'dpm_2_ancestral': 'KDPM2AncestralDiscrete', 'lms': 'LMSDiscrete',
     'ddim': 'DDIM', 'ddpm': 'DDPM', 'dpmpp_2m': 'DPMSolverMultistep', 'unipc': 'UniPCMultistep',
     'dpm_solver_singlestep': 'DPMSolverSinglestep', 'deis': 'DEISMultistep', 'plms': 'PNDM',
-    'sa_solver': 'SASolver', 'lcm': 'LCM', 'tcd': 'TCD',
+    'dpmpp_sde': 'DPMSolverSDE', 'sa_solver': 'SASolver', 'lcm': 'LCM', 'tcd': 'TCD',
 }
 SAMPLER_NAMES = {name.lower(): ours for ours, name in A1111_SAMPLERS.items()} | {
     f'{name.lower()}scheduler': ours for ours, name in DIFFUSERS.items()} | {
     name: name for name in SAMPLERS} | {
+    'edmeulerscheduler': 'euler', 'edmdpmsolvermultistepscheduler': 'dpmpp_2m',
     'dpm++ 2m sde heun': 'dpmpp_2m_sde', 'heunpp2': 'heunpp2', 'er sde': 'er_sde',
     'ddim cfg++': 'euler_cfg_pp', 'uni_pc': 'unipc', 'uni_pc_bh2': 'unipc', 'huen': 'heun'}
 SCHEDULE_NAMES = {name.lower(): ours for ours, name in A1111_SCHEDULES.items()} | {

@@ -25,7 +25,8 @@ class Kind(NamedTuple):
 
     sampler: ours. spacing: its own timestep_spacing. unit: x has unit variance all the way (the
     training convention), so that noise to start from is not x0 + sigma noise, but only noise. over:
-    it leaves out the last of steps + 1 timesteps. whole: its timesteps are whole numbers.
+    it leaves out the last of steps + 1 timesteps. whole: its timesteps are whole numbers. edm: for
+    EDM models, whose levels have two ends and no timesteps.
     """
 
     sampler: str
@@ -33,6 +34,7 @@ class Kind(NamedTuple):
     unit: bool = False
     over: bool = False
     whole: bool = False
+    edm: bool = False
 
 
 _DPM = functools.partial(Kind, unit=True, over=True, whole=True)
@@ -46,9 +48,13 @@ KINDS = {
     'DPMSolverMultistep': _DPM('dpm_solver_multistep'),
     'DPMSolverSinglestep': _DPM('dpm_solver_singlestep'),
     'UniPCMultistep': _DPM('unipc'), 'DEISMultistep': _DPM('deis'),
+    'SASolver': _DPM('sa_solver'), 'DPMSolverSDE': Kind('dpmpp_sde'),
     'LCM': Kind('lcm', unit=True, whole=True), 'TCD': Kind('tcd', unit=True, whole=True),
+    'EDMEuler': Kind('euler', edm=True),
+    'EDMDPMSolverMultistep': Kind('dpm_solver_multistep', edm=True),
 }
 SPACINGS = ('linspace', 'leading', 'trailing')
+ENDS, EDM = ('sigma_min', 'sigma_max'), ('sigma_schedule', 'rho')  # EDM: options of theirs alone
 CURVES: dict[str, Callable[..., np.ndarray]] = {
     'use_karras_sigmas': karras, 'use_lu_lambdas': exponential,
     'use_exponential_sigmas': exponential,
@@ -58,7 +64,8 @@ CURVES: dict[str, Callable[..., np.ndarray]] = {
 FIXED = {'thresholding': (False,), 'use_flow_sigmas': (False,), 'timestep_type': ('discrete',),
          'lower_order_final': (True,), 'euler_at_final': (False,), 'predict_x0': (True,),
          'disable_corrector': ([],), 'solver_p': (None,), 'interpolation_type': ('linear',),
-         'use_dynamic_shifting': (False,), 'shift_terminal': (None,)}
+         'use_dynamic_shifting': (False,), 'shift_terminal': (None,), 'tau_func': (None,),
+         'noise_sampler_seed': (None,)}
 IGNORED = [('DPMSolverSinglestep', 'lower_order_final')]
 
 
@@ -80,12 +87,14 @@ def diffusers(steps: int, config: ScheduleConfig, scheduler: str = 'DPMSolverMul
               use_beta_sigmas: bool = False, use_lu_lambdas: bool = False,
               final_sigmas_type: str = 'zero', set_alpha_to_one: bool | None = None,
               lambda_min_clipped: float = -np.inf, original_inference_steps: int = 50,
-              sigma_min: float | None = None, sigma_max: float | None = None) -> np.ndarray:
+              sigma_min: float | None = None, sigma_max: float | None = None,
+              sigma_schedule: str = 'karras', rho: float = 7.0) -> np.ndarray:
     """The noise levels of a scheduler of diffusers, the last one with them -> [steps + 1].
 
     scheduler: its class, such as 'DDIM' or 'DDIMScheduler'; the others as in a
-    scheduler_config.json. The model is called at the scheduler's timesteps, which are whole where
-    diffusers rounds them.
+    scheduler_config.json, the last two of EDM's classes alone, whose sigma_min and sigma_max are
+    the model's where they are None. The model is called at the scheduler's timesteps, which are
+    whole where diffusers rounds them.
     """
     return spaced(**locals()).sigmas
 
@@ -96,17 +105,42 @@ def from_file(path: Path, steps: int, config: ScheduleConfig) -> np.ndarray:
 
 
 def spaced(steps: int, config: ScheduleConfig, scheduler: str = 'DPMSolverMultistep',
-           timestep_spacing: str | None = None, steps_offset: int = 0,
-           final_sigmas_type: str = 'zero', set_alpha_to_one: bool | None = None,
-           lambda_min_clipped: float = -np.inf, original_inference_steps: int = 50,
-           sigma_min: float | None = None, sigma_max: float | None = None,
-           **curves: bool) -> Spaced:
-    """Arguments of `diffusers` -> Spaced. Raises ValueError for what diffusers cannot do either."""
+           **options: Any) -> Spaced:
+    """Arguments of `diffusers` -> Spaced. Raises ValueError for what diffusers cannot do either,
+    and for options of other schedulers."""
     name = _class(scheduler)
     kind = KINDS[name]
-    if config.edm:
-        raise ValueError("schedule 'diffusers': an EDM model has no timesteps to space; expected "
-                         "schedule='karras'")
+    if config.edm != kind.edm:
+        fit = [other for other, its in KINDS.items() if its.edm == config.edm]
+        this = 'an EDM model, without betas' if config.edm else 'a model with betas, not of EDM'
+        raise ValueError(f"schedule 'diffusers': this is {this}: expected the scheduler "
+                         f'{" or ".join(fit) if config.edm else ", ".join(fit)}, found {name}')
+    given = {key: value for key, value in options.items() if value != _defaults()[key]}
+    own = ('final_sigmas_type', *ENDS, *EDM)
+    if others := [key for key in given if (key not in own if kind.edm else key in EDM)]:
+        raise ValueError(f'{name}Scheduler has no option {", ".join(others)}')
+    return (_by_levels if kind.edm else _by_timesteps)(name, kind, steps, config, **given)
+
+
+def _by_levels(name, kind, steps, config, final_sigmas_type='zero', sigma_min=None, sigma_max=None,
+               sigma_schedule='karras', rho=7.0):
+    """Of an EDM model: `_compute_karras_sigmas` and `_compute_exponential_sigmas`."""
+    low = config.sigma_min if sigma_min is None else sigma_min
+    high = config.sigma_max if sigma_max is None else sigma_max
+    one_of('final_sigmas_type', final_sigmas_type, ('zero', 'sigma_min'))
+    if one_of('sigma_schedule', sigma_schedule, ('karras', 'exponential')) == 'karras':
+        sigmas = karras(steps, config, low, high, number('rho', rho))
+    else:  # it has them from below, so that the only level of one step is the lowest
+        sigmas = exponential(steps, config, low, low if steps == 1 else high)
+    least = sigmas[-1] if name == 'EDMEuler' else low
+    sigmas = _closed(sigmas, least if final_sigmas_type == 'sigma_min' else 0.0)
+    return Spaced(sigmas, np.log(sigmas[:-1]) / 4, np.hypot(high, 1), kind.unit)
+
+
+def _by_timesteps(name, kind, steps, config, timestep_spacing=None, steps_offset=0,
+                  final_sigmas_type='zero', set_alpha_to_one=None, lambda_min_clipped=-np.inf,
+                  original_inference_steps=50, sigma_min=None, sigma_max=None, **curves):
+    """Of a model with betas."""
     spacing = one_of('timestep_spacing', kind.spacing if timestep_spacing is None else
                      timestep_spacing, SPACINGS)
     curve = [key for key, on in curves.items() if flag(key, on)]
@@ -121,7 +155,7 @@ def spaced(steps: int, config: ScheduleConfig, scheduler: str = 'DPMSolverMultis
                          f'{name}Scheduler without one of {", ".join(CURVES)}')
     table, total = float32_sigmas(config), config.num_train_timesteps
     last = total
-    if name.startswith('DPMSolver'):
+    if name in ('DPMSolverMultistep', 'DPMSolverSinglestep', 'SASolver'):
         last -= int((-np.log(table) < number('lambda_min_clipped', lambda_min_clipped)).sum())
     if name in ('LCM', 'TCD'):
         t = _distilled(steps, total, original_inference_steps)
@@ -145,10 +179,22 @@ def spaced(steps: int, config: ScheduleConfig, scheduler: str = 'DPMSolverMultis
         t = _called(name, kind, curve[0], _sigma_to_t(sigmas, table), config)
     final = _final(name, final_sigmas_type, set_alpha_to_one, table[0], sigmas[-1], bool(curve))
     wide = kind.unit or spacing == 'leading'
-    sigmas = np.append(sigmas, final).astype(np.float32).astype(np.float64)
-    if sigmas[-1] == sigmas[-2]:  # a last call that changes nothing, which counts for the orders
-        sigmas[-1] *= 1 - 1e-7
+    sigmas = _closed(sigmas, final)
     return Spaced(sigmas, t, np.hypot(sigmas[0], 1) if wide else sigmas[0], kind.unit)
+
+
+def _closed(sigmas, final):
+    """Levels and the one at which they end, of float32."""
+    sigmas = np.append(sigmas, final).astype(np.float32).astype(np.float64)
+    if sigmas[-1] >= sigmas[-2]:  # a last call that changes nothing, which counts for the orders
+        sigmas[-1] = sigmas[-2] * (1 - 1e-7)
+    return sigmas
+
+
+@functools.cache
+def _defaults():
+    """{option of `diffusers`: its default}."""
+    return {name: found.default for name, found in inspect.signature(diffusers).parameters.items()}
 
 
 @functools.lru_cache(maxsize=16)
@@ -218,6 +264,8 @@ def _final(name, kind, set_alpha_to_one, least, last, curve):
         return 0.0 if one else least
     if name == 'DEISMultistep':
         return last if curve else least
+    if name == 'SASolver':
+        return last if curve else least
     if name == 'TCD' or kind == 'sigma_min' and name == 'UniPCMultistep' and not curve:
         return least
     if kind == 'sigma_min' and name == 'UniPCMultistep':
@@ -234,14 +282,16 @@ def _class(name):
 def read_scheduler(path: Path, config: ScheduleConfig | None = None) -> dict[str, Any]:
     """The settings in a scheduler_config.json, given as the file, its folder or a model's.
 
-    Raises ValueError if it cannot be read, and where its betas are not those of `config`.
+    Raises ValueError if it cannot be read, and where its betas, or sigma_data of an EDM model, are
+    not those of `config`.
     """
     file = scheduler_file(path)
     settings = read_json(file, dict)
     trained = read_json(file, schedule_config)
-    for field in ('num_train_timesteps', *BETAS):
-        ours, theirs = getattr(config or trained, field), getattr(trained, field)
-        if ours != theirs:
+    config = config or trained
+    for field in ('sigma_data',) if trained.edm else ('num_train_timesteps', *BETAS):
+        ours, theirs = getattr(config, field), getattr(trained, field)
+        if ours != theirs and config.edm == trained.edm:  # `spaced` names models of another kind
             raise ValueError(f'{file}: is for {field}={theirs!r:.80}, and this model has '
                              f'{ours!r:.80}; use a scheduler made for this model')
     return settings
@@ -258,10 +308,15 @@ def scheduler_file(path: Path) -> pathlib.Path:
 
 def level_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler_config.json's settings -> options of the schedule 'diffusers'."""
-    known = list(inspect.signature(diffusers).parameters)[3:]
-    if not any(settings.get(name) for name in CURVES):
-        known = [name for name in known if name not in ('sigma_min', 'sigma_max')]
-    return {'scheduler': _class(settings.get('_class_name'))} | {
+    name = _class(settings.get('_class_name'))
+    known = [key for key in _defaults() if key not in ('steps', 'config', 'scheduler')]
+    if KINDS[name].edm:  # with the defaults of its class, whatever the model has
+        known, settings = ['final_sigmas_type', *ENDS, *EDM], {
+            'sigma_min': 0.002, 'sigma_max': 80.0, **settings}
+    else:
+        curved = any(settings.get(curve) for curve in CURVES)
+        known = [key for key in known if key not in (EDM if curved else (*EDM, *ENDS))]
+    return {'scheduler': name} | {
         key: settings[key] for key in known if settings.get(key) is not None}
 
 
@@ -281,6 +336,9 @@ def sampler_of(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return 'pndm', {'ratio': True}
     order = {'order': get('solver_order', 2)}
     algorithm = {'algorithm': get('algorithm_type', 'dpmsolver++')}
+    # Of whole timesteps, 200 to 800: rounded, and truncated from these curves.
+    cut = get('use_exponential_sigmas') or get('use_beta_sigmas')
+    noisy = (200.0, 801.0) if cut else (199.5, 800.5)
     spacing = get('timestep_spacing', KINDS[name].spacing)
     options: dict[str, dict[str, Any]] = {
         'ddim': {} if spacing == 'leading' else {'ratio': True},
@@ -289,6 +347,10 @@ def sampler_of(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         'dpm_solver_multistep': {**order, **algorithm,
                                  'solver_type': get('solver_type', 'midpoint')},
         'dpm_solver_singlestep': {**order, **algorithm},
+        'sa_solver': {
+            'predictor_order': get('predictor_order', 2), 'simple_order_2': True,
+            'corrector_order': get('corrector_order', 2), 'lower_order_final': True,
+            'algorithm': get('algorithm_type', 'data_prediction'), 'tau_timesteps': noisy},
         'unipc': {**order, 'variant': get('solver_type', 'bh2')}, 'deis': order}
     return found, options.get(found, {})
 

@@ -120,8 +120,8 @@ def test_what_suits_a_model(tiny_model):
     request, = resolve([Request(**TEXTS)], snr)
     assert request.schedule_options['timestep_spacing'] == 'trailing'
     assert request.steps == 25 and resolve([request], snr)[0].sampler == 'ddim'
-    with pytest.warns(UserWarning, match="left out: unknown scheduler of diffusers 'SASolver'"):
-        assert suited(config.replace(defaults={'scheduler': trailing('SASolver')})) == [
+    with pytest.warns(UserWarning, match="left out: unknown scheduler of diffusers 'DDIMInverse'"):
+        assert suited(config.replace(defaults={'scheduler': trailing('DDIMInverse')})) == [
             'dpmpp_2m', 'karras', 25, 7.0]
     with pytest.raises(ValueError, match="unknown sampler in _jaxsd, the defaults .* 'eular'"):
         suit({}, config.replace(defaults={'sampler': 'eular'}))

@@ -338,6 +338,9 @@ def test_constant_slope_is_followed_exactly(name, options):
     ('sa_solver', {'predictor_order': 5}, 'predictor_order=5'),
     ('sa_solver', {'corrector_order': -1}, 'corrector_order=-1: expected .* from 0 to 4'),
     ('sa_solver', {'tau': -1}, 'tau=-1: expected a finite number, 0 or greater'),
+    ('sa_solver', {'tau_timesteps': 5}, 'tau_timesteps=5: expected the first and the last'),
+    ('sa_solver', {'tau_timesteps': [200, 800]}, 'config=None: expected the ScheduleConfig'),
+    ('sa_solver', {'algorithm': 'data'}, "did you mean 'data_prediction'"),
     ('res_multistep_ancestral', {'eta': np.inf}, 'eta=inf'),
     ('plms', {'order': 2}, "no option 'order'; it takes: none"),
 ])
