@@ -35,7 +35,8 @@ def test_samplers(name):
             rows = made(lambda **o: sampling.plan(name, SIGMAS, config=CONFIG, **o), option, value)
             assert rows is None or name == 'dpm_adaptive' or all(
                 np.isfinite(field).all() for field in jax.tree.leaves(rows)), (option, value)
-            taken = rows is not None and (option, value) != ('restart_list', {})
+            meant = (option, value) in (('restart_list', {}), ('tau_timesteps', [1, 2]))
+            taken = rows is not None and not meant
             assert not (taken and isinstance(value, str | list | dict)), (option, value)
 
 
