@@ -41,13 +41,15 @@ def lms(sigmas: np.ndarray, order: int = 4) -> Iterator[Row]:
 
 
 @table
-def deis(sigmas: np.ndarray, order: int = 3) -> Iterator[Row]:
+def deis(sigmas: np.ndarray, order: int = 3, lower_order_final: bool = True) -> Iterator[Row]:
     """DEIS (https://arxiv.org/abs/2204.13902), the noise a polynomial in log sigma, orders 1 to 3.
 
-    diffusers DEISMultistepScheduler, which lowers the order at the end of fewer than 15 steps.
+    diffusers DEISMultistepScheduler, which lowers the order at the end of fewer than 15 steps with
+    lower_order_final.
     """
     within('order', order, 1, 3)
-    for i, ((a, b), n) in enumerate(zip(pairs(sigmas), _falling(order, len(sigmas) - 1))):
+    orders = _falling(order, len(sigmas) - 1, lower_order_final)
+    for i, ((a, b), n) in enumerate(zip(pairs(sigmas), orders)):
         if b == 0:
             yield row(a, mix(e=[1]))
             continue
@@ -64,9 +66,10 @@ def _adams(knots, start, end, weight=np.ones_like):
                      for knot, other in zip(knots, others)])
 
 
-def _falling(order, steps):
+def _falling(order, steps, lower_order_final=True):
     """The order of every step, falling to 1 at the end of fewer than 15 steps: diffusers."""
-    return np.minimum(order, np.arange(steps, 0, -1)) if steps < 15 else [order] * steps
+    orders, left = np.full(steps, int(order)), np.arange(steps, 0, -1)
+    return np.minimum(orders, left) if lower_order_final and steps < 15 else orders
 
 
 @table
@@ -219,13 +222,15 @@ def dpmpp_3m_sde(sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0) -> 
 
 @table
 def dpm_solver_multistep(sigmas: np.ndarray, order: int = 2, algorithm: str = 'dpmsolver++',
-                         solver_type: str = 'midpoint') -> Iterator[Row]:
+                         solver_type: str = 'midpoint', lower_order_final: bool = True,
+                         euler_at_final: bool = False) -> Iterator[Row]:
     """Multistep DPM-Solver ('dpmsolver', on the noise) or DPM-Solver++ (on the picture), or with
     'sde-' before it for the SDE, up to order 2.
 
     Orders 1 to 3; solver_type 'midpoint' or 'heun' says how steps of order 2 are made.
     diffusers DPMSolverMultistepScheduler (algorithm_type), which lowers the order at the end of
-    fewer than 15 steps. https://arxiv.org/abs/2206.00927, https://arxiv.org/abs/2211.01095
+    fewer than 15 steps with lower_order_final, and that of the last step with euler_at_final.
+    https://arxiv.org/abs/2206.00927, https://arxiv.org/abs/2211.01095
     """
     within('order', order, 1, 3)
     one_of('algorithm', algorithm, (
@@ -233,7 +238,8 @@ def dpm_solver_multistep(sigmas: np.ndarray, order: int = 2, algorithm: str = 'd
     sde = algorithm.startswith('sde-')
     if sde:
         within(f'order of {algorithm}', order, 1, 2)
-    orders = _falling(order, len(sigmas) - 1)
+    orders = _falling(order, len(sigmas) - 1, lower_order_final)
+    orders[-1] = 1 if euler_at_final else orders[-1]
     yield from _dpm_steps(sigmas, orders, solver_type, float(sde),
                           predict_noise=not algorithm.endswith('++'))
 

@@ -60,13 +60,15 @@ CURVES: dict[str, Callable[..., np.ndarray]] = {
     'use_exponential_sigmas': exponential,
     'use_beta_sigmas': functools.partial(beta, space='sigma')}
 # Settings of a scheduler_config.json that change its steps, and the values that are implemented;
-# the first is diffusers' default. IGNORED: where the class sets it itself.
+# the first is diffusers' default. TAKEN: where it is an option of the sampler.
 FIXED = {'thresholding': (False,), 'use_flow_sigmas': (False,), 'timestep_type': ('discrete',),
          'lower_order_final': (True,), 'euler_at_final': (False,), 'predict_x0': (True,),
          'disable_corrector': ([],), 'solver_p': (None,), 'interpolation_type': ('linear',),
          'use_dynamic_shifting': (False,), 'shift_terminal': (None,), 'tau_func': (None,),
          'noise_sampler_seed': (None,)}
-IGNORED = [('DPMSolverSinglestep', 'lower_order_final')]
+TAKEN = {'lower_order_final': ('DPMSolverMultistep', 'DEISMultistep', 'EDMDPMSolverMultistep',
+                               'SASolver', 'DPMSolverSinglestep'),  # which sets it itself
+         'euler_at_final': ('DPMSolverMultistep', 'EDMDPMSolverMultistep')}
 
 
 class Spaced(NamedTuple):
@@ -276,6 +278,8 @@ def _final(name, kind, set_alpha_to_one, least, last, curve):
 
 def _class(name):
     name = str(name).removesuffix('Scheduler')
+    if name in ('DDIMParallel', 'DDPMParallel'):  # the same, of which many steps may be one batch
+        name = name.removesuffix('Parallel')
     return one_of('scheduler of diffusers', name, KINDS)
 
 
@@ -326,7 +330,7 @@ def sampler_of(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     name = _class(settings.get('_class_name'))
     found, get = KINDS[name].sampler, settings.get
     for key, values in FIXED.items():
-        if (value := get(key, values[0])) not in values and (name, key) not in IGNORED:
+        if (value := get(key, values[0])) not in values and name not in TAKEN.get(key, ()):
             raise ValueError(f'{key}={value!r:.80} of a {name}Scheduler is not implemented; '
                              f'expected {values[0]!r}')
     if get('clip_sample', name in ('DDIM', 'DDPM')):
@@ -334,6 +338,8 @@ def sampler_of(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
                          'false, as latents have no limits')
     if name == 'PNDM' and not get('skip_prk_steps', False):
         return 'pndm', {'ratio': True}
+    ends = {key: settings[key] for key, names in TAKEN.items()
+            if name in names and get(key, FIXED[key][0]) not in FIXED[key]}
     order = {'order': get('solver_order', 2)}
     algorithm = {'algorithm': get('algorithm_type', 'dpmsolver++')}
     # Of whole timesteps, 200 to 800: rounded, and truncated from these curves.
@@ -345,13 +351,14 @@ def sampler_of(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         'ddpm': {'variance': get('variance_type') or 'fixed_small'},
         'lcm': {'timestep_scaling': get('timestep_scaling', 10.0)},
         'dpm_solver_multistep': {**order, **algorithm,
-                                 'solver_type': get('solver_type', 'midpoint')},
+                                 'solver_type': get('solver_type', 'midpoint'), **ends},
         'dpm_solver_singlestep': {**order, **algorithm},
         'sa_solver': {
             'predictor_order': get('predictor_order', 2), 'simple_order_2': True,
-            'corrector_order': get('corrector_order', 2), 'lower_order_final': True,
+            'corrector_order': get('corrector_order', 2),
+            'lower_order_final': get('lower_order_final', True),
             'algorithm': get('algorithm_type', 'data_prediction'), 'tau_timesteps': noisy},
-        'unipc': {**order, 'variant': get('solver_type', 'bh2')}, 'deis': order}
+        'unipc': {**order, 'variant': get('solver_type', 'bh2')}, 'deis': {**order, **ends}}
     return found, options.get(found, {})
 
 

@@ -27,6 +27,7 @@ OFFSET = {'timestep_spacing': 'leading', 'steps_offset': 1}
 MIN = {'final_sigmas_type': 'sigma_min'}
 EXPONENTIAL = {'sigma_schedule': 'exponential'}
 COSXL = {'prediction_type': 'v_prediction', 'sigma_data': 1.0, 'sigma_max': 120.0}
+HIGH, EULER = {'solver_order': 3, 'lower_order_final': False}, {'euler_at_final': True}
 DATA, NOISE = 'data_prediction', 'noise_prediction'
 CURVES = [{f'use_{name}_sigmas': True} for name in ('karras', 'exponential', 'beta')]
 FAMILIES = ('EulerDiscrete', 'EulerAncestralDiscrete', 'HeunDiscrete', 'LMSDiscrete',
@@ -64,7 +65,13 @@ CASES = [
     ('PNDM', {'skip_prk_steps': True, 'set_alpha_to_one': True}),
     *(('PNDM', more) for more in ({}, OFFSET)),  # with its Runge-Kutta steps
     ('LCM', NONE), ('LCM', {**NONE, 'original_inference_steps': 100, 'timestep_scaling': 5.0}),
-    ('TCD', NONE), ('SASolver', {'lambda_min_clipped': -2.0}),
+    ('TCD', NONE), ('DDIMParallel', {**NONE, **OFFSET}), ('DDPMParallel', NONE),
+    *((name, {**HIGH, **more}) for name in ('DPMSolverMultistep', 'DEISMultistep')
+      for more in ({}, CURVES[0])),
+    ('DPMSolverMultistep', {**MIN, **EULER, 'solver_type': 'heun'}),
+    ('DPMSolverMultistep', {**MIN, **EULER, **HIGH}),
+    ('SASolver', {'lower_order_final': False, 'predictor_order': 3}),
+    ('SASolver', {'lambda_min_clipped': -2.0}),
     *(('SASolver', {'predictor_order': p, 'corrector_order': c, 'algorithm_type': kind})
       for p, c, kind in ((1, 1, DATA), (1, 2, DATA), (3, 4, DATA), (4, 3, DATA), (1, 1, NOISE),
                          (2, 2, NOISE), (3, 4, NOISE), (4, 3, NOISE))),
@@ -73,6 +80,7 @@ EDM = [
     *(('EDMEuler', more) for more in ({}, COSXL, {'rho': 5.0}, EXPONENTIAL, MIN)),
     *(('EDMDPMSolverMultistep', {**more, **kind}) for more in ({}, EXPONENTIAL) for kind in (
         {}, MIN, {'solver_order': 1}, {'solver_order': 3}, {'solver_type': 'heun'})),
+    ('EDMDPMSolverMultistep', HIGH), ('EDMDPMSolverMultistep', {**MIN, **EULER, **HIGH}),
     *(('EDMDPMSolverMultistep', {'algorithm_type': 'sde-dpmsolver++', 'solver_type': kind})
       for kind in ('midpoint', 'heun')),
 ]

@@ -48,9 +48,10 @@ def test_a_file_is_for_the_models_sigma_data(tmp_path):
 
 @pytest.mark.parametrize('name, settings, match', [
     ('SASolver', {'tau_func': 'lambda t: 1'}, "tau_func='lambda t: 1' of a SASolverScheduler is"),
-    ('SASolver', {'lower_order_final': False}, 'lower_order_final=False .* expected True'),
+    ('UniPCMultistep', {'lower_order_final': False}, 'lower_order_final=False .* expected True'),
     ('DPMSolverSDE', {'noise_sampler_seed': 0}, 'noise_sampler_seed=0 .* expected None'),
-    ('EDMDPMSolverMultistep', {'euler_at_final': True}, 'euler_at_final=True')])
+    ('EDMDPMSolverMultistep', {'thresholding': True}, 'thresholding=True .* expected False'),
+    ('EulerDiscrete', {'euler_at_final': True}, 'euler_at_final=True .* expected False')])
 def test_settings_that_are_not_implemented(name, settings, match):
     with pytest.raises(ValueError, match=match):
         schedulers.sampler_of({'_class_name': name, **settings})
