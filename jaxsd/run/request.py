@@ -390,7 +390,7 @@ class Request:
         check_number('mask_blur', self.mask_blur, 0, MAX_BLUR)
         if isinstance(self.tiling, bool):
             object.__setattr__(self, 'tiling', 'xy' * self.tiling)
-        if self.tiling:
+        if self.tiling != '':
             one_of('tiling', self.tiling, TILINGS)
         one_of('resize', self.resize, RESIZE)
         one_of('mask_mode', self.mask_mode, MASK_MODES)
