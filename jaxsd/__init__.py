@@ -17,16 +17,18 @@ __version__ = '0.1.0'
 __all__ = ['Adapter', 'Control', 'Embedding', 'Engine', 'Hires', 'IPAdapter', 'ImagePrompt',
            'Model', 'ModelConfig', 'Network', 'Preview', 'Reference', 'Region', 'Request',
            'detect', 'generate', 'guidance', 'load', 'load_adapter', 'load_controlnet',
-           'load_depth_estimator', 'load_detector', 'load_embedding', 'load_image_encoder',
-           'load_ip_adapter', 'load_plugin', 'load_t2i_adapter', 'load_upscaler', 'load_vae',
-           'merge', 'merge_models', 'read_config', 'sampler', 'save', 'save_adapter',
-           'save_embedding', 'save_network', 'schedule', 'upscale', 'versions']
+           'load_depth_estimator', 'load_detector', 'load_embedding', 'load_face_restorer',
+           'load_image_encoder', 'load_ip_adapter', 'load_plugin', 'load_t2i_adapter',
+           'load_upscaler', 'load_vae', 'merge', 'merge_models', 'read_config', 'restore_faces',
+           'sampler', 'save', 'save_adapter', 'save_embedding', 'save_network', 'schedule',
+           'upscale', 'versions']
 
 if TYPE_CHECKING:
     from jaxsd.config import ModelConfig
     from jaxsd.config_files import read_config, versions
     from jaxsd.run import Control, Engine, Hires, ImagePrompt, Reference, Region, Request
     from jaxsd.run.detectors import detect
+    from jaxsd.run.faces import restore_faces
     from jaxsd.run.generate import Preview, generate
     from jaxsd.run.upscale import upscale
     from jaxsd.sampling.plugins import guidance, load_plugin, sampler, schedule
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         load_depth_estimator,
         load_detector,
         load_embedding,
+        load_face_restorer,
         load_image_encoder,
         load_ip_adapter,
         load_t2i_adapter,

@@ -323,6 +323,24 @@ class UpscalerConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class FaceRestorerConfig(Checked):
+    """GFPGAN, see models/face_restorer.py. channels: of its U-Net at 4, 8, 16 ... pixels; the
+    generator has twice as many. style: numbers of a layer's style."""
+
+    channels: tuple = ranged((256, 256, 256, 256, 256, 128, 64, 32), 1, WIDTH)
+    style: int = ranged(512, 1, WIDTH)
+
+    def check(self) -> None:
+        if not 2 <= len(self.channels) <= 9:
+            raise ValueError(f'channels: expected 2 to 9 numbers, found {len(self.channels)}')
+
+    @property
+    def size(self) -> int:
+        """Pixels along the sides of a face."""
+        return 2 ** (len(self.channels) + 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class DetectorConfig(Checked):
     """A network that finds what a ControlNet is to follow in a picture, see models/detector.py.
 

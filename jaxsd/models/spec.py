@@ -14,7 +14,16 @@ from jax.typing import DTypeLike
 
 from jaxsd import config as c
 from jaxsd.config import TEXT_ENCODERS, ModelConfig
-from jaxsd.models import detector, dpt, ip_adapter, kunet, shapes, t2i_adapter, upscaler
+from jaxsd.models import (
+    detector,
+    dpt,
+    face_restorer,
+    ip_adapter,
+    kunet,
+    shapes,
+    t2i_adapter,
+    upscaler,
+)
 from jaxsd.typing import Params, Shapes
 
 NAMES: dict[type, Callable[..., Shapes]] = {
@@ -24,7 +33,7 @@ NAMES: dict[type, Callable[..., Shapes]] = {
     c.T2IAdapterConfig: t2i_adapter.names, c.UpscalerConfig: upscaler.names,
     c.VisionConfig: shapes.vision, c.ImageNormalizerConfig: shapes.image_normalizer,
     c.IPAdapterConfig: ip_adapter.names, c.DetectorConfig: detector.names,
-    c.DepthAnythingConfig: dpt.depth_anything_names}
+    c.DepthAnythingConfig: dpt.depth_anything_names, c.FaceRestorerConfig: face_restorer.names}
 
 
 def spec(config: ModelConfig) -> dict[str, Shapes]:

@@ -2,6 +2,7 @@
 
 from jaxsd.run.detectors import detect
 from jaxsd.run.engine import Engine
+from jaxsd.run.faces import restore_faces
 from jaxsd.run.generate import Preview, generate
 from jaxsd.run.inputs import Inputs, inputs, lengthened, networks
 from jaxsd.run.pipeline import (
@@ -23,4 +24,4 @@ from jaxsd.run.upscale import upscale
 __all__ = ['Control', 'Encoded', 'Engine', 'Hires', 'ImagePrompt', 'Inputs', 'Preview',
            'Reference', 'Region', 'Request', 'advance', 'decode', 'denoiser', 'detect', 'encode',
            'encode_image', 'encode_text', 'generate', 'inputs', 'latents', 'lengthened', 'networks',
-           'pipeline', 'resolve', 'start', 'upscale']
+           'pipeline', 'resolve', 'restore_faces', 'start', 'upscale']

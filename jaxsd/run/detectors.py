@@ -11,6 +11,7 @@ from jaxsd import images
 from jaxsd.config import DepthAnythingConfig, DetectorConfig, DPTConfig
 from jaxsd.images import openpose
 from jaxsd.images.opencv import opencv
+from jaxsd.images.pose import Person
 from jaxsd.images.preprocess import check_option
 from jaxsd.images.reading import Picture
 from jaxsd.models import detector
@@ -48,7 +49,7 @@ def detect(kind: str, image: ImageLike, networks: Networks, **options: Any) -> P
     TypeError for options that the kind has not.
     """
     one_of('detector', kind, DETECTORS)
-    return DETECTORS[kind].find(_chosen(kind, networks), images.read(image), **options)
+    return DETECTORS[kind].find(chosen(kind, networks), images.read(image), **options)
 
 
 def hint(kind: str, source: Any, width: int | None = None, height: int | None = None,
@@ -59,7 +60,7 @@ def hint(kind: str, source: Any, width: int | None = None, height: int | None = 
         if kind not in (*images.PREPROCESSORS, 'pose'):
             one_of('preprocessor', kind, [*images.PREPROCESSORS, 'pose', *DETECTORS])
         return images.hint(kind, source, width, height, **options)
-    _chosen(kind, networks)  # before anything is read
+    chosen(kind, networks)  # before anything is read
     image = images.read(source)
     if width and height:
         image = images.fit(image, width, height)
@@ -72,8 +73,9 @@ def possible(networks: Networks) -> list[str]:
     return [kind for kind, one in DETECTORS.items() if all(name in there for name in one.networks)]
 
 
-def _chosen(kind, networks):
-    """{what it finds: Network} of those that a kind needs."""
+def chosen(kind: str, networks: Networks) -> dict[str, Network]:
+    """{what it finds: Network} of those that a kind in DETECTORS needs. Raises ValueError where one
+    is missing."""
     there = _by_what_they_find(networks)
     missing = [name for name in DETECTORS[kind].networks if name not in there]
     if missing:
@@ -117,14 +119,24 @@ def _seen(net, image):
                  :columns * found.shape[1] // padded.shape[1]]
 
 
-def _pose(networks, image, body=True):
-    """Skeletons on black, of bodies or of faces alone."""
+def people(kind: str, image: Picture, networks: Networks) -> list[Person]:
+    """The people of a picture, as a kind 'openpose...' in DETECTORS finds them. Raises as `detect`.
+    """
+    return _people(chosen(kind, networks), image)
+
+
+def _people(networks, image):
     def see(name):
         net = networks.get(name)
         return net and (lambda picture: np.asarray(
             _program(net.params, net.config, picture[None]))[0])
 
-    people = openpose.people(image, see('openpose'), see('openpose_hand'), see('openpose_face'))
+    return openpose.people(image, see('openpose'), see('openpose_hand'), see('openpose_face'))
+
+
+def _pose(networks, image, body=True):
+    """Skeletons on black, of bodies or of faces alone."""
+    people = _people(networks, image)
     if not body:
         people = [person._replace(body=np.full((18, 2), np.nan)) for person in people]
     return images.draw_pose(people, image.shape[1], image.shape[0])

@@ -11,6 +11,7 @@ from jaxsd.weights.parts import (
     load_controlnet,
     load_depth_estimator,
     load_detector,
+    load_face_restorer,
     load_image_encoder,
     load_t2i_adapter,
     load_upscaler,
@@ -22,6 +23,6 @@ from jaxsd.weights.writing import save
 
 __all__ = ['Adapter', 'Embedding', 'IPAdapter', 'Model', 'Network', 'load', 'load_adapter',
            'load_controlnet', 'load_depth_estimator', 'load_detector', 'load_embedding',
-           'load_image_encoder', 'load_ip_adapter', 'load_t2i_adapter', 'load_upscaler',
-           'load_vae', 'merge', 'merge_models', 'save', 'save_adapter', 'save_embedding',
-           'save_network', 'write_config']
+           'load_face_restorer', 'load_image_encoder', 'load_ip_adapter', 'load_t2i_adapter',
+           'load_upscaler', 'load_vae', 'merge', 'merge_models', 'save', 'save_adapter',
+           'save_embedding', 'save_network', 'write_config']

@@ -1,5 +1,5 @@
 """Read and write one network alone: a VAE, a ControlNet, a T2I-Adapter, a depth estimator, an image
-encoder, an upscaler, a detector."""
+encoder, an upscaler, a face restorer, a detector."""
 
 import dataclasses
 import pathlib
@@ -22,7 +22,7 @@ from jaxsd.config import (
     VisionConfig,
 )
 from jaxsd.config_files import VERSIONS, read_config, read_network_config
-from jaxsd.models import detector, spec, upscaler
+from jaxsd.models import detector, face_restorer, spec, upscaler
 from jaxsd.typing import Device, Path
 from jaxsd.weights import control_loras, hub, names
 from jaxsd.weights.configs import write_network_config
@@ -219,16 +219,23 @@ def load_upscaler(path: Path, dtype: DTypeLike | None = 'float32',
         .safetensors. Its tensors say which it is.
     dtype, device: as of `load`. Raises as `load_part`.
     """
-    file = open_tensors(pathlib.Path(path).expanduser())
-    try:
-        return _by_tensors(path, 'upscaler', file, upscaler, dtype, device)
-    except _Unknown as error:
-        what, reader, _ = names.kind(file.shapes)
-        raise ValueError(printable(
-            f'{path}: not an upscaler that jaxsd knows ({error}), by its {len(file.shapes)} '
-            f'tensors such as {", ".join(list(file.shapes)[:3])} it is {what}' + (
-                f'; read it with jaxsd.{reader}' if reader else '; expected an ESRGAN, a '
-                'Real-ESRGAN, a Compact or a SwinIR'))) from None
+    return _by_tensors(path, 'upscaler', open_tensors(pathlib.Path(path).expanduser()), upscaler,
+                       'an ESRGAN, a Real-ESRGAN, a Compact or a SwinIR', dtype, device)
+
+
+def load_face_restorer(path: Path, dtype: DTypeLike | None = 'float32',
+                       device: 'Device | None' = None) -> Network:
+    """Read a network that restores faces, a Network for `jaxsd.restore_faces`.
+
+    path: a file of GFPGAN v1.2, v1.3 or v1.4 (GFPGANv1.4.pth), .pth or .safetensors.
+    dtype, device: as of `load`; float16 is too narrow for it. Raises as `load_part`.
+    """
+    network = _by_tensors(path, 'face restorer', open_tensors(pathlib.Path(path).expanduser()),
+                          face_restorer, 'GFPGAN v1.2, v1.3 or v1.4', dtype, device)
+    if network.params['final_conv']['weight'].dtype == 'float16':
+        raise ValueError(printable(f'{path} in float16: expected float32 or bfloat16, GFPGAN '
+                                   'exceeds what float16 holds'))
+    return network
 
 
 def load_detector(path: Path, dtype: DTypeLike | None = 'float32',
@@ -248,32 +255,29 @@ def load_detector(path: Path, dtype: DTypeLike | None = 'float32',
     what, reader, _ = names.kind(file.shapes)
     if reader == 'load_depth_estimator':
         return load_depth_estimator(path, dtype, device=device)
-    try:
-        return _by_tensors(path, 'detector', file, detector, dtype, device)
-    except _Unknown as error:
-        raise ValueError(printable(
-            f'{path}: not a detector that jaxsd knows ({error}), by its {len(file.shapes)} '
-            f'tensors such as {", ".join(list(file.shapes)[:3])} it is {what}' + (
-                f'; read it with jaxsd.{reader}' if reader else '; expected OpenPose, HED, '
-                'lineart, M-LSD, NormalBae, MiDaS or Depth Anything'))) from None
+    return _by_tensors(path, 'detector', file, detector, 'OpenPose, HED, lineart, M-LSD, '
+                       'NormalBae, MiDaS or Depth Anything', dtype, device)
 
 
-class _Unknown(Exception):
-    """Tensors of no network that a module knows."""
-
-
-def _by_tensors(path, kind, file, module, dtype, device):
-    """A file whose config a module of models/ reads off its tensors -> Network. Raises _Unknown for
-    others."""
+def _by_tensors(path, kind, file, module, expected, dtype, device):
+    """A file whose config a module of models/ reads off its tensors -> Network. expected: what the
+    ValueError for others says."""
     tensors = {name: (file, inner) for name, inner in module.renamed(file.shapes).items()}
     try:
         config = module.config_of({name: file.shapes[inner]
                                    for name, (_, inner) in tensors.items()})
     except (ValueError, LookupError) as error:
-        raise _Unknown(error) from None
-    expected = spec.names(config)
-    source = Source(path, config, {kind: expected}, tensors,
-                    {kind: {name: names.Place(name) for name in expected}}, [])
+        what, reader, _ = names.kind(file.shapes)
+        itself = f'load_{kind.replace(" ", "_")}'
+        use = (f'expected {expected}' if reader in ('', itself) else
+               f'read it with jaxsd.{reader}')
+        raise ValueError(printable(
+            f'{path}: not {"an" if kind[0] in "aeiou" else "a"} {kind} that jaxsd knows ({error}), '
+            f'by its {len(file.shapes)} tensors such as {", ".join(list(file.shapes)[:3])} it is '
+            f'{what}; {use}')) from None
+    table = spec.names(config)
+    source = Source(path, config, {kind: table}, tensors,
+                    {kind: {name: names.Place(name) for name in table}}, [])
     params, _ = source.read(as_dtype(dtype), device)
     return Network(config, params[kind])
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, safe_open, save_file
 import jaxsd
 from jaxsd.config import (
     DPTConfig,
+    FaceRestorerConfig,
     ImageNormalizerConfig,
     KUNetConfig,
     ScheduleConfig,
@@ -100,8 +101,12 @@ def write(folder):
     save_file({name: (0.1 * rng.standard_normal(shape)).astype('f4') for name, shape in
                spec.names(small).items()}, files / 'RealESRGAN_x4plus.pth')
     (files / 'annotators').mkdir()
-    for name in ('ControlNetHED', 'sk_model'):
+    for name in ('ControlNetHED', 'sk_model', 'facenet'):
         save_file(tiny_detectors.tensors(name), files / 'annotators' / f'{name}.pth')
+    save_file(tiny_detectors.blind(), files / 'annotators' / 'body_pose_model.pth')
+    faces = spec.names(FaceRestorerConfig((4, 4, 4, 4), 6))
+    save_file({name: np.zeros(shape, 'f4') for name, shape in faces.items()},
+              files / 'GFPGANv1.4.pth')
     (files / 'evil.ckpt').write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
     lora = adapter_files.file(model.config, adapter_files.kohya, adapter_files.KOHYA,
                               adapter_files.lora, adapter_files.attentions(model.config))

@@ -1,4 +1,5 @@
-"""Networks that enlarge pictures against spandrel's, by files in all their names."""
+"""Networks that enlarge pictures, and that restore faces, against spandrel's, by files in all
+their names."""
 
 import importlib
 import importlib.util
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 import jaxsd
-from jaxsd.models import upscaler
+from jaxsd.config import FaceRestorerConfig
+from jaxsd.models import face_restorer, upscaler
 
 pytestmark = pytest.mark.parity
 SPEC = importlib.util.find_spec('spandrel')
@@ -115,3 +117,34 @@ def test_names(spelling, wrapped, spandrel, tmp_path):
     second = jaxsd.load_upscaler(tmp_path / 'b.pth')
     assert first.config == second.config
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
+def test_face_restorer(spandrel, tmp_path):
+    """GFPGAN of 64 pixels, with the noise that its file holds; spandrel draws it anew."""
+    torch.manual_seed(0)
+    module = spandrel('GFPGAN').GFPGAN(out_size=64, num_style_feat=12, narrow=1 / 32).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():  # biases and strengths of noise are 0 at first
+            parameter += 0.05 * torch.randn_like(parameter)
+    torch.save({'params_ema': module.state_dict()}, tmp_path / 'GFPGANv1.4.pth')
+    network = jaxsd.load_face_restorer(tmp_path / 'GFPGANv1.4.pth')
+    assert network.config == FaceRestorerConfig((8, 8, 8, 8, 8), 12) and network.config.size == 64
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 64, 64, 3)).astype('f4')
+    x = torch.tensor(image).permute(0, 3, 1, 2).contiguous()
+    with torch.no_grad():
+        expected, drawn = (module(x, randomize_noise=new)[0].permute(0, 2, 3, 1).numpy()
+                           for new in (False, True))
+    found = jax.jit(face_restorer.apply, static_argnums=1)(network.params, network.config, image)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(expected - drawn).max() > 1e-3 * np.abs(expected).max()  # so the noise counts
+
+
+def test_released_face_restorer(spandrel):
+    """Names and shapes of the released files, of 512 pixels, but for what training needed."""
+    with torch.device('meta'):
+        module = spandrel('GFPGAN').GFPGAN()
+    stored = {name: tuple(array.shape) for name, array in module.state_dict().items()}
+    found = face_restorer.renamed(stored)
+    assert face_restorer.names(FaceRestorerConfig()) == {name: stored[name] for name in found}
+    assert face_restorer.config_of(stored) == FaceRestorerConfig()
+    assert FaceRestorerConfig().size == 512 and len(stored) - len(found) == 2 * 8 + 2 * 7
