@@ -30,6 +30,9 @@ def define_flags():
             'NormalBae, MiDaS, Depth Anything)')):
         flags.DEFINE_multi_string(name, [], f'{what}, "[name=]PATH", or a folder of them; repeat '
                                   'for several.')
+    flags.DEFINE_string('restore_faces', None, 'A file of GFPGAN v1.2 to v1.4, for the extras '
+                        "endpoints; needs OpenPose's body_pose_model.pth and facenet.pth among "
+                        '--detectors.')
     flags.DEFINE_string('preview', None, 'A small VAE (TAESD: folder, files or Hub id) that shows '
                         'the pictures come; else the model\'s own does, or what it taught.')
     flags.DEFINE_string('wildcards', None, 'A folder of NAME.txt, for __NAME__ in prompts.')
@@ -121,6 +124,7 @@ def _load(metrics, choices, checkpoint=None, vae=None):
     """The model and all that requests may name, on all devices -> Loaded. checkpoint, vae: Weights,
     or None: those of the flags."""
     import jaxsd
+    from jaxsd.run import faces
     from jaxsd.serve.app import Loaded
     from jaxsd.serve.queue import Queue
     several = len(choices.all('checkpoints')) > 1  # of which not all may take every LoRA
@@ -131,13 +135,16 @@ def _load(metrics, choices, checkpoint=None, vae=None):
     how |= {kind: one.path for kind, one in (('checkpoint', checkpoint), ('vae', vae)) if one}
     maker, identity, how = engine.build(how, lone=FLAGS.slots is None)
     preview = jaxsd.load_vae(FLAGS.preview, how['dtype']) if FLAGS.preview else None
+    restorer = jaxsd.load_face_restorer(FLAGS.restore_faces) if FLAGS.restore_faces else None
+    if restorer:
+        faces.check(restorer, maker.nets[0].detectors)
     queue = Queue(maker, identity, metrics, FLAGS.queue, preview)
     name = checkpoint.name if checkpoint else how['model']
     print(f'{name} at http://{FLAGS.host}:{FLAGS.port}', flush=True)
     names = {'vae': vae.name if vae else pathlib.Path(FLAGS.vae or '').stem,
              'refiner': pathlib.Path(FLAGS.refiner or '').stem}
     kept = {key: how[key] for key in ('dtype', 'tile', 'settings')}  # no path of here
-    return Loaded(queue, name, **names, run=kept | {'model': name})
+    return Loaded(queue, name, **names, run=kept | {'model': name}, restorer=restorer)
 
 
 if __name__ == '__main__':

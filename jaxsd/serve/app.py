@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from jaxsd import images
 from jaxsd.run import picture
+from jaxsd.run.faces import restore_faces
 from jaxsd.run.hires import passes
 from jaxsd.run.request import USUAL, Request
 from jaxsd.run.resolving import GUIDANCE, suit
@@ -66,13 +67,15 @@ class Settings(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """model, vae, refiner: names. run: what `picture.record` tells beside the request."""
+    """model, vae, refiner: names. run: what `picture.record` tells beside the request. restorer: of
+    `load_face_restorer`, where the model's detectors find faces for it."""
 
     queue: Queue
     model: str
     vae: str
     refiner: str
     run: Mapping[str, Any]
+    restorer: Network | None = None
 
 
 class Service:
@@ -271,8 +274,11 @@ class Service:
 
     def extras(self, model: type[schemas.Extras], data: bytes) -> dict[str, Any]:
         """POST /sdapi/v1/extra-single-image, extra-batch-images: a body's bytes -> the answer."""
-        networks = self.ready().queue.engine.nets[0].upscalers
-        body, found = a1111.parse(model, data), []
+        loaded = self.ready()
+        net, body, found = loaded.queue.engine.nets[0], a1111.parse(model, data), []
+        if body.gfpgan_visibility and loaded.restorer is None:
+            raise ValueError(f'gfpgan_visibility={body.gfpgan_visibility}: this server restores no '
+                             'faces, it was started without --restore_faces=PATH')
         if isinstance(body, schemas.ExtraBatch):
             sent = {f'imageList.{i}.data': one.data for i, one in enumerate(body.imageList)}
         else:
@@ -281,7 +287,9 @@ class Service:
         for name, text in sent.items():
             image = self.decode(images.read_bytes, a1111.decode(text, name), name,
                                 4 * self.settings.limits.pixels)
-            large = a1111.enlarged(body, image, self.settings.limits, networks)
+            large = a1111.enlarged(body, image, self.settings.limits, net.upscalers)
+            if body.gfpgan_visibility and loaded.restorer is not None:
+                large = restore_faces(loaded.restorer, large, net.detectors, body.gfpgan_visibility)
             found.append(base64.b64encode(picture.png(large)).decode())
         return {'html_info': '', **({'image': found[0]} if 'image' in sent else {
             'images': found})}

@@ -18,7 +18,7 @@ from jaxsd.sampling.names import A1111_SAMPLERS, A1111_SCHEDULES
 from jaxsd.serve import a1111, schemas
 from jaxsd.serve.middleware import HTTPError, read_body
 
-NOTHING = ('hypernetworks', 'face-restorers', 'realesrgan-models', 'prompt-styles', 'script-info')
+NOTHING = ('hypernetworks', 'realesrgan-models', 'prompt-styles', 'script-info')
 
 
 def add(app: fastapi.FastAPI, service: Any, errors: Callable, reads: Callable) -> None:
@@ -75,6 +75,10 @@ def add(app: fastapi.FastAPI, service: Any, errors: Callable, reads: Callable) -
         return [{'name': name} for name in infotext.HIRES_UPSCALERS
                 if name.startswith('Latent')]
 
+    async def face_restorers() -> list[dict[str, str | None]]:
+        there = service.loaded is not None and service.loaded.restorer is not None
+        return [{'name': 'GFPGAN', 'cmd_dir': None}] * there
+
     async def nothing() -> list[Any]:
         return []
 
@@ -127,6 +131,7 @@ def add(app: fastapi.FastAPI, service: Any, errors: Callable, reads: Callable) -
     has('embeddings', embeddings, dict[str, Any], 503)
     has('upscalers', upscalers, list[dict[str, Any]], 503)
     has('latent-upscale-modes', latent_upscale_modes, list[dict[str, str]])
+    has('face-restorers', face_restorers, list[dict[str, str | None]])
     has('scripts', scripts, dict[str, list[str]], 503)
     has('cmd-flags', cmd_flags, dict[str, Any])
     has('memory', memory, dict[str, Any])

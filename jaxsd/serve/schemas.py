@@ -94,7 +94,7 @@ class Extras(BaseModel):
     upscaler_1: Name | None = 'None'
     upscaler_2: Name | None = 'None'
     extras_upscaler_2_visibility: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    gfpgan_visibility: Zero | None = 0.0
+    gfpgan_visibility: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     codeformer_visibility: Zero | None = 0.0
 
     # Nothing that changes a picture:

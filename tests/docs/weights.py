@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import tiny_detectors
+import tiny_faces
 import tiny_ip_adapters
 from conftest import TINY
 from mains import ROOT
@@ -16,7 +17,6 @@ from safetensors.numpy import load_file, safe_open, save_file
 import jaxsd
 from jaxsd.config import (
     DPTConfig,
-    FaceRestorerConfig,
     ImageNormalizerConfig,
     KUNetConfig,
     ScheduleConfig,
@@ -104,9 +104,7 @@ def write(folder):
     for name in ('ControlNetHED', 'sk_model', 'facenet'):
         save_file(tiny_detectors.tensors(name), files / 'annotators' / f'{name}.pth')
     save_file(tiny_detectors.blind(), files / 'annotators' / 'body_pose_model.pth')
-    faces = spec.names(FaceRestorerConfig((4, 4, 4, 4), 6))
-    save_file({name: np.zeros(shape, 'f4') for name, shape in faces.items()},
-              files / 'GFPGANv1.4.pth')
+    tiny_faces.write(files / 'GFPGANv1.4.pth')
     (files / 'evil.ckpt').write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
     lora = adapter_files.file(model.config, adapter_files.kohya, adapter_files.KOHYA,
                               adapter_files.lora, adapter_files.attentions(model.config))

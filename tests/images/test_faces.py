@@ -4,19 +4,12 @@ import pathlib
 
 import numpy as np
 import pytest
+from tiny_faces import person
 
 from jaxsd.images import faces
 from jaxsd.images.pose import Person
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / 'goldens' / 'faces.npz')
-
-
-def person(points, width, height):
-    """A Person whose face has these five points in pixels, and no others but the eyes' rims."""
-    face = np.full((70, 2), np.nan)
-    for part, at in zip(faces.POINTS, points):
-        face[part] = at
-    return Person(np.full((18, 2), np.nan), face=face / [width, height])
 
 
 def test_as_facexlib():

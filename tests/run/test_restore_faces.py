@@ -7,26 +7,11 @@ import tiny_detectors
 from mains import run_main
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from tiny_faces import POINTS, SMALL, seen, write
 
 import jaxsd
-from jaxsd.config import FaceRestorerConfig
-from jaxsd.images import faces, openpose
-from jaxsd.images.pose import Person
-from jaxsd.models import face_restorer, spec
-
-SMALL = FaceRestorerConfig((4, 4, 4, 4), 6)  # 32 pixels
-POINTS = (faces.TEMPLATE / 8 - (40, 38)) @ [[0.5, 0.1], [-0.1, 0.5]] + (50, 30)
-
-
-def write(path, config=SMALL):
-    """A file of a random network, with what its training needed."""
-    rng = np.random.default_rng(0)
-    tensors = {f'params_ema.{name}': (0.3 * rng.standard_normal(shape)).astype('f4')
-               for name, shape in spec.names(config).items()}
-    tensors |= {'params_ema.toRGB.0.weight': np.zeros((3, 4, 1, 1), 'f4'),
-                'params_ema.stylegan_decoder.style_mlp.1.weight': np.zeros((6, 6), 'f4')}
-    save_file(tensors, path)
-    return path
+from jaxsd.images import faces
+from jaxsd.models import face_restorer
 
 
 @pytest.fixture(scope='module')
@@ -43,17 +28,6 @@ def detectors():
 def photo():
     rng = np.random.default_rng(0)
     return np.asarray(Image.fromarray(rng.integers(0, 256, (6, 9, 3), np.uint8)).resize((90, 60)))
-
-
-def seen(monkeypatch, *found):
-    """Have these five points be found."""
-    people = []
-    for points in found:
-        face = np.full((70, 2), np.nan)
-        for part, at in zip(faces.POINTS, points):
-            face[part] = at / [90, 60]
-        people.append(Person(np.full((18, 2), np.nan), face=face))
-    monkeypatch.setattr(openpose, 'people', lambda image, body, hand, face: people)
 
 
 def test_restored(network, detectors, photo, monkeypatch):

@@ -11,6 +11,8 @@ import time
 import httpx
 import numpy as np
 import pytest
+import tiny_detectors
+import tiny_faces
 from mains import opened, wait_for
 from servers import (
     DEFAULTS,
@@ -261,6 +263,30 @@ def test_a_dead_worker_makes_it_unhealthy(monkeypatch):
         wait_for(lambda: not engine.alive)
         refused(ask(url), 503, 'unavailable', 'cannot make pictures any more')
         refused(httpx.get(f'{url}/healthz'), 503, 'unavailable', 'restarted')
+
+
+def test_faces(monkeypatch, tmp_path):
+    """The extras restore faces in the enlarged picture, where the server has a network for it."""
+    nets = {name: tiny_detectors.network(name) for name in ('body_pose_model', 'facenet')}
+    restorer = jaxsd.load_face_restorer(tiny_faces.write(tmp_path / 'GFPGANv1.4.safetensors'))
+    engine, identity = gated()
+    engine.nets[0].detectors.update(nets)
+    image = np.random.default_rng(0).integers(0, 256, (30, 45, 3), np.uint8)
+    body = {'image': png(image), 'upscaler_1': 'Nearest', 'upscaling_resize': 2,
+            'gfpgan_visibility': 0.6}
+    tiny_faces.seen(monkeypatch, tiny_faces.POINTS)
+    found, large = service(engine, identity), image.repeat(2, 0).repeat(2, 1)
+    with listening(found) as url:
+        answer = httpx.post(f'{url}/sdapi/v1/extra-single-image', json=body)
+        refused(answer, 422, 'invalid', 'started without --restore_faces=PATH')
+        assert httpx.get(f'{url}/sdapi/v1/face-restorers').json() == []
+        found.loaded = found.loaded._replace(restorer=restorer)
+        answer = httpx.post(f'{url}/sdapi/v1/extra-single-image', json=body, timeout=60)
+        expected = jaxsd.restore_faces(restorer, large, nets, 0.6)
+        assert np.array_equal(opened(answer.json()['image']), expected)
+        assert (expected != large).any()
+        [there] = httpx.get(f'{url}/sdapi/v1/face-restorers').json()
+        assert there == {'name': 'GFPGAN', 'cmd_dir': None}
 
 
 def test_another_model_waits_for_what_was_asked_for(parts, engine):

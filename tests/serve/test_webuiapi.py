@@ -12,6 +12,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny_detectors
+import tiny_faces
 from mains import ROOT, run_main, serving, wait_for
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
@@ -66,7 +67,10 @@ def files(model, tmp_path_factory):
               root / 'embeddings' / 'shiny.safetensors')
     save_file({name: 0.1 * draw(shape).astype(np.float32) for name, shape in names(
         UPSCALER).items()}, root / 'upscalers' / 'sharp.safetensors')
-    tiny_detectors.write('ControlNetHED', root / 'detectors')
+    for name in ('ControlNetHED', 'facenet'):
+        tiny_detectors.write(name, root / 'detectors')
+    save_file(tiny_detectors.blind(), root / 'detectors' / 'body_pose_model.safetensors')
+    tiny_faces.write(root / 'GFPGANv1.4.safetensors')
     return root
 
 
@@ -75,6 +79,7 @@ def server(files):
     flags = [f'--{flag}={files / folder}' for flag, folder in (
         ('checkpoints', 'checkpoints'), ('vaes', 'vaes'), ('lora', 'loras'),
         ('embeddings', 'embeddings'), ('upscalers', 'upscalers'), ('detectors', 'detectors'))]
+    flags.append(f'--restore_faces={files}/GFPGANv1.4.safetensors')
     with serving('--config=emoji', f'--controlnet=edges={EDGES}', *flags) as (url, _):
         yield url
 
@@ -179,7 +184,7 @@ def test_controlnet(client, model):
     sketch = Image.open(SKETCH).convert('RGB').resize((64, 64))
     assert [name.partition(' [')[0] for name in client.controlnet_model_list()] == ['edges']
     assert {'none', 'canny', 'tile', 'softedge_hed'} <= set(client.controlnet_module_list())
-    assert 'openpose' not in client.controlnet_module_list()
+    assert 'openpose_hand' not in client.controlnet_module_list()
     detected = client.controlnet_detect([sketch], 'softedge_hed', 64)
     np.testing.assert_array_equal(np.asarray(detected.image), jaxsd.detect(
         'softedge_hed', sketch, [tiny_detectors.network('ControlNetHED')]))
@@ -207,7 +212,7 @@ def test_controlnet(client, model):
     off = webuiapi.ControlNetUnit(enabled=False)
     same(client.txt2img(**USUAL, controlnet_units=[off]), model, asked())
     for fields, message in (({'model': 'depth'}, 'unknown ControlNet'), (
-            {'module': 'openpose'}, 'body_pose_model.pth'), (
+            {'module': 'openpose_hand'}, 'hand_pose_model.pth'), (
             {'control_mode': 3}, 'expected 0, 1, 2 or Balanced, My prompt is more'), (
             {'mask': sketch}, 'mask')):
         unit = webuiapi.ControlNetUnit(**{'image': sketch, 'model': 'edges', **fields})
@@ -372,6 +377,9 @@ def test_upscalers(client, model, files):
                                       upscaling_resize_w=60, upscaling_resize_h=60).images
     assert [one.size for one in found] == [(60, 60)] * 2
     assert client.extra_single_image(image).image.size == (40, 30)  # A1111's None
+    found = client.extra_single_image(image, upscaler_1='sharp', upscaling_resize=2,
+                                      gfpgan_visibility=1.0).image
+    np.testing.assert_array_equal(found, large)  # in which there are no faces
 
     def sent(image):
         file = io.BytesIO()
@@ -380,7 +388,8 @@ def test_upscalers(client, model, files):
 
     url = f'{client.baseurl}/extra-single-image'
     for body, said in ((dict(upscaler_1='sharper'), "unknown upscaler_1 'sharper': did you mean"),
-                       (dict(gfpgan_visibility=1.0), 'gfpgan_visibility'),
+                       (dict(gfpgan_visibility=1.5), 'gfpgan_visibility'),
+                       (dict(codeformer_visibility=1.0), 'codeformer_visibility'),
                        (dict(upscaling_resize=3.5, upscaler_1='sharp', image=sent(
                            image.resize((1100, 1000)))), 'comes to 17600000 pixels on its way'),
                        (dict(upscaling_resize=16, upscaler_1='sharp', image=sent(
@@ -398,7 +407,8 @@ def test_what_there_is_beside(client):
     assert {one['name']: one['scale'] for one in client.get_upscalers()} == {
         'None': 4, 'Lanczos': 4, 'Nearest': 4, 'sharp': 2}
     assert 'Latent' in [one['name'] for one in client.get_latent_upscale_modes()]
-    assert client.get_hypernetworks() == client.get_face_restorers() == []
+    assert [one['name'] for one in client.get_face_restorers()] == ['GFPGAN']
+    assert client.get_hypernetworks() == []
     assert client.get_prompt_styles() == client.get_realesrgan_models() == []
     assert client.get_cmd_flags()['api'] is True
     assert client.get_memory()['ram']['total'] > client.get_memory()['ram']['used'] > 0
