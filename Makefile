@@ -60,5 +60,6 @@ $(VENV)/.test: pyproject.toml | $(RUN)
 # spandrel, which requires that too, only some of its networks.
 $(VENV)/.parity: pyproject.toml | $(RUN)
 	$(PIP) --editable '.[test,parity]'
-	$(PIP) --no-deps controlnet_aux==0.0.10 spandrel==0.4.2 tomesd==0.1.3 DeepCache==0.1.1
+	$(PIP) --no-deps controlnet_aux==0.0.10 spandrel==0.4.2 spandrel_extra_arches==0.2.0 \
+	  tomesd==0.1.3 DeepCache==0.1.1
 	touch $(VENV)/.demo $(VENV)/.test $@

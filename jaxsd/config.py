@@ -323,8 +323,8 @@ class UpscalerConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class FaceRestorerConfig(Checked):
-    """GFPGAN, see models/face_restorer.py. channels: of its U-Net at 4, 8, 16 ... pixels; the
+class GFPGANConfig(Checked):
+    """GFPGAN, see models/gfpgan.py. channels: of its U-Net at 4, 8, 16 ... pixels; the
     generator has twice as many. style: numbers of a layer's style."""
 
     channels: tuple = ranged((256, 256, 256, 256, 256, 128, 64, 32), 1, WIDTH)
@@ -338,6 +338,35 @@ class FaceRestorerConfig(Checked):
     def size(self) -> int:
         """Pixels along the sides of a face."""
         return 2 ** (len(self.channels) + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeFormerConfig(Checked):
+    """CodeFormer, see models/codeformer.py. channels: at each size, from the largest; codebook: its
+    entries, of `codes` numbers; connect: sizes at which the generator sees the encoder's features;
+    width, layers and heads: of the transformer, over latent x latent places."""
+
+    channels: tuple = ranged((64, 128, 128, 256, 256, 512), 1, WIDTH)
+    codes: int = ranged(256, 1, WIDTH)
+    codebook: int = ranged(1024, 1, WIDTH)
+    width: int = ranged(512, 1, WIDTH)
+    layers: int = ranged(9, 1, 256)
+    heads: int = ranged(8, 1, WIDTH)
+    latent: int = ranged(16, 1, 256)
+    connect: tuple = ranged((32, 64, 128, 256), 1, WIDTH)
+
+    def check(self) -> None:
+        if not 2 <= len(self.channels) <= 9:
+            raise ValueError(f'channels: expected 2 to 9 numbers, found {len(self.channels)}')
+        self.divisible('width', [self.width], 'heads', [self.heads])
+        sizes = [self.size >> i for i in range(len(self.channels) - 1)]
+        if not set(self.connect) <= set(sizes):
+            raise ValueError(f'connect={self.connect}: expected sizes among {sizes}')
+
+    @property
+    def size(self) -> int:
+        """Pixels along the sides of a face."""
+        return self.latent << (len(self.channels) - 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,9 +30,9 @@ def define_flags():
             'NormalBae, MiDaS, Depth Anything)')):
         flags.DEFINE_multi_string(name, [], f'{what}, "[name=]PATH", or a folder of them; repeat '
                                   'for several.')
-    flags.DEFINE_string('restore_faces', None, 'A file of GFPGAN v1.2 to v1.4, for the extras '
-                        "endpoints; needs OpenPose's body_pose_model.pth and facenet.pth among "
-                        '--detectors.')
+    flags.DEFINE_string('restore_faces', None, 'A file of GFPGAN v1.2 to v1.4 or CodeFormer, for '
+                        "the extras endpoints; needs OpenPose's body_pose_model.pth and "
+                        'facenet.pth among --detectors.')
     flags.DEFINE_string('preview', None, 'A small VAE (TAESD: folder, files or Hub id) that shows '
                         'the pictures come; else the model\'s own does, or what it taught.')
     flags.DEFINE_string('wildcards', None, 'A folder of NAME.txt, for __NAME__ in prompts.')

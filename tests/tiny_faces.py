@@ -1,24 +1,26 @@
-"""A random GFPGAN that is small enough for tests, and faces where a test wants them."""
+"""Random networks for faces that are small enough for tests, and faces where a test wants them."""
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxsd.config import FaceRestorerConfig
+from jaxsd.config import CodeFormerConfig, GFPGANConfig
 from jaxsd.images import faces, openpose
 from jaxsd.images.pose import Person
 from jaxsd.models import spec
 
-SMALL = FaceRestorerConfig((4, 4, 4, 4), 6)  # 32 pixels
+SMALL = GFPGANConfig((4, 4, 4, 4), 6)  # 32 pixels, as
+FORMER = CodeFormerConfig((32, 32), 4, 8, 8, 1, 8, 16, (32,))
 POINTS = (faces.TEMPLATE / 8 - (40, 38)) @ [[0.5, 0.1], [-0.1, 0.5]] + (50, 30)
 
 
-def write(path):
-    """A file of it, with what its training needed."""
+def write(path, config=SMALL):
+    """A file of one, a GFPGAN's with what its training needed."""
     rng = np.random.default_rng(0)
     tensors = {f'params_ema.{name}': (0.3 * rng.standard_normal(shape)).astype('f4')
-               for name, shape in spec.names(SMALL).items()}
-    tensors |= {'params_ema.toRGB.0.weight': np.zeros((3, 4, 1, 1), 'f4'),
-                'params_ema.stylegan_decoder.style_mlp.1.weight': np.zeros((6, 6), 'f4')}
+               for name, shape in spec.names(config).items()}
+    if config is SMALL:
+        tensors |= {'params_ema.toRGB.0.weight': np.zeros((3, 4, 1, 1), 'f4'),
+                    'params_ema.stylegan_decoder.style_mlp.1.weight': np.zeros((6, 6), 'f4')}
     save_file(tensors, path)
     return path
 

@@ -15,9 +15,10 @@ from jax.typing import DTypeLike
 from jaxsd import config as c
 from jaxsd.config import TEXT_ENCODERS, ModelConfig
 from jaxsd.models import (
+    codeformer,
     detector,
     dpt,
-    face_restorer,
+    gfpgan,
     ip_adapter,
     kunet,
     shapes,
@@ -33,7 +34,8 @@ NAMES: dict[type, Callable[..., Shapes]] = {
     c.T2IAdapterConfig: t2i_adapter.names, c.UpscalerConfig: upscaler.names,
     c.VisionConfig: shapes.vision, c.ImageNormalizerConfig: shapes.image_normalizer,
     c.IPAdapterConfig: ip_adapter.names, c.DetectorConfig: detector.names,
-    c.DepthAnythingConfig: dpt.depth_anything_names, c.FaceRestorerConfig: face_restorer.names}
+    c.DepthAnythingConfig: dpt.depth_anything_names, c.GFPGANConfig: gfpgan.names,
+    c.CodeFormerConfig: codeformer.names}
 
 
 def spec(config: ModelConfig) -> dict[str, Shapes]:

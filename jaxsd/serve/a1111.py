@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from jaxsd import images
+from jaxsd.config import CodeFormerConfig
 from jaxsd.images.reading import Picture
 from jaxsd.run import infotext
 from jaxsd.run.detectors import DETECTORS, hint, possible
@@ -432,6 +433,28 @@ def enlarged(body: Extras, image: Picture, limits: Limits,
     if body.resize_mode == 1 and body.upscaling_crop and body.upscaler_1 not in (None, 'None'):
         found = images.fit(found, across, down, 'crop')
     return found
+
+
+def restorer_name(restorer: Network | None) -> str | None:
+    """What A1111 calls a network of `load_face_restorer`."""
+    if restorer is None:
+        return None
+    return 'CodeFormer' if isinstance(restorer.config, CodeFormerConfig) else 'GFPGAN'
+
+
+def faces(body: Extras, restorer: Network | None) -> tuple[float, float | None] | None:
+    """The visibility and the weight by which faces are to be restored, None: not at all. Raises
+    ValueError where the network for it is not there."""
+    asked = {'GFPGAN': (body.gfpgan_visibility, None),
+             'CodeFormer': (body.codeformer_visibility, body.codeformer_weight or 0.0)}
+    there = restorer_name(restorer)
+    for name, (visibility, _) in asked.items():
+        if visibility and name != there:
+            raise ValueError(f'{name.lower()}_visibility={visibility}: this server restores '
+                             f'{"no faces" if there is None else f"faces by {there}"}, it was '
+                             f'started without --restore_faces=PATH of {name}')
+    visibility, weight = asked.get(there or '', (None, None))
+    return (visibility, weight) if visibility else None
 
 
 def decode(text: str, name: str) -> bytes:

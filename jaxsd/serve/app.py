@@ -276,9 +276,7 @@ class Service:
         """POST /sdapi/v1/extra-single-image, extra-batch-images: a body's bytes -> the answer."""
         loaded = self.ready()
         net, body, found = loaded.queue.engine.nets[0], a1111.parse(model, data), []
-        if body.gfpgan_visibility and loaded.restorer is None:
-            raise ValueError(f'gfpgan_visibility={body.gfpgan_visibility}: this server restores no '
-                             'faces, it was started without --restore_faces=PATH')
+        faces = a1111.faces(body, loaded.restorer)
         if isinstance(body, schemas.ExtraBatch):
             sent = {f'imageList.{i}.data': one.data for i, one in enumerate(body.imageList)}
         else:
@@ -288,8 +286,8 @@ class Service:
             image = self.decode(images.read_bytes, a1111.decode(text, name), name,
                                 4 * self.settings.limits.pixels)
             large = a1111.enlarged(body, image, self.settings.limits, net.upscalers)
-            if body.gfpgan_visibility and loaded.restorer is not None:
-                large = restore_faces(loaded.restorer, large, net.detectors, body.gfpgan_visibility)
+            if faces and loaded.restorer is not None:
+                large = restore_faces(loaded.restorer, large, net.detectors, *faces)
             found.append(base64.b64encode(picture.png(large)).decode())
         return {'html_info': '', **({'image': found[0]} if 'image' in sent else {
             'images': found})}

@@ -76,8 +76,8 @@ def add(app: fastapi.FastAPI, service: Any, errors: Callable, reads: Callable) -
                 if name.startswith('Latent')]
 
     async def face_restorers() -> list[dict[str, str | None]]:
-        there = service.loaded is not None and service.loaded.restorer is not None
-        return [{'name': 'GFPGAN', 'cmd_dir': None}] * there
+        name = a1111.restorer_name(service.loaded.restorer) if service.loaded else None
+        return [{'name': name, 'cmd_dir': None}] if name else []
 
     async def nothing() -> list[Any]:
         return []

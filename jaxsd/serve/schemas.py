@@ -95,10 +95,10 @@ class Extras(BaseModel):
     upscaler_2: Name | None = 'None'
     extras_upscaler_2_visibility: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     gfpgan_visibility: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    codeformer_visibility: Zero | None = 0.0
+    codeformer_visibility: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    codeformer_weight: Annotated[float, Field(ge=0, le=1)] | None = 0.0
 
     # Nothing that changes a picture:
-    codeformer_weight: float | None = None
     upscale_first: bool | None = None
     show_extras_results: bool | None = None
 

@@ -227,9 +227,9 @@ _TELLTALES = {
     r'(module\.)?(model\d_?\d?\.)?M?conv\d_\d|block\d\.(convs|projection)\.|block23\.'
     r'|model2\.0\.conv_block\.|(module\.)?model\.model\.1\.model\.|encoder\.original_model\.':
         ('a detector for hints', 'load_detector'),
-    r'(first_stage_model\.)?(encoder|decoder)\.|taesd_': ('a VAE', 'load_vae'),
-    r'(params(_ema)?\.)?(conv_body_first|stylegan_decoder)\.':
+    r'(params(_ema)?\.)?(conv_body_first|stylegan_decoder|ft_layers)\.':
         ('a face restorer', 'load_face_restorer'),
+    r'(first_stage_model\.)?(encoder|decoder)\.|taesd_': ('a VAE', 'load_vae'),
     r'(params(_ema)?\.)?(conv_body|RRDB_trunk|model\.1\.sub|body\.\d+\.(rdb\d|weight)'
     r'|layers\.0\.residual_group)\b': ('an upscaler', 'load_upscaler'),
     r'(adapter\.)?body\.': ('a T2I-Adapter', 'load_t2i_adapter'),

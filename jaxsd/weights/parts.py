@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 from flax import traverse_util
 from jax.typing import DTypeLike
 
@@ -22,7 +23,7 @@ from jaxsd.config import (
     VisionConfig,
 )
 from jaxsd.config_files import VERSIONS, read_config, read_network_config
-from jaxsd.models import detector, face_restorer, spec, upscaler
+from jaxsd.models import codeformer, detector, gfpgan, spec, upscaler
 from jaxsd.typing import Device, Path
 from jaxsd.weights import control_loras, hub, names
 from jaxsd.weights.configs import write_network_config
@@ -227,14 +228,17 @@ def load_face_restorer(path: Path, dtype: DTypeLike | None = 'float32',
                        device: 'Device | None' = None) -> Network:
     """Read a network that restores faces, a Network for `jaxsd.restore_faces`.
 
-    path: a file of GFPGAN v1.2, v1.3 or v1.4 (GFPGANv1.4.pth), .pth or .safetensors.
-    dtype, device: as of `load`; float16 is too narrow for it. Raises as `load_part`.
+    path: a file of GFPGAN v1.2, v1.3 or v1.4 (GFPGANv1.4.pth) or of CodeFormer (codeformer.pth),
+        .pth or .safetensors. Its tensors say which it is.
+    dtype, device: as of `load`; float16 is too narrow for both. Raises as `load_part`.
     """
-    network = _by_tensors(path, 'face restorer', open_tensors(pathlib.Path(path).expanduser()),
-                          face_restorer, 'GFPGAN v1.2, v1.3 or v1.4', dtype, device)
-    if network.params['final_conv']['weight'].dtype == 'float16':
-        raise ValueError(printable(f'{path} in float16: expected float32 or bfloat16, GFPGAN '
-                                   'exceeds what float16 holds'))
+    file = open_tensors(pathlib.Path(path).expanduser())
+    module = codeformer if any('ft_layers.' in name for name in file.shapes) else gfpgan
+    network = _by_tensors(path, 'face restorer', file, module, 'GFPGAN v1.2, v1.3 or v1.4, or '
+                          'CodeFormer', dtype, device)
+    if any(a.dtype == 'float16' for a in jax.tree.leaves(network.params)):
+        raise ValueError(printable(f'{path} in float16: expected float32 or bfloat16, face '
+                                   'restorers exceed what float16 holds'))
     return network
 
 

@@ -105,6 +105,7 @@ def write(folder):
         save_file(tiny_detectors.tensors(name), files / 'annotators' / f'{name}.pth')
     save_file(tiny_detectors.blind(), files / 'annotators' / 'body_pose_model.pth')
     tiny_faces.write(files / 'GFPGANv1.4.pth')
+    tiny_faces.write(files / 'codeformer.pth', tiny_faces.FORMER)
     (files / 'evil.ckpt').write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
     lora = adapter_files.file(model.config, adapter_files.kohya, adapter_files.KOHYA,
                               adapter_files.lora, adapter_files.attentions(model.config))

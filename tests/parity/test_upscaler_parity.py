@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import jaxsd
-from jaxsd.config import FaceRestorerConfig
-from jaxsd.models import face_restorer, upscaler
+from jaxsd.config import CodeFormerConfig, GFPGANConfig
+from jaxsd.models import codeformer, gfpgan, upscaler
 
 pytestmark = pytest.mark.parity
 SPEC = importlib.util.find_spec('spandrel')
+EXTRA = importlib.util.find_spec('spandrel_extra_arches')
 
 
 @pytest.fixture(scope='module')
@@ -128,13 +129,13 @@ def test_face_restorer(spandrel, tmp_path):
             parameter += 0.05 * torch.randn_like(parameter)
     torch.save({'params_ema': module.state_dict()}, tmp_path / 'GFPGANv1.4.pth')
     network = jaxsd.load_face_restorer(tmp_path / 'GFPGANv1.4.pth')
-    assert network.config == FaceRestorerConfig((8, 8, 8, 8, 8), 12) and network.config.size == 64
+    assert network.config == GFPGANConfig((8, 8, 8, 8, 8), 12) and network.config.size == 64
     image = np.random.default_rng(0).uniform(-1, 1, (2, 64, 64, 3)).astype('f4')
     x = torch.tensor(image).permute(0, 3, 1, 2).contiguous()
     with torch.no_grad():
         expected, drawn = (module(x, randomize_noise=new)[0].permute(0, 2, 3, 1).numpy()
                            for new in (False, True))
-    found = jax.jit(face_restorer.apply, static_argnums=1)(network.params, network.config, image)
+    found = jax.jit(gfpgan.apply, static_argnums=1)(network.params, network.config, image)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
     assert np.abs(expected - drawn).max() > 1e-3 * np.abs(expected).max()  # so the noise counts
 
@@ -144,7 +145,61 @@ def test_released_face_restorer(spandrel):
     with torch.device('meta'):
         module = spandrel('GFPGAN').GFPGAN()
     stored = {name: tuple(array.shape) for name, array in module.state_dict().items()}
-    found = face_restorer.renamed(stored)
-    assert face_restorer.names(FaceRestorerConfig()) == {name: stored[name] for name in found}
-    assert face_restorer.config_of(stored) == FaceRestorerConfig()
-    assert FaceRestorerConfig().size == 512 and len(stored) - len(found) == 2 * 8 + 2 * 7
+    found = gfpgan.renamed(stored)
+    assert gfpgan.names(GFPGANConfig()) == {name: stored[name] for name in found}
+    assert gfpgan.config_of(stored) == GFPGANConfig()
+    assert GFPGANConfig().size == 512 and len(stored) - len(found) == 2 * 8 + 2 * 7
+
+
+@pytest.fixture
+def former(spandrel):
+    """The module with CodeFormer's classes."""
+    if EXTRA is None:
+        pytest.skip('spandrel_extra_arches is not installed: make parity installs it')
+    path = pathlib.Path(EXTRA.origin).parent / 'architectures/CodeFormer/__arch/codeformer.py'
+    spandrel('GFPGAN')  # brings spandrel.util
+    spec = importlib.util.spec_from_file_location('codeformer', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_codeformer(former, tmp_path, monkeypatch):
+    """CodeFormer of 64 pixels, whose places are 16 x 16 as those of the released one."""
+    torch.manual_seed(0)
+    whole = former.VQAutoEncoder.__init__
+    monkeypatch.setattr(former.VQAutoEncoder, '__init__', lambda self, *_: whole(
+        self, 64, 32, [1, 2, 2], 'nearest', 2, [16], 24))
+    module = former.CodeFormer(dim_embd=32, n_layers=2, codebook_size=24, connect_list=[]).eval()
+    module.connect_list = ['32', '64']
+    module.fuse_encoder_block = {'64': 2, '32': 5}
+    module.fuse_generator_block = {'32': 9, '64': 12}
+    module.fuse_convs_dict = torch.nn.ModuleDict({
+        size: former.Fuse_sft_block(width, width) for size, width in (('32', 64), ('64', 32))})
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    torch.save({'params_ema': module.state_dict()}, tmp_path / 'codeformer.pth')
+    network = jaxsd.load_face_restorer(tmp_path / 'codeformer.pth')
+    assert network.config == CodeFormerConfig((32, 64, 64), 256, 24, 32, 2, 8, 16, (32, 64))
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 64, 64, 3)).astype('f4')
+    x = torch.tensor(image).permute(0, 3, 1, 2).contiguous()
+    program = jax.jit(codeformer.apply, static_argnums=1)
+    for weight in (0.0, 0.7):
+        with torch.no_grad():
+            expected = module(x, weight=weight)[0].permute(0, 2, 3, 1).numpy()
+        found = program(network.params, network.config, image, weight)
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_released_codeformer(former):
+    """Names and shapes of the released file."""
+    with torch.device('meta'):
+        module = former.CodeFormer()
+    stored = {name: tuple(array.shape) for name, array in module.state_dict().items()}
+    found = codeformer.renamed(stored)
+    assert codeformer.names(CodeFormerConfig()) == {new: stored[old] for new, old in found.items()}
+    assert codeformer.config_of({new: stored[old] for new, old in found.items()}
+                                ) == CodeFormerConfig()
+    assert CodeFormerConfig().size == 512

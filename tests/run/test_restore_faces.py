@@ -7,11 +7,11 @@ import tiny_detectors
 from mains import run_main
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from tiny_faces import POINTS, SMALL, seen, write
+from tiny_faces import FORMER, POINTS, SMALL, seen, write
 
 import jaxsd
 from jaxsd.images import faces
-from jaxsd.models import face_restorer
+from jaxsd.models import gfpgan
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +37,7 @@ def test_restored(network, detectors, photo, monkeypatch):
     assert found.shape == photo.shape and found.dtype == np.uint8
     way = faces.alignment(POINTS, 32)
     face = faces.cut(photo, way, 32)
-    raw = jax.jit(face_restorer.apply, static_argnums=1)(
+    raw = jax.jit(gfpgan.apply, static_argnums=1)(
         network.params, SMALL, face[None].astype('f4') / 127.5 - 1)[0]
     restored = np.round(np.clip((np.asarray(raw) + 1) * 127.5, 0, 255)).astype(np.uint8)
     assert restored.std() > 5
@@ -46,6 +46,21 @@ def test_restored(network, detectors, photo, monkeypatch):
     half = jaxsd.restore_faces(network, photo, dict(enumerate(detectors)), 0.5)
     assert abs(half - (photo.astype(float) + found) / 2).max() <= 1
     assert (jaxsd.restore_faces(network, photo, detectors, 0) == photo).all()
+
+
+def test_codeformer(network, detectors, photo, monkeypatch, tmp_path):
+    """Its weight is data, half where nobody said; GFPGAN takes none."""
+    former = jaxsd.load_face_restorer(write(tmp_path / 'codeformer.safetensors', FORMER))
+    assert former.config == FORMER and FORMER.size == 32
+    seen(monkeypatch, POINTS)
+    found = [jaxsd.restore_faces(former, photo, detectors, 1, weight)
+             for weight in (0, 0.5, 1, None)]
+    assert (found[1] == found[3]).all() and (found[0] != photo).any()
+    assert all((a != b).any() for a, b in zip(found, found[1:]))
+    for net, weight, message in ((former, 1.1, 'fidelity_weight'), (
+            network, 0.5, 'fidelity_weight=0.5 is for CodeFormer, and this is GFPGAN')):
+        with pytest.raises(ValueError, match=message):
+            jaxsd.restore_faces(net, photo, detectors, 1, weight)
 
 
 def test_one_face_after_the_other(network, detectors, photo, monkeypatch):
@@ -67,7 +82,7 @@ def test_what_is_needed(network, detectors, photo):
         with pytest.raises(ValueError, match='visibility'):
             jaxsd.restore_faces(network, photo, detectors, value)
     with pytest.raises(ValueError, match=r'faces of \(16, 32, 3\): expected 32x32'):
-        face_restorer.apply(network.params, SMALL, np.zeros((1, 16, 32, 3)))
+        gfpgan.apply(network.params, SMALL, np.zeros((1, 16, 32, 3)))
 
 
 def test_files(network, tmp_path):
@@ -75,6 +90,11 @@ def test_files(network, tmp_path):
     assert network.config == SMALL and SMALL.size == 32
     path = write(tmp_path / 'a.safetensors')
     tensors = load_file(path)
+    former = write(tmp_path / 'b.safetensors', FORMER)
+    with pytest.raises(ValueError, match='in float16: expected'):
+        jaxsd.load_face_restorer(former, 'float16')
+    with pytest.raises(ValueError, match='it is a face restorer; read it with'):
+        jaxsd.load_upscaler(former)
     half = jaxsd.load_face_restorer(path, 'bfloat16')
     assert {a.dtype.name for a in jax.tree.leaves(half.params)} == {'bfloat16'}
     with pytest.raises(ValueError, match='in float16: expected float32 or bfloat16'):
@@ -96,6 +116,8 @@ def test_files(network, tmp_path):
     refused(tensors | {last: np.zeros(5, 'f4')}, '1 mis-shaped: condition_shift')
     refused({'conv_body_first.0.weight': np.zeros((4, 3, 1, 1), 'f4')},
             'not a face restorer .* v1, of CUDA operations .*expected GFPGAN v1.2, v1.3 or v1.4')
+    refused({name: a for name, a in load_file(former).items() if 'generator.blocks.4' not in name},
+            '8 missing: generator.blocks.4')
     refused({'quantize.embedding.weight': np.zeros((4, 3), 'f4')}, 'it is something else; expected')
     refused({'conv_hr.weight': np.zeros(1, 'f4'), 'body.0.rdb1.conv1.weight': np.zeros(1, 'f4')},
             'it is an upscaler; read it with jaxsd.load_upscaler')

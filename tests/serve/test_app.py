@@ -27,11 +27,13 @@ from servers import (
 from test_a1111 import png
 
 import jaxsd
+from jaxsd.serve import a1111
 from jaxsd.serve.a1111 import Limits
 from jaxsd.serve.app import Loaded, Service, Settings, build
 from jaxsd.serve.choices import Choices
 from jaxsd.serve.metrics import Metrics
 from jaxsd.serve.queue import Queue
+from jaxsd.serve.schemas import ExtraSingle
 
 READ = 1.5  # s
 KEY = 'secr\u00e9t'
@@ -287,6 +289,19 @@ def test_faces(monkeypatch, tmp_path):
         assert (expected != large).any()
         [there] = httpx.get(f'{url}/sdapi/v1/face-restorers').json()
         assert there == {'name': 'GFPGAN', 'cmd_dir': None}
+        answer = httpx.post(f'{url}/sdapi/v1/extra-single-image', json=body | {
+            'gfpgan_visibility': 0, 'codeformer_visibility': 1})
+        refused(answer, 422, 'invalid', 'restores faces by GFPGAN, it was started without')
+
+
+def test_which_restorer():
+    """A1111's names, and a weight for CodeFormer alone."""
+    former = jaxsd.Network(tiny_faces.FORMER, {})
+    assert a1111.restorer_name(former) == 'CodeFormer'
+    body = {'image': '', 'codeformer_visibility': 0.7}
+    assert a1111.faces(ExtraSingle(**body), former) == (0.7, 0.0)
+    assert a1111.faces(ExtraSingle(**body, codeformer_weight=0.3), former) == (0.7, 0.3)
+    assert a1111.faces(ExtraSingle(image=''), former) is None
 
 
 def test_another_model_waits_for_what_was_asked_for(parts, engine):

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxsd.config import FaceRestorerConfig
+from jaxsd.config import GFPGANConfig
 from jaxsd.models import shapes
 from jaxsd.models.layers import children, conv, linear
 from jaxsd.typing import Params, Shapes
 
 
-def apply(params: Params, cfg: FaceRestorerConfig,
+def apply(params: Params, cfg: GFPGANConfig,
           image: Float[Array, 'B S S 3']) -> Float[Array, 'B S S 3']:
     """An aligned face in [-1,1], S = cfg.size pixels -> the face restored, about [-1,1], float32.
     Raises ValueError for other sizes."""
@@ -103,7 +103,7 @@ def _lrelu(x):
     return jnp.where(x > 0, x, 0.2 * x)
 
 
-def names(c: FaceRestorerConfig) -> Shapes:
+def names(c: GFPGANConfig) -> Shapes:
     """Names and shapes of the parameters, see shapes.py."""
     widths, levels = c.channels, len(c.channels)
 
@@ -151,7 +151,7 @@ def renamed(stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     return {name: inner for name, inner in found.items() if not _UNUSED.match(name)}
 
 
-def config_of(stored: Mapping[str, tuple[int, ...]]) -> FaceRestorerConfig:
+def config_of(stored: Mapping[str, tuple[int, ...]]) -> GFPGANConfig:
     """The config of a file's tensors: {name, as `renamed`: shape}. Raises ValueError or KeyError
     for those of no such network."""
     if 'conv_body_first.0.weight' in stored:
@@ -160,7 +160,7 @@ def config_of(stored: Mapping[str, tuple[int, ...]]) -> FaceRestorerConfig:
         raise ValueError('not GFPGAN v1.2, v1.3 or v1.4')
     levels = 1 + sum(bool(re.fullmatch(r'conv_body_up\.\d+\.conv2\.weight', name))
                      for name in stored)
-    return FaceRestorerConfig(
+    return GFPGANConfig(
         channels=(stored['final_conv.weight'][0], *(
             stored[f'conv_body_up.{i}.conv2.weight'][0] for i in range(levels - 1))),
         style=stored['stylegan_decoder.style_conv1.modulated_conv.modulation.weight'][1])
