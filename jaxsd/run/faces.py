@@ -39,7 +39,7 @@ def restore_faces(network: Network, image: ImageLike, detectors: Networks,
     image = images.read(image)
     height, width = image.shape[:2]
     size, found = network.config.size, image.astype(np.float64)
-    weight = WEIGHT if fidelity_weight is None else fidelity_weight
+    weight = float(WEIGHT if fidelity_weight is None else fidelity_weight)
     for points in faces.five_points(people(FINDS, image, detectors), width, height):
         if (way := faces.alignment(points, size)) is not None:
             face = _program(network.params, network.config, faces.cut(image, way, size)[None],
