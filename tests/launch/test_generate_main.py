@@ -40,7 +40,8 @@ def test_pictures_from_prompts(checkpoint, tmp_path):
     with Image.open(out / names[0]) as first, Image.open(out / names[-1]) as grid:
         assert first.size == (64, 64) and grid.size == (128, 128)
         np.testing.assert_array_equal(np.asarray(grid)[:64, :64], np.asarray(first))
-        assert f'Seed: {last}, Size: 64x64, Model: tiny' in first.text['parameters']
+        assert re.search(f'Seed: {last}, Size: 64x64, Model hash: [0-9a-f]{{10}}, Model: tiny',
+                         first.text['parameters'])
         found = json.loads(first.text['jaxsd'])['request']
         assert (found['seed'], found['negative_prompt'], found['steps']) == (last, 'cat', 2)
         assert found['sampler_options'] == {'order': 1, 'variant': 'bh1'}

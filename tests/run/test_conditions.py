@@ -232,7 +232,7 @@ def test_soft_weights_count_for_both_prompts(steered):
     assert _far(soft, less) <= 1 and min(_far(soft, original), _far(soft, plain)) > 5
     soft, original = jaxsd.generate(model, [
         text.replace(controls=[control], guidance=1.0) for control in modes[:2]])
-    np.testing.assert_array_equal(soft, original)
+    assert _far(soft, original) <= 1  # uncond + 1 * (cond - uncond), and uncond is another one
 
 
 # Three pictures on two devices, with masks and hints.
