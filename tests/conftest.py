@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -177,9 +178,24 @@ def tiny_model(tokenizer_folder):
 @pytest.fixture(scope='module')
 def forgets_programs():
     """What a module compiled goes when it ends: the programs of trainings are large."""
-    import jax
     yield
+    forget()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def bounded_memory():
+    """So it goes where a process has come to 5 GiB: one had 10 after all slow tests."""
+    yield
+    status = pathlib.Path('/proc/self/status')  # Linux'
+    found = re.search(r'VmRSS:\s+(\d+)', status.read_text()) if status.exists() else None
+    if found and int(found[1]) > 5 * 2**20:  # KiB
+        forget()
+
+
+def forget():
+    import jax
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
