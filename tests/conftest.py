@@ -186,7 +186,7 @@ def forgets_programs():
 def bounded_memory():
     """So it goes where a process has come to 5 GiB: one had 10 after all slow tests."""
     yield
-    status = pathlib.Path('/proc/self/status')  # Linux'
+    status = pathlib.Path('/proc/self/status')  # Linux
     found = re.search(r'VmRSS:\s+(\d+)', status.read_text()) if status.exists() else None
     if found and int(found[1]) > 5 * 2**20:  # KiB
         forget()
