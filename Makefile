@@ -58,7 +58,7 @@ $(VENV)/.test: pyproject.toml | $(RUN)
 # Of controlnet_aux only the drawing of poses is used; what it requires beside numpy and OpenCV
 # serves its networks, and a torchvision from another index than torch breaks transformers; so of
 # spandrel, which requires that too, only some of its networks.
-$(VENV)/.parity: pyproject.toml | $(RUN)
+$(VENV)/.parity: pyproject.toml Makefile | $(RUN)
 	$(PIP) --editable '.[test,parity]'
 	$(PIP) --no-deps controlnet_aux==0.0.10 spandrel==0.4.2 spandrel_extra_arches==0.2.0 \
 	  tomesd==0.1.3 DeepCache==0.1.1

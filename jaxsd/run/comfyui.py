@@ -1,7 +1,7 @@
 """ComfyUI's graph of a picture, which stands as `prompt` in its PNG files, as settings here.
 
 Nodes and their inputs: ComfyUI's nodes.py and comfy_extras/nodes_custom_sampler.py. The graph is
-walked upwards from the nodes that save pictures: the sampler, and from it its model, prompts and
+followed upwards from the nodes that save pictures: the sampler, and from it its model, prompts and
 latents.
 """
 

@@ -30,7 +30,7 @@ FILES = {  # what networks are called where they were published, by what they fi
     'mlsd': 'mlsd_large_512_fp32.pth', 'normal_bae': 'scannet.pt',
     'midas': 'dpt_hybrid-midas-501f0c75.pt', 'depth_anything': 'depth_anything_vits14.pth',
     'depth_anything_v2': 'depth_anything_v2_vits.pth'}
-_COARSE = ('sk_model2', 'lineart_coarse')  # told from sk_model by its name alone
+_COARSE = ('sk_model2', 'lineart_coarse')  # differs from sk_model in its name alone
 
 
 class Detector(NamedTuple):

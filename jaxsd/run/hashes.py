@@ -62,7 +62,7 @@ def of_files(run: Mapping[str, Any]) -> dict[str, str]:
 def begin(run: Mapping[str, Any]) -> None:
     """`of_files` in a thread, so that they are known when they are asked for."""
     def compute():
-        with contextlib.suppress(OSError):  # who asks is told
+        with contextlib.suppress(OSError):  # `of_files` raises it again
             of_files(run)
 
     threading.Thread(target=compute, daemon=True).start()

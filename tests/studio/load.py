@@ -5,6 +5,11 @@ python tests/studio/load.py --browsers=8 --seconds=180
 It starts `launch.studio` with the shipped model and as many Chromium processes. Each draws one or
 two pictures after the other, of words, seeds, samplers and steps that no other has, and every
 picture's record is compared with what was asked for. All pictures are made again here at the end.
+
+python tests/studio/load.py --starts=6
+
+It starts the studio so often instead, the first time with nothing compiled, and prints the seconds
+to its page and to a picture that is asked for as soon as that is there.
 """
 
 import argparse
@@ -14,9 +19,12 @@ import contextlib
 import io
 import pathlib
 import random
+import subprocess
 import sys
+import tempfile
 import time
 
+import httpx
 import numpy as np
 from PIL import Image
 
@@ -24,7 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 from browser import chromium, find, wait  # noqa: E402
-from mains import serving  # noqa: E402
+from mains import environment, free_port, serving  # noqa: E402
 
 import jaxsd  # noqa: E402
 from jaxsd.run import infotext  # noqa: E402
@@ -62,6 +70,27 @@ def use(number, url, until):
     return found, severe
 
 
+def start(cache):
+    """Seconds from the start of a studio to its page and to a first picture."""
+    url, began = f'http://127.0.0.1:{(port := free_port())}', time.monotonic()
+    with subprocess.Popen([sys.executable, '-m', 'launch.studio', '--nobrowser', f'--port={port}'],
+                          cwd=ROOT, env=environment(XDG_CACHE_HOME=cache)) as studio:
+        try:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    httpx.get(url).raise_for_status()
+                    break
+                time.sleep(0.02)
+            page = time.monotonic() - began
+            while (answer := httpx.post(f'{url}/sdapi/v1/txt2img', json={
+                    'prompt': 'red apple', 'seed': 7}, timeout=120)).status_code == 503:
+                time.sleep(0.05)
+            answer.raise_for_status()
+            return page, time.monotonic() - began
+        finally:
+            studio.kill()
+
+
 def run(browsers, seconds):
     """Print what came of it -> whether all was well."""
     with contextlib.ExitStack() as stack:
@@ -90,4 +119,11 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--browsers', type=int, default=8)
     parser.add_argument('--seconds', type=int, default=180)
-    sys.exit(not run(**vars(parser.parse_args())))
+    parser.add_argument('--starts', type=int, default=0)
+    given = parser.parse_args()
+    if given.starts:
+        with tempfile.TemporaryDirectory() as cache:
+            for _ in range(given.starts):
+                print('page {:.2f} s, picture {:.2f} s'.format(*start(cache)), flush=True)
+    else:
+        sys.exit(not run(given.browsers, given.seconds))
