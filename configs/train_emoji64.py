@@ -11,6 +11,8 @@ def get_config():
     c.tokenizer = 'checkpoints/emoji/tokenizer'
     c.out = 'runs/emoji64'  # states, curves and sample grids; training resumes from it
     c.export = 'runs/emoji64/model'
+    c.start = ''  # a folder: that model is trained further
+    c.skip = ()  # stages that are left out
     c.method = 'full'
     c.plain_repeats = 4  # how often a glyph without a skin tone comes for one with
 

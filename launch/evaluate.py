@@ -4,36 +4,42 @@
 
 Each caption is drawn once, all with one seed, and looked up among all emoji (launch/retrieval.py).
 Reported are the rates at which the right emoji is the nearest and among the five nearest: for plain
-captions with the recipe's guidance and with guidance 1, and for the skin tones that training never
-saw; for plain captions beside a sketch of 16x16 pixels (image to image, strength 0.6), and beside
-the left half of the picture (inpainting); and the PSNR of the VAE over the whole data set. The last
-two need that to have been built. --plain measures the first row alone, and the seconds per picture:
+captions with the recipe's guidance, also by Unicode's groups, and with guidance 1, and for the skin
+tones that training never saw; for plain captions beside a sketch of 16x16 pixels (image to image,
+strength 0.6), and beside the left half of the picture (inpainting); the PSNR of the VAE over the
+whole data set; and the errors of the U-Net's predictions at five noise levels. The last three need
+that to have been built. --plain measures the first row alone, and the seconds per picture:
 
     python -m launch.evaluate --plain --lora=runs/emoji_lcm/lcm.safetensors \
         --config.sampler=lcm --config.steps=4 --config.guidance=1
 """
 
+import functools
 import json
 import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
 
 import jaxsd
-from jaxsd import recipe
+from jaxsd import recipe, sampling
 from jaxsd.models import vae
+from jaxsd.prompt import blocks
 from jaxsd.run import picture
 from jaxsd.run.resolving import suit
+from jaxsd.train import losses
 
-from . import emoji_sets, plain_errors, retrieval
+from . import emoji_data, emoji_sets, plain_errors, retrieval
 
 FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).resolve().parent.parent
 CELL = 128  # pixels per picture on the contact sheet
+SIGMAS = 0.1, 0.5, 1.5, 5.0, 14.0  # noise levels at which the prediction is measured
 
 
 def drawer(model, config, seed, batch, images=None, named=True, **fields):
@@ -80,25 +86,67 @@ def judge(images, captions, reference, cells=slice(None)):
     rank = retrieval.ranks(features, targets, known)
     found = reference['captions'][retrieval.nearest(features, known)]
     wrong = {str(captions[i]): str(found[i]) for i in np.flatnonzero(rank)}
-    distance = np.sqrt(np.mean(np.square(features - known[targets])))
-    return {**retrieval.score(rank), 'distance': float(distance), 'wrong': wrong}
+
+    def scored(some):
+        distance = np.sqrt(np.mean(np.square(features[some] - known[targets[some]])))
+        return {**retrieval.score(rank[some]), 'distance': float(distance)}
+
+    kinds = groups(captions)
+    return {**scored(slice(None)), 'wrong': wrong,
+            'groups': {str(kind): scored(kinds == kind) for kind in np.unique(kinds)}}
+
+
+def groups(captions):
+    """Unicode's group of each caption, str [N]."""
+    known = {caption: group for _, caption, group in emoji_data.read_names()}
+    return np.array([known.get(str(caption), '') for caption in captions])
+
+
+def in_batches(function, size, *arrays):
+    """function of arrays [size,...] -> [size,...], for [N,...]: the last ones are filled up."""
+    found = []
+    for start in range(0, len(arrays[0]), size):
+        rows = np.arange(start, start + size) % len(arrays[0])
+        found.append(np.asarray(function(*(a[rows] for a in arrays))))
+    return np.concatenate(found)[:len(arrays[0])]
 
 
 def psnr(model, images, batch):
     """Mean PSNR in dB of the VAE's reconstructions of uint8 [N,S,S,3], each latent its mean."""
     @jax.jit
-    def errors(params, x):
-        x = x.astype('float32') / 127.5 - 1  # [B,S,S,3] in [-1,1]
+    def errors(params, image):
+        x = vae.unit(image)  # [B,S,S,3] in [-1,1]
         mean, _ = vae.encode(params, model.config.vae, x)
         y = vae.decode(params, model.config.vae, mean).astype('float32')
         return ((y.clip(-1, 1) - x) ** 2).mean((1, 2, 3)) / 4  # [B], of a range of 1
 
-    mse = []
-    for start in range(0, len(images), batch):
-        part = images[start:start + batch]
-        padded = np.pad(part, ((0, batch - len(part)), (0, 0), (0, 0), (0, 0)))
-        mse.append(np.asarray(errors(model.params['vae'], padded))[:len(part)])
-    return float(np.mean(-10 * np.log10(np.concatenate(mse) + 1e-10)))
+    mse = in_batches(functools.partial(errors, model.params['vae']), batch, images)
+    return float(np.mean(-10 * np.log10(mse + 1e-10)))
+
+
+def prediction_errors(model, images, captions, batch):
+    """Squared errors of the clean latents that the U-Net predicts from noisy ones and the caption.
+
+    images: uint8 [N,S,S,3] -> float [N,len(SIGMAS)], a mean over each picture's latents; these have
+    a variance of 1. Each picture is seen with the same noise at all noise levels.
+    """
+    config = model.config
+
+    @jax.jit
+    def errors(params, image, tokens, noise):
+        mean, _ = vae.encode(params['vae'], config.vae, vae.unit(image))
+        x0 = vae.scale(config.vae, mean)
+        text = losses.encode_text(params, config, {'tokens': {'text_encoder': tokens}})
+        denoise = sampling.denoiser(
+            lambda x, t, i: losses.predict(params, config, {}, x, t, text), config.schedule)
+        return jnp.stack([jnp.square(denoise(x0 + sigma * noise, sigma) - x0).mean((1, 2, 3))
+                          for sigma in SIGMAS], 1)
+
+    tokens = blocks.captions(model.tokenizers, list(map(str, captions)), 1)['text_encoder']
+    size = images.shape[1] // config.vae.factor
+    noise = np.random.default_rng(0).standard_normal(
+        (len(images), size, size, config.vae.latent_channels), np.float32)
+    return in_batches(functools.partial(errors, model.params), batch, images, tokens, noise)
 
 
 def contact_sheet(images, captions, columns=8):
@@ -129,13 +177,18 @@ def wrap(text, width, length):
     return lines
 
 
-def table(results, vae_psnr):
+def table(results, more):
     """The results as lines of text."""
     lines = [f'{"":38} {"captions":>8} {"nearest":>8} {"in top 5":>8} {"distance":>8}']
+    first = next(iter(results.values()))['groups']
     lines += [f'{name:38} {r["n"]:8d} {r["top1"]:8.1%} {r["top5"]:8.1%} {r["distance"]:8.1f}'
-              for name, r in results.items()]
-    if vae_psnr is not None:
-        lines.append(f'{"VAE alone, mean PSNR":38} {vae_psnr:.2f} dB')
+              for name, r in [*results.items(), *((f'  {k}', r) for k, r in first.items())]]
+    if more.get('vae_psnr') is not None:
+        lines.append(f'{"VAE alone, mean PSNR":38} {more["vae_psnr"]:.2f} dB')
+        lines.append(f'{"errors of the predicted latents, sigma":38} '
+                     + ' '.join(f'{sigma:8g}' for sigma in SIGMAS))
+        lines += [f'{name:38} ' + ' '.join(f'{e:8.3f}' for e in errors)
+                  for name, errors in more['prediction_errors'].items()]
     return '\n'.join(lines)
 
 
@@ -163,7 +216,7 @@ def run():
         picture.write_png(FLAGS.grid, contact_sheet(images[:64], plain[:64]))
     more = cost(model, plain) if FLAGS.plain else conditioned(
         model, plain, reference, scored, results)
-    print(table(results, more.get('vae_psnr')))
+    print(table(results, more))
     report = {'config': config.to_dict(), 'seed': FLAGS.seed, **more, **results}
     pathlib.Path(FLAGS.out).write_text(json.dumps(report, indent=2) + '\n')
 
@@ -199,7 +252,16 @@ def conditioned(model, plain, reference, scored, results):
     for name, named in ('plain, right half inpainted', True), ('  without its name', False):
         results[name], halves = scored(plain, images=whole, named=named, mask=right)
         results[name + ', scored alone'] = judge(halves, plain, reference, retrieval.right_half())
-    return {'vae_psnr': psnr(model, np.stack(list(whole.values())), FLAGS.batch)}
+    heldout = reference['captions'][reference['heldout']]
+    errors = {}
+    for name, some in ('plain', plain), ('held out', heldout):
+        found = prediction_errors(model, np.stack([whole[str(c)] for c in some]), some, FLAGS.batch)
+        kinds = groups(some)
+        errors[name] = found.mean(0).tolist()
+        errors |= {f'  {kind}': found[kinds == kind].mean(0).tolist()
+                   for kind in np.unique(kinds) if name == 'plain'}
+    return {'vae_psnr': psnr(model, np.stack(list(whole.values())), FLAGS.batch), 'sigmas': SIGMAS,
+            'prediction_errors': errors}
 
 
 def define_flags():

@@ -56,6 +56,9 @@ def check(c, overwrite=False):
     if 'stages' in c:
         from jaxsd.train.finetune import check_export
         check_export(c, overwrite)
+        if unknown := set(c.skip) - set(c.stages):
+            raise ValueError(f'skip: expected of {", ".join(c.stages)}; found '
+                             + ', '.join(map(repr, sorted(unknown))))
         for name, stage in c.stages.items():
             if stage.optimizer.warmup >= stage.train.steps:
                 raise ValueError(f'stages.{name}.optimizer.warmup={stage.optimizer.warmup}: '

@@ -1,6 +1,7 @@
 """A small Stable Diffusion from nothing: VAE, text encoder and U-Net, and the decoder once more.
 
-Each stage has a folder of its own in the run's, from which it is taken up again.
+Each stage has a folder of its own in the run's, from which it is taken up again. With c.start, the
+folder of such a model, that one is trained further; the stages of c.skip are left out.
 """
 
 import json
@@ -33,11 +34,11 @@ def train(c: ConfigDict) -> Model:
     """Train all stages of a recipe, such as configs/train_emoji64.py."""
     stages: dict[str, dict[str, Any]] = {
         name: {part: SECTIONS[part](**stage[part]) for part in ('train', 'optimizer', 'loss')}
-        for name, stage in c.stages.items()}
-    config = model_config(c)
+        for name, stage in c.stages.items() if name not in c.skip}
+    model = first_model(c)
+    config = model.config
     images, captions, plain, heldout = load_data(c.data)
     repeats = np.where(heldout, 0, np.where(plain, c.plain_repeats, 1))
-    params = spec.init(0, config)
 
     def run(name: str, loss: Callable[..., losses.Loss], params: Params, batches: Callable,
             sample: Callable | None = None) -> Params:
@@ -50,17 +51,39 @@ def train(c: ConfigDict) -> Model:
             optimizers.optimizer(s['optimizer'], settings.steps, params), settings,
             pathlib.Path(c.out) / name, sample)
 
-    trained, latents = train_vae(run, config, params, images, repeats)
-    tokenizer = Tokenizer.from_folder(c.tokenizer)
-    model = Model(config, params | {'vae': trained}, {'text_encoder': tokenizer})
-    model = train_text(run, model, latents, captions, repeats)
-    model = train_unet(run, model, latents, captions, repeats, c.stages.unet.caption_dropout,
-                       stages['unet']['loss'])
+    if 'vae' in stages:
+        model = train_vae(run, model, images, repeats)
+    latents = encode(model, images)
+    if 'text' in stages:
+        model = train_text(run, model, latents, captions, repeats)
+    if 'unet' in stages:
+        model = train_unet(run, model, latents, captions, repeats, c.stages.unet.caption_dropout,
+                           stages['unet']['loss'])
+    if 'decoder' not in stages:
+        return model
     data = {'image': images, 'latent': latents}
-    parts = {k: trained[k] for k in ('decoder', 'post_quant_conv')}
+    whole = model.params['vae']
+    parts = {k: whole[k] for k in ('decoder', 'post_quant_conv')}
     decoder = run('decoder', losses.decoder, {'vae': parts},
                   lambda size, seed: loop.arrays(data, repeats, size, seed))['vae']
-    return model.replace(params=model.params | {'vae': trained | decoder})
+    return model.replace(params=model.params | {'vae': whole | decoder})
+
+
+def first_model(c: ConfigDict) -> Model:
+    """What the first stage begins with: random weights, or the model of the folder c.start.
+
+    Raises ValueError where that one's networks are not the recipe's.
+    """
+    config = model_config(c)
+    if not c.start:
+        return Model(config, spec.init(0, config),
+                     {'text_encoder': Tokenizer.from_folder(c.tokenizer)})
+    model = jaxsd.load(c.start, dtype='float32')
+    for part in ('unet', 'vae', 'text_encoder'):
+        if getattr(model.config, part) != getattr(config, part):
+            raise ValueError(f'start={c.start}: its {part} is not the one that the recipe '
+                             f'describes, expected {getattr(config, part)}')
+    return model
 
 
 def model_config(c: ConfigDict) -> jc.ModelConfig:
@@ -82,15 +105,16 @@ def load_data(path: Path) -> tuple[np.ndarray, ...]:
         return tuple(data[k] for k in ('images', 'captions', 'plain', 'heldout'))
 
 
-def train_vae(run: Callable[..., Params], config: jc.ModelConfig, params: Params, images: Images,
-              repeats: np.ndarray) -> tuple[Params, Latents]:
-    """The autoencoder, then the standardisation of its latents -> (its params, latents)."""
-    encode = jax.jit(lambda p, x: vae.encode(p, config.vae, vae.unit(x))[0])
+def train_vae(run: Callable[..., Params], model: Model, images: Images,
+              repeats: np.ndarray) -> Model:
+    """The autoencoder, then the standardisation of its latents."""
+    config, params = model.config, model.params
+    encode_some = jax.jit(lambda p, x: vae.encode(p, config.vae, vae.unit(x))[0])
     decode = jax.jit(lambda p, z: vae.decode(p, config.vae, z))
     shown = images[::max(1, len(images) // 32)][:32]
 
     def sample(params, step):
-        again = np.asarray(decode(params['vae'], encode(params['vae'], shown)))
+        again = np.asarray(decode(params['vae'], encode_some(params['vae'], shown)))
         again = np.uint8(np.clip(again * 127.5 + 128, 0, 255))
         half = len(shown) // 2
         return grid(np.concatenate([shown[:half], again[:half], shown[half:2 * half],
@@ -98,10 +122,18 @@ def train_vae(run: Callable[..., Params], config: jc.ModelConfig, params: Params
 
     trained = run('vae', losses.autoencoder, {'vae': params['vae']},
                   lambda size, seed: loop.arrays({'image': images}, repeats, size, seed),
-                  sample)['vae']
-    latents = np.concatenate([encode(trained, images[i:i + 64]) for i in range(0, len(images), 64)])
-    mean, deviation = latents.mean((0, 1, 2)), latents.std((0, 1, 2))
-    return fold_standardisation(trained, mean, deviation), (latents - mean) / deviation
+                  sample)
+    model = model.replace(params=params | trained)
+    latents = encode(model, images)
+    return model.replace(params=model.params | {'vae': fold_standardisation(
+        model.params['vae'], latents.mean((0, 1, 2)), latents.std((0, 1, 2)))})
+
+
+def encode(model: Model, images: Images) -> Latents:
+    """The latents of all pictures, each the mean of its distribution."""
+    part = jax.jit(lambda p, x: vae.encode(p, model.config.vae, vae.unit(x))[0])
+    return np.concatenate([part(model.params['vae'], images[i:i + 64])
+                           for i in range(0, len(images), 64)])
 
 
 def fold_standardisation(params: Params, mean: Any, deviation: Any) -> Params:

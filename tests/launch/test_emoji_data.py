@@ -196,8 +196,12 @@ def test_data_set_finds_itself(reference):
         result, images = evaluate.measure(draw, chosen, reference)
         assert (result['top1'], result['top5'], result['n']) == (1.0, 1.0, len(chosen))
         assert result['wrong'] == {} and images.shape == (len(chosen), 32, 32, 3)
+        assert {r['top1'] for r in result['groups'].values()} == {1.0}
+        assert sum(r['n'] for r in result['groups'].values()) == len(chosen)
     shifted, _ = evaluate.measure(lambda some: np.roll(draw(some), 1, 0), fixed, reference)
     assert shifted['top1'] == 0 and len(shifted['wrong']) == 200
+    assert shifted['groups']['Flags']['top1'] == 0 and shifted['groups']['Flags']['n'] == 23
+    assert "Flags" in evaluate.table({'plain': shifted}, {})
     with pytest.raises(ValueError, match=r"no emoji of the reference: \['a red apple'\]"):
         evaluate.measure(draw, ['a red apple'], reference)
 

@@ -1,12 +1,15 @@
 """The trainer from end to end: a real process, killed, started again, its export used."""
 
+import functools
 import importlib
+import operator
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import write_tokenizer
@@ -85,6 +88,25 @@ def test_killed_and_resumed(folder):
     out, err = process.communicate()
     assert process.returncode == 0 and 'step' not in out
 
+    further = ['--config.start=model', '--config.out=run2', '--config.export=model2']
+    process = train(folder, *further, "--config.skip=('vae','text')")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert {p.name for p in (folder / 'run2').iterdir()} == {'unet', 'decoder'}
+    before, after = model.params, jaxsd.load(folder / 'model2').params
+
+    def same(*path):
+        return all(np.array_equal(a, b) for a, b in zip(*(
+            jax.tree.leaves(functools.reduce(operator.getitem, path, p))
+            for p in (before, after))))
+
+    assert same('vae', 'encoder') and same('vae', 'quant_conv')
+    assert not same('vae', 'decoder') and not same('unet') and not same('text_encoder')
+
+    process = train(folder, *further, '--config.unet.heads=(4,)')
+    _, err = process.communicate()
+    assert process.returncode == 1 and 'start=model: its unet is not the one' in err
+
 
 def test_missing_data_is_one_line(folder):
     (folder / 'data.npz').unlink()
@@ -98,6 +120,7 @@ def test_missing_data_is_one_line(folder):
 @pytest.mark.parametrize('flags, said', [
     (['--config.stages.vae.optimizer.warmup=6'],
      'stages.vae.optimizer.warmup=6: expected less than its 6 steps'),
+    (["--config.skip=('vea',)"], "skip: expected of vae, text, unet, decoder; found 'vea'"),
     ([f'--config={ROOT}/configs/sd15.py'], 'expected a training recipe, such as'),
     (['--config.export=tokenizer'], 'export=tokenizer: is there already')])
 def test_what_would_fail_later_is_said_first(folder, flags, said):
@@ -115,7 +138,7 @@ def test_states_may_be_written_more_often_than_the_log(folder):
     assert process.returncode == 0, err
 
 
-@pytest.mark.parametrize('name', ['train_emoji64', 'train_emoji128'])
+@pytest.mark.parametrize('name', ['train_emoji64', 'train_emoji64_longer', 'train_emoji128'])
 def test_the_shipped_recipes_fit_40_megabytes_in_float16(name):
     recipe = importlib.import_module(f'configs.{name}').get_config()
     recipe.tokenizer = str(ROOT / recipe.tokenizer)
