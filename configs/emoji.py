@@ -9,4 +9,4 @@ CHECKPOINT = pathlib.Path(__file__).resolve().parent.parent / 'checkpoints' / 'e
 
 def get_config():
     """The recipe."""
-    return recipe(CHECKPOINT, size=64, dtype='float32', steps=20, guidance=4.0)
+    return recipe(CHECKPOINT, size=64, dtype='float32', steps=20, guidance=2.0)

@@ -18,7 +18,7 @@ def get_config():
               'resolution': (64,), 'buckets': False,
               'cache': 'runs/emoji_dreambooth/cache', 'cache_latents': True},
         lora={'rank': 8, 'conv_rank': 8, 'layers': 'all', 'components': ('unet', 'text_encoder')},
-        prior={'prompt': 'star', 'count': 20, 'request': 'steps=20, guidance=4.0'},
+        prior={'prompt': 'star', 'count': 20, 'request': 'steps=20'},
         loss={'timesteps': 'stratified'},
         optimizer={'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup': 20},
         train={'steps': 300, 'batch_size': 20, 'ema': 0.98, 'save_every': 100, 'sample_every': 100},

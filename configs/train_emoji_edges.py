@@ -23,4 +23,4 @@ def get_config():
         loss={'timesteps': 'stratified'},
         optimizer={'learning_rate': 1.6e-3, 'schedule': 'cosine', 'warmup': 100, 'final': 0.02,
                    'b2': 0.99, 'decay_vectors': False},
-        train={'steps': 2400, 'batch_size': 32, 'ema': 0.998, 'save_every': 200, 'log_every': 20})
+        train={'steps': 1800, 'batch_size': 32, 'ema': 0.998, 'save_every': 200, 'log_every': 20})

@@ -82,7 +82,7 @@ def pairs(count):
         (lists / 'emoji_eval.txt').read_text().splitlines())
     captions = [str(caption) for caption in plain if caption not in counted]
     captions = list(np.random.default_rng(0).permutation(captions)[:count])
-    config = recipe('emoji', size=64, dtype='float32', steps=20, guidance=4.0)
+    config = recipe('emoji', size=64, dtype='float32')
     model, _, _ = load(config)
     right = dict(zip(reference['captions'], reference['features'].astype(np.float32)))
     drawn = [evaluate.drawer(model, config, seed, min(count, 50))(captions) for seed in (1, 2)]

@@ -133,20 +133,20 @@ def prediction_errors(model, images, captions, batch):
     config = model.config
 
     @jax.jit
-    def errors(params, image, tokens, noise):
+    def errors(params, sigma, image, tokens, noise):
         mean, _ = vae.encode(params['vae'], config.vae, vae.unit(image))
         x0 = vae.scale(config.vae, mean)
         text = losses.encode_text(params, config, {'tokens': {'text_encoder': tokens}})
         denoise = sampling.denoiser(
             lambda x, t, i: losses.predict(params, config, {}, x, t, text), config.schedule)
-        return jnp.stack([jnp.square(denoise(x0 + sigma * noise, sigma) - x0).mean((1, 2, 3))
-                          for sigma in SIGMAS], 1)
+        return jnp.square(denoise(x0 + sigma * noise, sigma) - x0).mean((1, 2, 3))
 
     tokens = blocks.captions(model.tokenizers, list(map(str, captions)), 1)['text_encoder']
     size = images.shape[1] // config.vae.factor
     noise = np.random.default_rng(0).standard_normal(
         (len(images), size, size, config.vae.latent_channels), np.float32)
-    return in_batches(functools.partial(errors, model.params), batch, images, tokens, noise)
+    return np.stack([in_batches(functools.partial(errors, model.params, sigma), batch, images,
+                                tokens, noise) for sigma in SIGMAS], 1)
 
 
 def contact_sheet(images, captions, columns=8):

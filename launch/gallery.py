@@ -19,7 +19,7 @@ from .evaluate import contact_sheet
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = flags.FLAGS
 COLUMNS = 7
-BASE = Request(seed=7, steps=20, guidance=4.0)
+BASE = Request(seed=7)
 
 
 def drawing():
