@@ -16,8 +16,8 @@ def get_config():
               'resolution': (64,), 'buckets': False,
               'cache': 'runs/emoji_star/cache', 'cache_latents': True},
         textual_inversion={'token': '<smiling-star>', 'vectors': 4, 'initial': 'star'},
-        loss={'timesteps': 'stratified'},
-        optimizer={'learning_rate': 5e-3, 'schedule': 'cosine', 'warmup': 20, 'weight_decay': 0.0},
+        loss={'timesteps': 'cubic'},  # where a name decides
+        optimizer={'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 20, 'weight_decay': 0.0},
         train={'steps': 300, 'batch_size': 20, 'save_every': 100, 'sample_every': 100},
         sample={'prompts': ('<smiling-star>',) * 4 + (
             'star', 'glowing star', 'red apple', 'rocket', 'dog face'),
