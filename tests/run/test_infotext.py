@@ -406,8 +406,8 @@ def test_a_text_is_read_in_linear_time(piece):
 
 
 def test_a_record_of_before_images_and_controls():
-    """README's picture was written before requests had these fields."""
-    past = infotext.read(ROOT / 'docs' / 'demo.png')
+    """A picture that was written before requests had these fields."""
+    past = infotext.read(ROOT / 'tests' / 'data' / 'before_controls.png')
     assert not past.notes and 'controls' in Request.__dataclass_fields__
     request = Request(**past.fields)
     assert (request.prompt, request.seed, request.controls) == ('red apple', 7, ())
