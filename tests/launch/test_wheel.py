@@ -113,7 +113,7 @@ def test_generate(home):
     picture, = (home[0] / 'outputs').glob('*.png')
     (home[0] / 'script.py').write_text(
         "import jaxsd\nmodel = jaxsd.load('emoji')\n"
-        "request = jaxsd.Request('red apple', seed=7, steps=3, guidance=4.0)\n"
+        "request = jaxsd.Request('red apple', seed=7, steps=3)\n"
         "import numpy as np\nnp.save('picture.npy', jaxsd.generate(model, request))\n")
     code, _, stderr = run(home[1] / 'python', 'script.py', cwd=home[0])
     assert code == 0, stderr

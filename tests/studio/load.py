@@ -102,7 +102,7 @@ def run(browsers, seconds):
     pictures = [one for found, _ in results for one in found]
     other = sum(any(told[name] != value for name, value in asked.items())
                 for asked, told, _ in pictures)
-    requests = [jaxsd.Request(width=64, height=64, guidance=4.0, schedule='karras', **asked)
+    requests = [jaxsd.Request(width=64, height=64, schedule='karras', **asked)
                 for asked, _, _ in pictures]
     again = jaxsd.generate(jaxsd.load('emoji', dtype='float32'), requests)
     worst = max(int(np.abs(image.astype(int) - made).max())

@@ -243,7 +243,7 @@ def test_a_second_pass_from_the_form(page, model, tmp_path):
         hires__strength=0.5, hires__steps=3, more='{"hires": {"prompt": "a green apple"}}')
     draw(page)
     check(made(page), model, jaxsd.Request(
-        'red apple', steps=4, guidance=4, seed=7, width=64, height=64, hires=jaxsd.Hires(
+        'red apple', steps=4, seed=7, width=64, height=64, hires=jaxsd.Hires(
             1.5, upscaler='lanczos', strength=0.5, steps=3, prompt='a green apple')))
     assert made(page)[0].shape == (96, 96, 3)
     for steps in (101, 0):
@@ -289,7 +289,7 @@ def test_image_to_image(page, model):
     put(page, prompt='red apple', steps=8, seed=3, strength=0.6)
     draw(page)
     check(made(page), model, jaxsd.Request(
-        'red apple', steps=8, guidance=4, seed=3, width=64, height=64, strength=0.6,
+        'red apple', steps=8, seed=3, width=64, height=64, strength=0.6,
         image=EXAMPLES / 'sketch.png'))
 
 
@@ -311,7 +311,7 @@ def test_a_painted_mask(page, model, tmp_path):
     mask.write_bytes(base64.b64decode(page.execute_script(
         'return mask.toDataURL()').split(',')[1]))
     draw(page)
-    request = jaxsd.Request('tangerine', steps=6, guidance=4, seed=1, width=64, height=64,
+    request = jaxsd.Request('tangerine', steps=6, seed=1, width=64, height=64,
                             image=EXAMPLES / 'apple.png', mask=mask)
     check(made(page), model, request)
     before = np.asarray(Image.open(EXAMPLES / 'apple.png').convert('RGB'))
@@ -374,7 +374,7 @@ def test_sides_that_are_dragged(page, model):
     put(page, prompt='red apple', steps=4, seed=3)
     draw(page)
     check(made(page), model, jaxsd.Request(
-        'red apple', steps=4, guidance=4, seed=3, image=EXAMPLES / 'apple.png',
+        'red apple', steps=4, seed=3, image=EXAMPLES / 'apple.png',
         outpaint=(0, 8, 16, 0)))
     put(page, out__top=0, out__right=0)
     assert added() == [0, 0, 0, 0]
@@ -395,7 +395,7 @@ def test_a_controlnet(page, model):
     draw(page)
     hint = jaxsd.images.hint('canny', EXAMPLES / 'apple.png', 64, 64, low=50, high=150)
     check(made(page), model.replace(controlnets={'edges': jaxsd.load_controlnet('emoji_edges')}),
-          jaxsd.Request('tangerine', steps=4, guidance=4, seed=2, width=64, height=64,
+          jaxsd.Request('tangerine', steps=4, seed=2, width=64, height=64,
                         controls=[jaxsd.Control('edges', hint, 0.9, guess='soft')]))
     put(page, guess='', scale=1)
     find_all(page, '#jobs article:last-child figure button')[0].click()
@@ -416,7 +416,7 @@ def test_a_union(page, model):
     draw(page)
     hint = jaxsd.images.hint('none', EXAMPLES / 'apple.png', 64, 64)
     check(made(page), model.replace(controlnets={'union': union()}), jaxsd.Request(
-        'tangerine', steps=4, guidance=4, seed=2, width=64, height=64,
+        'tangerine', steps=4, seed=2, width=64, height=64,
         controls=[jaxsd.Control('union', hint, 0.9, mode='depth')]))
     put(page, net='edges')
     assert not find(page, '#mode').is_displayed()
@@ -478,7 +478,7 @@ def test_distances_to_a_long_reference(page, model):
     assert draw(page) == 4
     told = texts(page, '#jobs article:first-child figcaption .muted')
     assert told[2:] == ['approaches nothing'] * 2
-    base = jaxsd.Request('rooster', guidance=4, seed=5, width=64, height=64, sampler='euler')
+    base = jaxsd.Request('rooster', seed=5, width=64, height=64, sampler='euler')
     two, sixteen, reference = jaxsd.generate(model, [
         base.replace(steps=2), base.replace(steps=16),
         base.replace(steps=40, sampler='dpmpp_2m', schedule='karras')]).astype(float)
@@ -496,7 +496,7 @@ def test_a_grid(page, model, tmp_path):
     assert draw(page) == 12
     assert texts(page, '#jobs thead th') == ['2', '3', '4', '5']
     assert texts(page, '#jobs tbody th') == ['euler', 'heun', 'dpmpp_2m']
-    requests = [jaxsd.Request('rooster', guidance=4, seed=5, width=64, height=64, steps=steps,
+    requests = [jaxsd.Request('rooster', seed=5, width=64, height=64, steps=steps,
                               sampler=sampler)
                 for sampler in ('euler', 'heun', 'dpmpp_2m') for steps in (2, 3, 4, 5)]
     found = [made(page, number) for number in range(12)]
