@@ -4,6 +4,7 @@ Each stage has a folder of its own in the run's, from which it is taken up again
 folder of such a model, that one is trained further; the stages of c.skip are left out.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -110,12 +111,11 @@ def train_vae(run: Callable[..., Params], model: Model, images: Images,
               repeats: np.ndarray) -> Model:
     """The autoencoder, then the standardisation of its latents."""
     config, params = model.config, model.params
-    encode_some = jax.jit(lambda p, x: vae.encode(p, config.vae, vae.unit(x))[0])
     decode = jax.jit(lambda p, z: vae.decode(p, config.vae, z))
     shown = images[::max(1, len(images) // 32)][:32]
 
     def sample(params, step):
-        again = np.asarray(decode(params['vae'], encode_some(params['vae'], shown)))
+        again = np.asarray(decode(params['vae'], means(params['vae'], config.vae, shown)))
         again = np.uint8(np.clip(again * 127.5 + 128, 0, 255))
         half = len(shown) // 2
         return grid(np.concatenate([shown[:half], again[:half], shown[half:2 * half],
@@ -132,9 +132,14 @@ def train_vae(run: Callable[..., Params], model: Model, images: Images,
 
 def encode(model: Model, images: Images) -> Latents:
     """The latents of all pictures, each the mean of its distribution."""
-    part = jax.jit(lambda p, x: vae.encode(p, model.config.vae, vae.unit(x))[0])
-    return np.concatenate([part(model.params['vae'], images[i:i + 64])
+    return np.concatenate([means(model.params['vae'], model.config.vae, images[i:i + 64])
                            for i in range(0, len(images), 64)])
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def means(params: Params, config: jc.VAEConfig, images: jax.Array) -> jax.Array:
+    """The means of the latents of a few pictures."""
+    return vae.encode(params, config, vae.unit(images))[0]
 
 
 def fold_standardisation(params: Params, mean: Any, deviation: Any) -> Params:
