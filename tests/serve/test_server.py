@@ -39,7 +39,7 @@ def solo():
     def make(body, slots, kind=schemas.Txt2Img):
         body = a1111.parse(kind, json.dumps(body).encode())
         requests = engines[1].resolve(a1111.requests(
-            body, {**DEFAULTS, 'steps': 20}, a1111.Limits(), 'emoji'))
+            body, {**DEFAULTS, 'steps': 20, 'guidance': 2.0}, a1111.Limits(), 'emoji'))
         return [(identity.of(r, n), pixels(engines[n].make([r])[0]), n)
                 for r, n in zip(requests, slots, strict=True)]
     return make
