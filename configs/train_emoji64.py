@@ -12,6 +12,7 @@ def get_config():
     c.out = 'runs/emoji64'  # states, curves and sample grids; training resumes from it
     c.export = 'runs/emoji64/model'
     c.start = ''  # a folder: that model is trained further
+    c.start_parts = ('unet', 'vae', 'text_encoder')  # what is taken of it; the rest begins anew
     c.skip = ()  # stages that are left out
     c.method = 'full'
     c.plain_repeats = 4  # how often a glyph without a skin tone comes for one with

@@ -54,11 +54,13 @@ def check(c, overwrite=False):
     if 'stages' not in c and 'method' not in c:
         raise ValueError('--config: expected a training recipe, such as configs/train_lora.py')
     if 'stages' in c:
+        from jaxsd.train import from_scratch
         from jaxsd.train.finetune import check_export
         check_export(c, overwrite)
-        if unknown := set(c.skip) - set(c.stages):
-            raise ValueError(f'skip: expected of {", ".join(c.stages)}; found '
-                             + ', '.join(map(repr, sorted(unknown))))
+        for name, known in ('skip', c.stages), ('start_parts', from_scratch.START_PARTS):
+            if unknown := set(c[name]) - set(known):
+                raise ValueError(f'{name}: expected of {", ".join(known)}; found '
+                                 + ', '.join(map(repr, sorted(unknown))))
         for name, stage in c.stages.items():
             if stage.optimizer.warmup >= stage.train.steps:
                 raise ValueError(f'stages.{name}.optimizer.warmup={stage.optimizer.warmup}: '
@@ -91,10 +93,10 @@ def keep_freed_memory():
 
 def run():
     """Train the recipe."""
+    keep_freed_memory()
     c = flags.FLAGS.config
     check(c, flags.FLAGS.overwrite)
     logging.set_verbosity(logging.WARNING)  # orbax has twenty lines to say of each checkpoint
-    keep_freed_memory()
     join_processes()
     from jaxsd.train import finetune, from_scratch, loop
     try:

@@ -1,9 +1,11 @@
 """A small Stable Diffusion from nothing: VAE, text encoder and U-Net, and the decoder once more.
 
 Each stage has a folder of its own in the run's, from which it is taken up again. With c.start, the
-folder of such a model, that one is trained further; the stages of c.skip are left out.
+folder of such a model, its networks named in c.start_parts are trained further; the stages of
+c.skip are left out.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -29,6 +31,7 @@ from jaxsd.weights import Model
 
 Images = UInt8[np.ndarray, 'N H W 3']
 Latents = Float[np.ndarray, 'N h w L']
+START_PARTS = ('unet', 'vae', 'text_encoder')
 LOG_VARIANCE = -10.0  # a deviation of 0.007, of latents whose deviation is 1
 
 
@@ -72,20 +75,25 @@ def train(c: ConfigDict) -> Model:
 
 
 def first_model(c: ConfigDict) -> Model:
-    """What the first stage begins with: random weights, or the model of the folder c.start.
+    """What the first stage begins with: random weights, or the networks c.start_parts of the model
+    in the folder c.start and random weights for the others.
 
-    Raises ValueError where that one's networks are not the recipe's.
+    Raises ValueError where a network that is taken is not the recipe's.
     """
     config = model_config(c)
+    tokenizers = {'text_encoder': Tokenizer.from_folder(c.tokenizer)}
+    params = spec.init(0, config)
     if not c.start:
-        return Model(config, spec.init(0, config),
-                     {'text_encoder': Tokenizer.from_folder(c.tokenizer)})
+        return Model(config, params, tokenizers)
     model = jaxsd.load(c.start, dtype='float32')
-    for part in ('unet', 'vae', 'text_encoder'):
+    for part in c.start_parts:
         if getattr(model.config, part) != getattr(config, part):
             raise ValueError(f'start={c.start}: its {part} is not the one that the recipe '
                              f'describes, expected {getattr(config, part)}')
-    return model
+        params = params | {part: model.params[part]}
+    networks = {part: getattr(config, part) for part in START_PARTS}
+    return model.replace(config=dataclasses.replace(model.config, **networks), params=params,
+                         tokenizers=tokenizers)
 
 
 def model_config(c: ConfigDict) -> jc.ModelConfig:

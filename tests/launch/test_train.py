@@ -107,6 +107,15 @@ def test_killed_and_resumed(folder):
     _, err = process.communicate()
     assert process.returncode == 1 and 'start=model: its unet is not the one' in err
 
+    process = train(folder, '--config.start=model', "--config.start_parts=('vae',)",
+                    '--config.unet.heads=(4,)', "--config.skip=('vae','text','decoder')",
+                    '--config.out=run3', '--config.export=model3')
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    after = jaxsd.load(folder / 'model3').params
+    assert same('vae') and not same('text_encoder')
+    assert jaxsd.load(folder / 'model3').config.unet.heads == (4,)
+
 
 def test_missing_data_is_one_line(folder):
     (folder / 'data.npz').unlink()
@@ -121,6 +130,8 @@ def test_missing_data_is_one_line(folder):
     (['--config.stages.vae.optimizer.warmup=6'],
      'stages.vae.optimizer.warmup=6: expected less than its 6 steps'),
     (["--config.skip=('vea',)"], "skip: expected of decoder, text, unet, vae; found 'vea'"),
+    (["--config.start_parts=('clip',)"],
+     "start_parts: expected of unet, vae, text_encoder; found 'clip'"),
     ([f'--config={ROOT}/configs/sd15.py'], 'expected a training recipe, such as'),
     (['--config.export=tokenizer'], 'export=tokenizer: is there already')])
 def test_what_would_fail_later_is_said_first(folder, flags, said):
