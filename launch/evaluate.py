@@ -39,26 +39,34 @@ from . import emoji_data, emoji_sets, plain_errors, retrieval
 FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).resolve().parent.parent
 CELL = 128  # pixels per picture on the contact sheet
+THRESHOLDS = 50, 150  # of Canny, for edges
+# What is drawn with a ControlNet of edges: the prompt, the control's scale, guidance.
+EDGES = (('own caption', 0, 2), ('own caption', 1, 2), ('own caption', 1, 4), ('no caption', 0, 1),
+         ('no caption', 1, 1), ('no caption', 1.5, 1), ("another's", 0, 2), ("another's", 1, 2),
+         ("another's", 2, 2), ("another's", 1.5, 1))
+COLUMNS = (('captions', 'n', '8d'), ('nearest', 'top1', '8.1%'), ('in top 5', 'top5', '8.1%'),
+           ('distance', 'distance', '8.1f'), ('found', 'found', '8.2f'), ('drawn', 'drawn', '8.2f'))
 SIGMAS = 0.1, 0.5, 1.5, 5.0, 14.0  # noise levels at which the prediction is measured
 
 
-def drawer(model, config, seed, batch, images=None, named=True, **fields):
+def drawer(model, config, seed, batch, given=None, **fields):
     """A function from captions to pictures uint8 [N,H,W,3], drawn by the recipe's settings.
 
-    images: {caption: uint8 [H,W,3]}, what each picture starts from; named: whether the caption is
-    the prompt, too; fields: of every Request.
+    given: {field of Request: {caption: its value}}; fields: the same for all captions. The prompt
+    is the caption unless one of them says another.
     """
     asked = jaxsd.Request(**{'seed': seed, 'weighting': 'plain', **recipe.fields(config)})
+    given = given or {}
 
     def draw(captions):
         drawn = []
         for start in range(0, len(captions), batch):
-            part = list(captions[start:start + batch])
+            part = [str(text) for text in captions[start:start + batch]]
             padded = part + part[:1] * (batch - len(part))  # one batch size: one compilation
-            requests = [asked.replace(prompt=str(text) * named, **fields,
-                                      image=images and images[str(text)]) for text in padded]
+            requests = [asked.replace(**{'prompt': text, **fields, **{
+                field: values[text] for field, values in given.items()}}) for text in padded]
             drawn.append(np.asarray(jaxsd.generate(model, requests))[:len(part)])
-            logging.info('%s: %d of %d pictures', sorted(fields) or 'as the recipe says',
+            logging.info('%s: %d of %d pictures', sorted({*given, *fields}) or 'as the recipe says',
                          start + len(part), len(captions))
         return np.concatenate(drawn)
 
@@ -179,11 +187,15 @@ def wrap(text, width, length):
 
 def table(results, more):
     """The results as lines of text."""
-    lines = [f'{"":38} {"captions":>8} {"nearest":>8} {"in top 5":>8} {"distance":>8}']
-    first = next(iter(results.values()))['groups']
-    lines += [f'{name:38} {r["n"]:8d} {r["top1"]:8.1%} {r["top5"]:8.1%} {r["distance"]:8.1f}'
-              for name, r in [*results.items(), *((f'  {k}', r) for k, r in first.items())]]
-    if more.get('vae_psnr') is not None:
+    lines = []
+    if results:
+        first = next(iter(results.values()))
+        columns = [column for column in COLUMNS if column[1] in first]
+        rows = {'': {}, **results, **{f'  {kind}': r for kind, r in first['groups'].items()}}
+        lines = [f'{name:38}' + ''.join(
+            f' {r[key]:{form}}' if key in r else f' {title if not r else "":>8}'
+            for title, key, form in columns) for name, r in rows.items()]
+    if 'vae_psnr' in more:
         lines.append(f'{"VAE alone, mean PSNR":38} {more["vae_psnr"]:.2f} dB')
         lines.append(f'{"errors of the predicted latents, sigma":38} '
                      + ' '.join(f'{sigma:8g}' for sigma in SIGMAS))
@@ -196,6 +208,8 @@ def run():
     config, lists = FLAGS.config, pathlib.Path(FLAGS.lists)
     for path in filter(None, (FLAGS.out, FLAGS.grid)):
         picture.check_folder(pathlib.Path(path).parent)
+    if FLAGS.grid and (FLAGS.errors or FLAGS.edges):
+        raise ValueError('--grid: expected neither --errors nor --edges, which draw other pictures')
     reference = retrieval.read_reference(lists / 'emoji_reference.npz')
     if FLAGS.ink:
         colours = reference['features'].reshape(-1, 3)
@@ -207,15 +221,24 @@ def run():
     if FLAGS.lora:
         model = jaxsd.merge(model, {jaxsd.load_adapter(FLAGS.lora, model): 1.0})
 
-    def scored(captions, **how):
+    def scored(captions, model=model, **how):
         return measure(drawer(model, config, FLAGS.seed, FLAGS.batch, **how), captions, reference)
 
-    results = {}
-    results[f'plain, guidance {config.guidance:g}'], images = scored(plain)
-    if FLAGS.grid:
-        picture.write_png(FLAGS.grid, contact_sheet(images[:64], plain[:64]))
-    more = cost(model, plain) if FLAGS.plain else conditioned(
-        model, plain, reference, scored, results)
+    whole = None if FLAGS.plain else data_set(config.width)
+    heldout = reference['captions'][reference['heldout']]
+    results, more = {}, {}
+    if FLAGS.edges:
+        results = kept_edges(jaxsd.load_controlnet(FLAGS.edges), model, plain[:100], whole, scored)
+    elif not FLAGS.errors:
+        results[f'plain, guidance {config.guidance:g}'], images = scored(plain)
+        if FLAGS.grid:
+            picture.write_png(FLAGS.grid, contact_sheet(images[:64], plain[:64]))
+        if FLAGS.plain:
+            more = cost(model, plain)
+        else:
+            conditioned(plain, heldout, reference, whole, scored, results)
+    if whole and not FLAGS.edges:
+        more = networks(model, whole, plain, heldout)
     print(table(results, more))
     report = {'config': config.to_dict(), 'seed': FLAGS.seed, **more, **results}
     pathlib.Path(FLAGS.out).write_text(json.dumps(report, indent=2) + '\n')
@@ -230,29 +253,71 @@ def cost(model, plain):
     return {'seconds per picture': seconds}
 
 
-def conditioned(model, plain, reference, scored, results):
-    """All other rows, into `results` -> {'vae_psnr': that, or None}."""
+def data_set(width):
+    """-> {caption: picture}, or None and a warning where there is no data set."""
+    data = pathlib.Path(FLAGS.data or f'data/emoji{width}.npz')
+    if not data.exists():
+        if FLAGS.errors or FLAGS.edges:
+            raise FileNotFoundError(f'{data}: no such file. Build the data set first: '
+                                    f'python -m launch.emoji_data --size={width}')
+        logging.warning('%s: no such file, so no inpainting and no PSNR; `python -m '
+                        'launch.emoji_data --size=%d` builds it', data, width)
+        return None
+    with np.load(data) as file:
+        return dict(zip(file['captions'].tolist(), file['images']))
+
+
+def conditioned(plain, heldout, reference, whole, scored, results):
+    """The rows after the first, into `results`; whole: see `data_set`."""
     config = FLAGS.config
     results['plain, guidance 1'], _ = scored(plain, guidance=1.0)
-    results[f'held out, guidance {config.guidance:g}'], _ = scored(
-        reference['captions'][reference['heldout']])
+    results[f'held out, guidance {config.guidance:g}'], _ = scored(heldout)
     sketches = {str(text): retrieval.sketch(feature, config.width) for text, feature
                 in zip(reference['captions'], reference['features'])}
-    results['plain, from a 16x16 sketch, strength 0.6'], _ = scored(plain, images=sketches,
-                                                                    strength=0.6)
-    data = pathlib.Path(FLAGS.data or f'data/emoji{config.width}.npz')
-    if not data.exists():
-        logging.warning('%s: no such file, so no inpainting and no PSNR; `python -m '
-                        'launch.emoji_data --size=%d` builds it', data, config.width)
-        return {'vae_psnr': None}
-    with np.load(data) as file:
-        whole = dict(zip(file['captions'].tolist(), file['images']))
+    results['plain, from a 16x16 sketch, strength 0.6'], _ = scored(
+        plain, given={'image': sketches}, strength=0.6)
+    if whole is None:
+        return
     right = np.zeros((config.height, config.width), bool)
     right[:, config.width // 2:] = True
-    for name, named in ('plain, right half inpainted', True), ('  without its name', False):
-        results[name], halves = scored(plain, images=whole, named=named, mask=right)
+    for name, how in ('plain, right half inpainted', {}), ('  without its name', {'prompt': ''}):
+        results[name], halves = scored(plain, given={'image': whole}, mask=right, **how)
         results[name + ', scored alone'] = judge(halves, plain, reference, retrieval.right_half())
-    heldout = reference['captions'][reference['heldout']]
+
+
+def kept_edges(controlnet, model, captions, whole, scored):
+    """The rows of EDGES -> {name: result}, each with `found` and `drawn` (see `kept`): the part of
+    the hint's edges that the picture has, and of the picture's that the hint has.
+
+    whole: see `data_set`.
+    """
+    model = model.replace(controlnets={'edges': controlnet})
+    captions = [str(text) for text in captions]
+    hints = {text: jaxsd.images.canny(whole[text], *THRESHOLDS) for text in captions}
+    prompts = {'own caption': dict(zip(captions, captions)),
+               'no caption': dict.fromkeys(captions, ''),
+               "another's": dict(zip(captions, captions[1:] + captions[:1]))}
+    results = {}
+    for prompt, scale, guidance in EDGES:
+        controls = {text: (jaxsd.Control('edges', hints[text], scale),) for text in captions}
+        result, images = scored(captions, model, guidance=guidance,
+                                given={'controls': controls, 'prompt': prompts[prompt]})
+        asked, drawn = (np.stack(edges).max(-1) > 0 for edges in (
+            list(hints.values()), [jaxsd.images.canny(image, *THRESHOLDS) for image in images]))
+        results[f'{prompt}, edges times {scale:g}, guidance {guidance:g}'] = result | {
+            'found': kept(asked, drawn), 'drawn': kept(drawn, asked)}
+    return results
+
+
+def kept(edges, others):
+    """The part of the edge pixels, bool [N,H,W], with one of the others' in the 5x5 around."""
+    padded = np.pad(others, ((0, 0), (2, 2), (2, 2)))
+    near = np.lib.stride_tricks.sliding_window_view(padded, (5, 5), (1, 2)).any((-1, -2))
+    return float((edges & near).sum() / edges.sum())
+
+
+def networks(model, whole, plain, heldout):
+    """What VAE and U-Net do by themselves, without a picture drawn; whole: see `data_set`."""
     errors = {}
     for name, some in ('plain', plain), ('held out', heldout):
         found = prediction_errors(model, np.stack([whole[str(c)] for c in some]), some, FLAGS.batch)
@@ -269,7 +334,12 @@ def define_flags():
     config_flags.DEFINE_config_file('config', str(HERE / 'configs' / 'emoji.py'))
     flags.DEFINE_string('checkpoint', None, 'Measure this model, not the recipe\'s.')
     flags.DEFINE_string('lora', None, 'The file of a LoRA that the model draws with.')
-    flags.DEFINE_boolean('plain', False, 'Only the first row, and the seconds per picture.')
+    flags.DEFINE_boolean('plain', None, 'Only the first row, and the seconds per picture.')
+    flags.DEFINE_boolean('errors', None, 'Only what VAE and U-Net do by themselves: PSNR, and the '
+                         'errors of the predicted latents.')
+    flags.DEFINE_string('edges', None, 'Only how pictures keep to edges, with the ControlNet of '
+                        'this folder: of the first 100 captions.')
+    flags.mark_flags_as_mutual_exclusive(['plain', 'errors', 'edges'])
     flags.DEFINE_boolean('ink', False, 'Look the pictures up among all emoji in ink, see '
                          'launch.emoji_sets.')
     flags.DEFINE_enum('captions', 'fixed', ['fixed', 'all'],

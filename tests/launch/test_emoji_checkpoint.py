@@ -13,7 +13,7 @@ import jaxsd
 from jaxsd.run import resolve
 from jaxsd.train import methods
 from jaxsd.train.config import AdapterConfig
-from launch import retrieval
+from launch import evaluate, retrieval
 
 pytestmark = pytest.mark.slow
 
@@ -74,16 +74,21 @@ def test_the_prompt_decides_the_picture(model):
     assert np.abs(first.astype(int) - other).mean() > 20
 
 
+def write_lora(model, path, size):
+    """A LoRA of rank 2 whose second factors are filled with `size`."""
+    method = methods.lora(model, AdapterConfig(rank=2), np.random.default_rng(0))
+    jaxsd.save_adapter(method.result({part: {layer: arrays | {
+        'up': np.full_like(arrays['up'], size)} for layer, arrays in layers.items()}
+        for part, layers in method.trainable.items()}), path)
+
+
 def test_evaluate_draws_with_a_lora_and_looks_up_in_ink(model, tmp_path):
     """A LoRA that does nothing changes no picture, one of noise lowers the score; from emoji in
     ink, which are all blue, coloured pictures are farther off."""
     (tmp_path / 'emoji_eval.txt').write_text('rocket\nred apple\nalien\nclamp\n')
     shutil.copy(LISTS / 'emoji_reference.npz', tmp_path)
-    method = methods.lora(model, AdapterConfig(rank=2), np.random.default_rng(0))
     for name, size in ('nothing', 0.0), ('noise', 1.0):
-        jaxsd.save_adapter(method.result({part: {layer: arrays | {
-            'up': np.full_like(arrays['up'], size)} for layer, arrays in layers.items()}
-            for part, layers in method.trainable.items()}), tmp_path / f'{name}.safetensors')
+        write_lora(model, tmp_path / f'{name}.safetensors', size)
 
     def measured(*flags):
         out = tmp_path / 'out.json'
@@ -102,3 +107,48 @@ def test_evaluate_draws_with_a_lora_and_looks_up_in_ink(model, tmp_path):
     noise = measured(f'--lora={tmp_path / "noise.safetensors"}')['plain, guidance 2']
     assert noise['top1'] < plain['top1'] and noise['distance'] > plain['distance'] + 20
     assert measured('--ink')['plain, guidance 2']['distance'] > plain['distance'] + 10
+
+
+def test_evaluate_measures_networks_and_edges(model, tmp_path):
+    """Of pictures of 16x16 cells: a LoRA of noise raises the errors of the predicted latents and
+    leaves the VAE's PSNR; edges are kept to with the ControlNet."""
+    captions = ['rocket', 'red apple', 'alien', 'clamp']
+    (tmp_path / 'emoji_eval.txt').write_text('\n'.join(captions) + '\n')
+    shutil.copy(LISTS / 'emoji_reference.npz', tmp_path)
+    data, out = tmp_path / 'data.npz', tmp_path / 'out.json'
+
+    def measured(*flags):
+        return run_main('-m', 'launch.evaluate', f'--lists={tmp_path}', f'--data={data}',
+                        f'--out={out}', '--config.steps=6', *flags)
+
+    code, _, error = measured('--errors')
+    assert code == 1 and f'{data}: no such file. Build the data set first' in error, error
+    code, _, error = measured('--errors', '--grid=grid.png')
+    assert code == 1 and '--grid: expected neither' in error, error
+
+    reference = retrieval.read_reference(LISTS / 'emoji_reference.npz')
+    some = reference['heldout'] | np.isin(reference['captions'], captions)
+    np.savez(data, captions=reference['captions'][some],
+             images=np.stack([retrieval.sketch(f, 64) for f in reference['features'][some]]))
+    write_lora(model, tmp_path / 'noise.safetensors', 1.0)
+    found = []
+    for lora in ([], [f'--lora={tmp_path / "noise.safetensors"}']):
+        code, text, error = measured('--errors', '--batch=49', *lora)
+        assert code == 0 and 'captions' not in text and 'dB' in text, error
+        found.append(json.loads(out.read_text()))
+    assert found[0]['vae_psnr'] == found[1]['vae_psnr'] > 20
+    (plain, toned), (noisy, _) = ([f['prediction_errors'][name] for name in ('plain', 'held out')]
+                                  for f in found)
+    assert plain[0] < plain[-1] < 0.5 < noisy[-1] and toned[-1] < 0.5
+
+    code, text, error = measured(f'--edges={ROOT}/checkpoints/emoji_edges', '--batch=4')
+    assert code == 0 and 'found' in text, error
+    rows = json.loads(out.read_text())
+    free, kept = (rows[f'no caption, edges times {scale}, guidance 1'] for scale in (0, 1))
+    assert kept['found'] > free['found'] + 0.1 and kept['drawn'] > free['drawn'] + 0.1
+
+
+def test_kept_edges_are_near():
+    edges, others = np.zeros((2, 1, 9, 9), bool)
+    edges[0, 2, 2] = edges[0, 7, 7] = others[0, 4, 4] = True
+    assert (evaluate.kept(edges, others), evaluate.kept(others, edges)) == (0.5, 1.0)

@@ -40,9 +40,10 @@ def test_a_sketch_helps_and_a_half_is_restored(given):
     right = np.zeros((SIZE, SIZE), bool)
     right[:, SIZE // 2:] = True
     text = measured(given)
-    assert measured(given, images=sketches, strength=0.6)['distance'] < text['distance']
-    named, nameless = (measured(given, images=sketches, mask=right, named=named)['top1']
-                       for named in (True, False))
+    sketched = {'given': {'image': sketches}}
+    assert measured(given, **sketched, strength=0.6)['distance'] < text['distance']
+    named, nameless = (measured(given, **sketched, mask=right, **prompt)['top1']
+                       for prompt in ({}, {'prompt': ''}))
     assert named >= 0.7 and named > nameless
 
 
