@@ -17,7 +17,7 @@ from . import plain_errors
 EXTRAS = ('cuda13', 'cuda12', 'tpu', 'k8s', 'hints', 'gguf', 'train', 'serve', 'studio', 'ray')
 # Of the emoji model's VAE: mean and deviation of the picture that it makes of threefry's first
 # normal numbers, float32 on a CPU.
-EXPECTED, MOST = (212.16, 52.67), 0.5  # of 255; bfloat16 products stay within it
+EXPECTED, MOST = (212.04, 53.09), 0.5  # of 255; bfloat16 products stay within it
 
 
 def missing(extra):
