@@ -28,8 +28,8 @@ def given():
     return recipe.load(config)[0], config, reference, captions, sketches
 
 
-def measured(given, **how):
-    model, config, reference, captions, _ = given
+def measured(shared, **how):
+    model, config, reference, captions, _ = shared
     draw = evaluate.drawer(model, config, 0, COUNT, **how)
     return evaluate.measure(draw, captions, reference)[0]
 
@@ -60,6 +60,6 @@ def test_edges_place_the_picture(given):
         dark = (image < 200).any(-1)
         return (dark & outside).sum() / dark.sum()
 
-    assert painted(row['tangerine, scale 0']) > 0.3
+    assert painted(row['tangerine, scale 0']) > 0.25  # of the emoji itself 0.29 lie there
     for name in ('red apple', 'tangerine', 'tomato'):
         assert painted(row[name]) < 0.05, name
