@@ -142,7 +142,7 @@ def test_found_schedules_beat_karras_on_prompts_and_seeds_not_seen(emoji):
     assert [len(gits[n]) for n in (2, 6)] == [3, 7]
     assert error('euler', gits[6]) < 0.9 * error('euler', karras)
 
-    learnt = search.search(emoji, seen, [6], method='learn', sampler='dpmpp_2m', updates=4,
+    learnt = search.search(emoji, seen, [6], method='learn', sampler='dpmpp_2m', updates=8,
                            rate=0.3, reference=40)
     assert error('dpmpp_2m', learnt[6]) < 0.5 * error('dpmpp_2m', karras)
 
