@@ -45,6 +45,7 @@ TONES = {chr(c) for c in range(0x1F3FB, 0x1F400)}
 WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+")
 START, END = '<|startoftext|>', '<|endoftext|>'
 MAX_LENGTH = 24  # the longest caption takes 21 tokens with start and end
+THRESHOLDS = 50, 150  # of Canny, for hints: they keep the outline of white glyphs
 
 
 def read_names(path=NAMES):
@@ -233,12 +234,11 @@ def smaller(images, seed):
     return out
 
 
-def with_edges(data, unseen, copies=2, low=50, high=150):
+def with_edges(data, unseen, copies=2):
     """The data set of a ControlNet for edges: `data`, smaller copies of each picture, and hints.
 
     unseen: captions that are held out, with their skin tones, beside those that are already.
-    A picture itself comes four times as often as each of its copies. low, high: canny's; they keep
-    the outline of white glyphs.
+    A picture itself comes four times as often as each of its copies.
     """
     captions = data['captions'].tolist()
     tones = tuple(f'{caption}: ' for caption in unseen)  # of the same glyph: nearly its edges
@@ -247,7 +247,7 @@ def with_edges(data, unseen, copies=2, low=50, high=150):
     images = np.concatenate([data['images'], *(smaller(data['images'], i) for i in range(copies))])
     again = {key: np.concatenate([column] * (1 + copies)) for key, column in data.items()}
     return again | {
-        'images': images, 'hints': np.stack([canny(image, low, high) for image in images]),
+        'images': images, 'hints': np.stack([canny(image, *THRESHOLDS) for image in images]),
         'repeats': np.repeat([4, 1], [len(captions), copies * len(captions)])}
 
 

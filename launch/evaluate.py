@@ -39,7 +39,6 @@ from . import emoji_data, emoji_sets, plain_errors, retrieval
 FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).resolve().parent.parent
 CELL = 128  # pixels per picture on the contact sheet
-THRESHOLDS = 50, 150  # of Canny, for edges
 # What is drawn with a ControlNet of edges: the prompt, the control's scale, guidance.
 EDGES = (('own caption', 0, 2), ('own caption', 1, 2), ('own caption', 1, 4), ('no caption', 0, 1),
          ('no caption', 1, 1), ('no caption', 1.5, 1), ("another's", 0, 2), ("another's", 1, 2),
@@ -293,17 +292,18 @@ def kept_edges(controlnet, model, captions, whole, scored):
     """
     model = model.replace(controlnets={'edges': controlnet})
     captions = [str(text) for text in captions]
-    hints = {text: jaxsd.images.canny(whole[text], *THRESHOLDS) for text in captions}
+    hints = {text: jaxsd.images.canny(whole[text], *emoji_data.THRESHOLDS) for text in captions}
     prompts = {'own caption': dict(zip(captions, captions)),
                'no caption': dict.fromkeys(captions, ''),
                "another's": dict(zip(captions, captions[1:] + captions[:1]))}
+    asked = np.stack(list(hints.values())).max(-1) > 0
     results = {}
     for prompt, scale, guidance in EDGES:
         controls = {text: (jaxsd.Control('edges', hints[text], scale),) for text in captions}
         result, images = scored(captions, model, guidance=guidance,
                                 given={'controls': controls, 'prompt': prompts[prompt]})
-        asked, drawn = (np.stack(edges).max(-1) > 0 for edges in (
-            list(hints.values()), [jaxsd.images.canny(image, *THRESHOLDS) for image in images]))
+        drawn = np.stack([jaxsd.images.canny(image, *emoji_data.THRESHOLDS)
+                          for image in images]).max(-1) > 0
         results[f'{prompt}, edges times {scale:g}, guidance {guidance:g}'] = result | {
             'found': kept(asked, drawn), 'drawn': kept(drawn, asked)}
     return results

@@ -14,6 +14,7 @@ from jaxsd import Control, Preview, Request, images
 from jaxsd.run import picture
 
 from . import plain_errors
+from .emoji_data import THRESHOLDS
 from .evaluate import contact_sheet
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -99,7 +100,7 @@ def controlled(model):
     whole, = jaxsd.generate(model, [BASE.replace(prompt='red apple')])
     small = np.full_like(whole, 255)
     small[20:60, 4:44] = images.fit(whole, 40, 40)
-    edges = images.canny(small, 50, 150)
+    edges = images.canny(small, *THRESHOLDS)
     rows = [('red apple', {}), ('tangerine', {}), ('tomato', {}), ('', {}),
             ('tangerine', {'end': 0.6}), ('tangerine', {'scale': 0.0})]
     made = jaxsd.generate(model, [
@@ -114,7 +115,7 @@ def hints(model):
     """The preprocessors that need no network."""
     whole, = jaxsd.generate(model, [BASE.replace(prompt='rocket')])
     pose = images.read_pose(ROOT / 'docs' / 'pose.json')
-    return [(whole, 'rocket'), (images.canny(whole, 50, 150), 'canny'),
+    return [(whole, 'rocket'), (images.canny(whole, *THRESHOLDS), 'canny'),
             (images.scribble(whole), 'scribble'), (images.tile(whole, 8), 'tile'),
             (images.draw_pose(pose.people, 256, 256), 'pose, from OpenPose keypoints')]
 

@@ -81,19 +81,20 @@ def first_model(c: ConfigDict) -> Model:
     Raises ValueError where a network that is taken is not the recipe's.
     """
     config = model_config(c)
-    tokenizers = {'text_encoder': Tokenizer.from_folder(c.tokenizer)}
-    params = spec.init(0, config)
+    fresh = Model(config, spec.init(0, config),
+                  {'text_encoder': Tokenizer.from_folder(c.tokenizer)})
     if not c.start:
-        return Model(config, params, tokenizers)
-    model = jaxsd.load(c.start, dtype='float32')
+        return fresh
+    model, params = jaxsd.load(c.start, dtype='float32'), fresh.params
     for part in c.start_parts:
         if getattr(model.config, part) != getattr(config, part):
             raise ValueError(f'start={c.start}: its {part} is not the one that the recipe '
                              f'describes, expected {getattr(config, part)}')
         params = params | {part: model.params[part]}
     networks = {part: getattr(config, part) for part in START_PARTS}
+    words = model if 'text_encoder' in c.start_parts else fresh
     return model.replace(config=dataclasses.replace(model.config, **networks), params=params,
-                         tokenizers=tokenizers)
+                         tokenizers=words.tokenizers)
 
 
 def model_config(c: ConfigDict) -> jc.ModelConfig:
